@@ -1,0 +1,41 @@
+# make quickstart   environment, data, training, comparison, report: about ten minutes on two cores
+# make test         the test suite
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+OUT ?= runs/quick
+
+.PHONY: quickstart setup test reference lint smoke clean
+
+quickstart: $(VENV)/.installed
+	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slm needs Python 3.11 or newer, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q --no-deps -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PY) -m pip install -q -e '.[test]'
+	touch $@
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+# Installs torch and transformers, which the tests compare with where they are present.
+reference: $(VENV)/.test
+	$(PY) -m pip install -q -e '.[reference]'
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+smoke: $(VENV)/.installed
+	bash tests/smoke.sh $(PY)
+
+clean:
+	rm -rf $(VENV) runs

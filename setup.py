@@ -1,0 +1,24 @@
+"""Packaging only; settings of the tools live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'slm/__init__.py').read_text()).group(1)
+LINES = (HERE / 'requirements.txt').read_text().splitlines()
+
+setup(
+  name='slm',
+  version=VERSION,
+  description='Small specialised language models in JAX',
+  license='Apache-2.0',
+  packages=find_packages(include=['slm', 'slm.*', 'configs']),
+  python_requires='>=3.11',
+  install_requires=[line for line in LINES if line and not line.startswith('#')],
+  extras_require={
+    'test': ['pytest==9.2.0', 'ruff==0.17.6'],
+    'reference': ['torch==2.13.0', 'transformers==5.23.0'],  # other people's implementations
+  },
+)
