@@ -1,0 +1,1 @@
+"""Training configs: base.py holds every key; each other file changes a few."""

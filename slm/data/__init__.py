@@ -1,0 +1,300 @@
+"""Batches of packed rows from a prepared data directory.
+
+Everything random is a function of (seed, step), so the loader's state is the next step.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import safetensors
+from grain.experimental import index_shuffle
+from grain.sources import ArrayRecordDataSource
+
+from slm.data import files, rows
+
+VERSION = 1
+ORDERS = ('proportional', 'every')
+_ROUNDS = 4  # of the pseudo-random permutation
+_STEPS = 2**40  # batches in the endless stream
+_PREFETCH = 4  # batches made ahead by as many threads
+
+Path = pathlib.Path
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What to read and how to group it; `batch_size` counts rows per optimiser step."""
+
+  path: str
+  set: str = 'generic'
+  split: str = 'train'
+  index: str = ''  # name in <path>/index; '' = every row
+  level: int = 0  # 0: rows are not grouped; else one of the manifest's levels
+  order: str = 'proportional'  # 'every': each batch holds one group of every cluster, in order
+  rows_per_group: int = 1
+  batch_size: int = 32
+  accum: int = 1
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    if self.order not in ORDERS:
+      raise ValueError(f'data.order={self.order!r}: expected one of {", ".join(ORDERS)}')
+    if min(self.rows_per_group, self.batch_size, self.accum) < 1 or self.level < 0:
+      raise ValueError('data: rows_per_group, batch_size and accum must be at least 1, level 0')
+    unit = self.rows_per_group * self.accum
+    if self.batch_size % unit:
+      raise ValueError(
+        f'data.batch_size={self.batch_size} is not a multiple of rows_per_group * accum = {unit}'
+      )
+    if not self.level and (self.order == 'every' or self.rows_per_group > 1):
+      raise ValueError("data.level=0: order 'every' and rows_per_group > 1 need a level")
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'data.seed={self.seed}: expected 0 <= seed < 2**32')
+
+
+def manifest(path: str | Path) -> dict[str, Any]:
+  """Read and check the manifest of a prepared data directory."""
+  path = Path(path) / 'manifest.json'
+  if not path.exists():
+    raise FileNotFoundError(f'{path}: not found; make it with python -m slm.data.prepare')
+  found = files.read_json(path)
+  version = found.get('version') if isinstance(found, dict) else None
+  if version != VERSION:
+    raise ValueError(f'{path}: expected version {VERSION}, found {version}')
+  missing = {'context', 'tokenizer', 'levels', 'sets'} - set(found)
+  if missing:
+    raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
+  return found
+
+
+class Split:
+  """The rows of one split, or of an index into it, with the cluster of each."""
+
+  def __init__(self, path: str, set: str, split: str, index: str = '', level: int = 0):
+    self.path, self.manifest, self.name = Path(path), manifest(path), f'{set}/{split}'
+    self.facts = _choose(_choose(self.manifest['sets'], set, 'set', path), split, 'split', path)
+    folder = self.path / set / split
+    self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
+    self.clusters = files.read_npy(folder / 'clusters.npy')
+    self.counts = files.read_npy(folder / 'counts.npy')
+    if not len(self.source) == len(self.clusters) == len(self.counts) == self.facts['rows']:
+      raise ValueError(f'{folder}: {self.facts["rows"]} rows in the manifest, other files differ')
+    if level:
+      self.clusters = parents(path, level)[self.clusters]
+    self.ids = np.arange(self.facts['rows'])
+    if index:
+      self.ids = self._index(index, set, split)
+
+  def _index(self, name: str, set: str, split: str) -> np.ndarray:
+    path = self.path / 'index' / f'{name}.json'
+    if not path.exists():
+      known = ', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'
+      raise FileNotFoundError(f'{path}: no such index; there are: {known}')
+    about = files.read_json(path)
+    if (about['set'], about['split']) != (set, split):
+      raise ValueError(f'{path}: is of {about["set"]}/{about["split"]}, not of {self.name}')
+    if about['rows_sha256'] != self.facts['sha256']:
+      raise ValueError(f'{path}: was made for other rows of {self.name}; make it again')
+    ids = files.read_npy(path.with_suffix('.npy'))
+    if files.sha256(path.with_suffix('.npy')) != about['sha256']:
+      raise ValueError(f'{path.with_suffix(".npy")}: does not match the hash in {path.name}')
+    return ids
+
+  def read(self, ids: np.ndarray) -> np.ndarray:
+    """Read rows int32 [n, 2, context] (tokens, segments); id -1 gives an empty row."""
+    out = np.zeros((len(ids), 2, self.manifest['context']), np.int32)
+    (real,) = np.nonzero(ids >= 0)
+    if len(real):
+      records = self.source.__getitems__(ids[real].tolist())
+      out[real] = [rows.decode_row(record) for record in records]
+    return out
+
+
+def _choose(options: dict[str, Any], name: str, kind: str, path: str) -> Any:
+  if name not in options:
+    raise ValueError(f'{path}: no {kind} {name!r}; there are: {", ".join(options)}')
+  return options[name]
+
+
+def parents(path: str | Path, level: int) -> np.ndarray:
+  """Map each finest cluster to its cluster at `level`."""
+  levels = manifest(path)['levels']
+  if level not in levels:
+    raise ValueError(f'{path}: no level {level}; there are: {", ".join(map(str, levels))}')
+  with safetensors.safe_open(Path(path) / 'clusters' / 'model.safetensors', 'np') as f:
+    return f.get_tensor(f'parents_{level}')
+
+
+def window_counts(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:
+  """Count windows per cluster at a level: float64 [level]."""
+  data = Split(path, set, split, index, level)
+  weights = data.counts[data.ids, 0]
+  return np.bincount(data.clusters[data.ids], weights, minlength=level)
+
+
+def histogram(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:
+  """Return the frequencies of a split's clusters, by windows: float64 [level], sum 1."""
+  counts = window_counts(path, set, split, level, index)
+  return counts / counts.sum()
+
+
+class Order:
+  """Which rows make step n: a pure function of (seed, n)."""
+
+  def __init__(self, cfg: DataConfig, data: Split):
+    self._cfg = cfg
+    if cfg.level:
+      clusters = data.clusters[data.ids]
+      order = np.argsort(clusters, kind='stable')
+      sizes = np.bincount(clusters, minlength=cfg.level)
+    else:
+      order, sizes = np.arange(len(data.ids)), np.array([len(data.ids)])
+    self._ids, self._sizes = data.ids[order], sizes
+    self._starts = np.cumsum(sizes) - sizes  # of each cluster in _ids
+    self.groups = cfg.batch_size // cfg.rows_per_group // cfg.accum
+    # The last group of a cluster may be short: it is padded, so an epoch has every row once.
+    self._chunk_ends = np.cumsum(-(-sizes // cfg.rows_per_group))
+    if not len(data.ids):
+      raise ValueError(f'{cfg.path}: {data.name} has no rows')
+    if cfg.order == 'every':
+      self._check_every(data.name)
+
+  def _check_every(self, name: str) -> None:
+    if self.groups != self._cfg.level:
+      raise ValueError(
+        f"data.order='every' needs batch_size = accum * level * rows_per_group = "
+        f'{self._cfg.accum * self._cfg.level * self._cfg.rows_per_group}, '
+        f'found {self._cfg.batch_size}'
+      )
+    if empty := np.flatnonzero(self._sizes == 0).tolist():
+      raise ValueError(f"data.order='every': clusters {empty} have no rows in {name}")
+
+  def step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return cluster ids [accum * groups] and row ids [accum * groups, rows_per_group]."""
+    n = self._cfg.accum * self.groups
+    group = self._every if self._cfg.order == 'every' else self._proportional
+    clusters, ids = zip(*(group(step * n + i) for i in range(n)), strict=True)
+    return np.array(clusters, np.int32), np.array(ids, np.int64)
+
+  def _proportional(self, slot: int) -> tuple[int, list[int]]:
+    epoch, i = divmod(slot, int(self._chunk_ends[-1]))
+    chunk = _shuffle(i, int(self._chunk_ends[-1]), self._cfg.seed, epoch)
+    cluster = int(np.searchsorted(self._chunk_ends, chunk, 'right'))
+    before = int(self._chunk_ends[cluster - 1]) if cluster else 0
+    first, size = (chunk - before) * self._cfg.rows_per_group, int(self._sizes[cluster])
+    places = range(first, first + self._cfg.rows_per_group)
+    return cluster, [self._row(cluster, epoch, p) if p < size else -1 for p in places]
+
+  def _every(self, slot: int) -> tuple[int, list[int]]:
+    turn, cluster = divmod(slot, self._cfg.level)
+    first = turn * self._cfg.rows_per_group
+    places = (divmod(first + i, int(self._sizes[cluster])) for i in range(self._cfg.rows_per_group))
+    return cluster, [self._row(cluster, epoch, p) for epoch, p in places]
+
+  def _row(self, cluster: int, epoch: int, place: int) -> int:
+    place = _shuffle(place, int(self._sizes[cluster]), self._cfg.seed, epoch, cluster + 1)
+    return int(self._ids[self._starts[cluster] + place])
+
+
+def _shuffle(index: int, size: int, *key: int) -> int:
+  """Find the place of `index` in the permutation of range(size) that `key` names."""
+  return index_shuffle(index, size - 1, _seed(key), _ROUNDS)
+
+
+@functools.lru_cache(1 << 16)
+def _seed(key: tuple[int, ...]) -> int:
+  return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class Loader:
+  """An endless iterator of batches whose state is the next step."""
+
+  def __init__(self, dataset: grain.MapDataset):
+    options = grain.ReadOptions(num_threads=_PREFETCH, prefetch_buffer_size=_PREFETCH)
+    self._iterator = iter(dataset.to_iter_dataset(options))
+
+  def __iter__(self) -> 'Loader':
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)
+
+  def get_state(self) -> int:
+    """Return the step that the next call gives."""
+    return int(self._iterator.get_state()['next_index'])
+
+  def set_state(self, step: int) -> None:
+    """Continue at a step."""
+    self._iterator.set_state({'next_index': int(step)})
+
+
+def build(
+  cfg: DataConfig, *, tokenizer: str = '', process_index: int = 0, process_count: int = 1
+) -> Loader:
+  """Open the endless stream of batches; leaves are [accum, groups, rows_per_group, context].
+
+  `condition` is int32 [accum, groups]. Each process gets its slice of the groups of the same
+  global batch. `tokenizer` is the fingerprint that the rows must have been made with.
+  """
+  data = Split(cfg.path, cfg.set, cfg.split, cfg.index, cfg.level)
+  check_tokenizer(cfg.path, tokenizer)
+  order = Order(cfg, data)
+  if order.groups % process_count:
+    raise ValueError(
+      f'data: {order.groups} groups per batch cannot be shared by {process_count} processes'
+    )
+  local = order.groups // process_count
+  here = slice(process_index * local, (process_index + 1) * local)
+
+  def make(step: int) -> Batch:
+    clusters, ids = order.step(step)
+    condition = clusters.reshape(cfg.accum, order.groups)[:, here]
+    ids = ids.reshape(cfg.accum, order.groups, cfg.rows_per_group)[:, here]
+    read = data.read(ids.ravel())
+    return rows.batch(read.reshape(*ids.shape, *read.shape[1:])) | {'condition': condition}
+
+  return Loader(grain.MapDataset.range(_STEPS).map(make))
+
+
+def check_tokenizer(path: str, fingerprint: str) -> None:
+  """Refuse rows made with another tokenizer."""
+  about = manifest(path)['tokenizer']
+  if fingerprint and fingerprint != about['fingerprint']:
+    raise ValueError(
+      f'{path}: rows were made with the {about["name"]} tokenizer {about["fingerprint"]}, '
+      f'and the model expects {fingerprint}'
+    )
+
+
+def evaluation_batches(
+  path: str,
+  set: str,
+  split: str,
+  batch_size: int,
+  *,
+  level: int = 0,
+  index: str = '',
+  max_rows: int = 0,
+) -> Iterator[tuple[int, np.ndarray, Batch]]:
+  """Yield (condition, row ids int64 [batch_size], batch) once over a split, in a fixed order.
+
+  Leaves are [batch_size, context]. With a level, every batch has one cluster. Padding rows have
+  id -1 and weight 0. `max_rows` takes that many rows, evenly spaced.
+  """
+  data = Split(path, set, split, index, level)
+  ids = data.ids
+  if 0 < max_rows < len(ids):
+    ids = ids[np.arange(max_rows) * len(ids) // max_rows]
+  clusters = data.clusters[ids] if level else np.zeros(len(ids), np.int32)
+  for cluster in np.unique(clusters).tolist():
+    chosen = ids[clusters == cluster]
+    for start in range(0, len(chosen), batch_size):
+      part = chosen[start : start + batch_size]
+      part = np.pad(part, (0, batch_size - len(part)), constant_values=-1).astype(np.int64)
+      yield cluster, part, rows.batch(data.read(part))

@@ -1,0 +1,147 @@
+"""Files that appear whole or not at all, and a pool of workers that resumes by file."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from slm import cli
+
+Path = pathlib.Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Give a temporary path beside `path`, renamed to it when the block succeeds."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  yield temporary
+  temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Write JSON with sorted keys."""
+  with replacing(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
+
+
+def read_json(path: Path) -> Any:
+  """Read JSON; a damaged file is refused by name."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    raise ValueError(f'{path}: truncated or damaged ({e})') from None
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+  """Write one array, never pickled."""
+  with replacing(path) as temporary, temporary.open('wb') as f:
+    np.save(f, array, allow_pickle=False)
+
+
+def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
+  """Read one array; a damaged file is refused by name."""
+  try:
+    return np.load(path, mmap_mode=mmap, allow_pickle=False)
+  except (ValueError, EOFError) as e:
+    raise ValueError(f'{path}: truncated or damaged ({e})') from None
+
+
+def sha256(path: Path) -> str:
+  """Hash a file's bytes."""
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+@contextlib.contextmanager
+def record_writer(path: Path) -> Iterator[ArrayRecordWriter]:
+  """Open an ArrayRecord file for writing; groups of one record allow random access."""
+  with replacing(path) as temporary:
+    writer = ArrayRecordWriter(str(temporary), 'group_size:1')
+    try:
+      yield writer
+    finally:
+      writer.close()
+
+
+def read_records(path: Path, chunk: int = 256) -> Iterator[bytes]:
+  """Read an ArrayRecord file in order, a chunk of records in memory at a time."""
+  reader = ArrayRecordReader(str(path))
+  for start in range(0, reader.num_records(), chunk):
+    yield from reader.read(start, min(start + chunk, reader.num_records()))
+  reader.close()
+
+
+class Pool:
+  """Runs tasks in spawned processes (in this process when `workers` is 1).
+
+  Every process, this one too, first calls initializer(*args).
+  """
+
+  def __init__(self, workers: int, initializer: Callable[..., None] | None = None, *args: Any):
+    self._workers = workers or os.cpu_count() or 1
+    self._initializer, self._args = initializer, args
+    self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+    if initializer:
+      initializer(*args)
+
+  def __enter__(self) -> 'Pool':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._executor:
+      self._executor.shutdown(cancel_futures=True)
+
+  def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Apply a module-level function; results in the order of `items`."""
+    if self._workers == 1 or len(items) < 2:
+      return map(function, items)
+    if not self._executor:
+      # Spawn: a forked child would inherit the locks of threads it does not have.
+      spawn = multiprocessing.get_context('spawn')
+      self._executor = concurrent.futures.ProcessPoolExecutor(
+        self._workers, spawn, self._initializer, self._args
+      )
+    return self._executor.map(function, items)
+
+
+def run(
+  pool: Pool, description: str, function: Callable[[Any], dict], tasks: dict[Path, Any]
+) -> list[dict]:
+  """Run every task whose summary is not there yet; return all summaries in order.
+
+  `tasks` maps the path of a task's summary (JSON) to the argument of `function`, which returns
+  the summary: a dict with `files` (name -> bytes, beside the summary). The summary is
+  written last, so a task that was killed, or whose files were deleted or cut short, runs again.
+  """
+  todo = [path for path in tasks if not _complete(path)]
+  with cli.progress(description, len(tasks), 'task') as bar:
+    bar.skip(len(tasks) - len(todo))
+    for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
+      bar.update(1)
+  return [read_json(path) for path in tasks]
+
+
+def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
+  function, path, argument = item
+  start = time.monotonic()
+  summary = function(argument)
+  files = {name: (path.parent / name).stat().st_size for name in summary['files']}
+  write_json(path, summary | {'files': files, 'seconds': time.monotonic() - start})
+  return path
+
+
+def _complete(path: Path) -> bool:
+  if not path.exists():
+    return False
+  beside = [(path.parent / name, size) for name, size in read_json(path)['files'].items()]
+  return all(p.exists() and p.stat().st_size == size for p, size in beside)

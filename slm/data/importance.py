@@ -1,0 +1,223 @@
+"""Importance sampling: resample generic rows to a domain's histogram over clusters.
+
+Run as `python -m slm.data.importance --data=DATA --domain=law --level=64 --tokens=1e6 --out=NAME`
+to write DATA/index/NAME.npy and .json.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from slm import cli
+from slm import data as loader
+from slm.data import files
+
+
+def target(
+  domain: np.ndarray, generic: np.ndarray, smoothing: float, interpolation: float
+) -> np.ndarray:
+  """Return the cluster frequencies to sample: (1 - interpolation) p + interpolation g.
+
+  p is the domain's counts plus `smoothing`, normalised; g the generic frequencies. Clusters
+  without generic rows get nothing.
+  """
+  if smoothing < 0 or not 0 <= interpolation <= 1:
+    raise ValueError('importance: expected smoothing >= 0 and 0 <= interpolation <= 1')
+  p = (domain + smoothing) / (domain + smoothing).sum()
+  p = (1 - interpolation) * p + interpolation * generic / generic.sum()
+  p = np.where(generic > 0, p, 0.0)
+  if not p.sum():
+    raise ValueError('importance: no generic row lies in any cluster of the domain')
+  return p / p.sum()
+
+
+def quotas(p: np.ndarray, rows: np.ndarray, num_rows: int, repeat_cap: float) -> np.ndarray:
+  """Share num_rows over clusters in proportion to p: int64 [k].
+
+  No cluster gives more than `repeat_cap` times its rows; what it cannot take goes to the others
+  in proportion. 0 is no cap.
+  """
+  limits = np.floor(repeat_cap * rows) if repeat_cap else np.where(rows > 0, np.inf, 0)
+  limits = np.where(p > 0, limits, 0)
+  if limits.sum() < num_rows:
+    raise ValueError(
+      f'importance: {num_rows} rows asked for, and repeat_cap={repeat_cap:g} allows '
+      f'{int(limits.sum())}'
+    )
+  share, capped = p * num_rows, np.zeros(len(p), bool)
+  while (over := (share > limits) & ~capped).any():
+    capped |= over
+    left = np.where(capped, 0, p)
+    rest = num_rows - limits[capped].sum()
+    share = np.where(capped, limits, rest * left / max(left.sum(), 1e-300))
+  # Largest remainders make the counts whole and their sum exact.
+  whole = np.floor(share + 1e-9).astype(np.int64)
+  order = np.lexsort((np.arange(len(p)), whole - share))
+  order = order[whole[order] < limits[order]]
+  whole[order[: num_rows - whole.sum()]] += 1
+  return whole
+
+
+def resample(
+  target_hist: np.ndarray,
+  clusters: np.ndarray,
+  num_rows: int,
+  seed: int,
+  smoothing: float = 0.0,
+  interpolation: float = 0.0,
+  repeat_cap: float = 0.0,
+) -> np.ndarray:
+  """Draw row ids int64 [num_rows] whose cluster histogram is the target's.
+
+  `target_hist` [k] holds the domain's window counts (or frequencies), `clusters` [rows] the
+  cluster of every generic row. Within a cluster rows come shuffled, and none comes again before
+  all have come. Clusters are interleaved at random.
+  """
+  k = len(target_hist)
+  rows = np.bincount(clusters, minlength=k)
+  if len(rows) != k:
+    raise ValueError(f'importance: rows lie in {len(rows)} clusters, the histogram has {k}')
+  p = target(np.asarray(target_hist, np.float64), rows, smoothing, interpolation)
+  counts = quotas(p, rows, num_rows, repeat_cap)
+  rng = np.random.default_rng(seed)
+  labels = rng.permutation(np.repeat(np.arange(k), counts))
+  ids = np.empty(num_rows, np.int64)
+  places, members = np.argsort(labels, kind='stable'), np.argsort(clusters, kind='stable')
+  for own, mine in zip(
+    np.split(places, np.cumsum(counts)[:-1]), np.split(members, np.cumsum(rows)[:-1]), strict=True
+  ):
+    passes = -(-len(own) // max(len(mine), 1))
+    stream = [rng.permutation(mine) for _ in range(passes)]
+    ids[own] = np.concatenate([*stream, np.zeros(0, np.int64)])[: len(own)]
+  return ids
+
+
+def diagnostics(
+  p: np.ndarray, g: np.ndarray, *, num_rows: int = 0, rows: np.ndarray | None = None
+) -> dict[str, Any]:
+  """Describe sampling p [k] from g [k]: what is concentrated, what is repeated.
+
+  ess_fraction = 1 / sum_c p_c^2 / g_c; entropy in nats; effective_clusters = exp(entropy);
+  expected_repeats [k] = num_rows p_c / rows_c (rows defaults to g times num_rows).
+  """
+  p, g = p / p.sum(), g / g.sum()
+  seen, held = p > 0, g > 0
+  entropy = float((p[seen] * np.log(1 / p[seen])).sum())
+  lost = float(p[seen & ~held].sum())
+  ess = 0.0 if lost else float(1 / (p[held] ** 2 / g[held]).sum())
+  rows = g * num_rows if rows is None else rows
+  repeats = np.divide(num_rows * p, rows, out=np.zeros(len(p)), where=rows > 0)
+  return {
+    'entropy': entropy,
+    'effective_clusters': float(np.exp(entropy)),
+    'ess_fraction': ess,
+    'top_cluster': float(p.max()),
+    'mass_without_generic_rows': lost,
+    'expected_repeats': repeats.tolist(),
+  }
+
+
+def nested(tokens: np.ndarray, size: int, seed: int) -> np.ndarray:
+  """Choose rows with at least `size` predicted tokens: a prefix of one seeded permutation.
+
+  `tokens` [rows]. Larger sizes contain smaller ones. Raises when the rows hold fewer tokens.
+  """
+  order = np.random.default_rng(seed).permutation(len(tokens))
+  held = np.cumsum(tokens[order])
+  if not len(held) or held[-1] < size:
+    raise ValueError(f'{size} tokens asked for, and there are {int(held[-1]) if len(held) else 0}')
+  return order[: int(np.searchsorted(held, size)) + 1].astype(np.int64)
+
+
+def write_index(data: loader.Split, name: str, ids: np.ndarray, made: dict[str, Any]) -> dict:
+  """Write <data>/index/<name>.npy and .json; the array first, so that the pair is complete."""
+  path = data.path / 'index' / f'{name}.npy'
+  files.write_npy(path, ids.astype(np.int64))
+  set, split = data.name.split('/')
+  about = {
+    'set': set,
+    'split': split,
+    'rows': len(ids),
+    'tokens': int(data.counts[ids, 1].sum()),
+    'windows': int(data.counts[ids, 0].sum()),
+    'sha256': files.sha256(path),
+    'rows_sha256': data.facts['sha256'],
+    'made': made,
+  }
+  files.write_json(path.with_suffix('.json'), about)
+  return about
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to sample: about `tokens` predicted tokens of generic/train for one domain."""
+
+  data: str
+  domain: str
+  level: int
+  tokens: int
+  out: str
+  seed: int = 0
+  smoothing: float = 0.0
+  interpolation: float = 0.0
+  repeat_cap: float = 0.0
+  domain_index: str = ''
+
+  def __post_init__(self) -> None:
+    if self.tokens < 1:
+      raise ValueError(f'tokens={self.tokens}: expected at least 1')
+    if not self.out or pathlib.Path(self.out).name != self.out:
+      raise ValueError(f'out={self.out!r}: expected the name of an index, not a path')
+
+
+def sample(request: Request) -> dict[str, Any]:
+  """Write the index that a request describes and return what its JSON says."""
+  r = request
+  generic = loader.Split(r.data, 'generic', 'train', level=r.level)
+  domain = loader.window_counts(r.data, r.domain, 'train', r.level, r.domain_index)
+  rows = np.bincount(generic.clusters, minlength=r.level)
+  p = target(domain, rows, r.smoothing, r.interpolation)
+  tokens = np.bincount(generic.clusters, generic.counts[:, 1], minlength=r.level)
+  mean = float((p * tokens / np.maximum(rows, 1)).sum())  # tokens in a row drawn from p
+  num_rows = max(round(r.tokens / mean), 1)
+  ids = resample(
+    domain, generic.clusters, num_rows, r.seed, r.smoothing, r.interpolation, r.repeat_cap
+  )
+  drawn = np.bincount(generic.clusters[ids], minlength=r.level)
+  found = diagnostics(drawn, rows, num_rows=num_rows, rows=rows)
+  made = dataclasses.asdict(r) | found | {'distinct_rows': len(np.unique(ids))}
+  made['domain_mass_without_generic_rows'] = diagnostics(domain, rows)['mass_without_generic_rows']
+  made.pop('data')  # the directory may move
+  return write_index(generic, r.out, ids, made)
+
+
+def _main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  names = [field.name for field in dataclasses.fields(Request)]
+  values = {name: flags.FLAGS[name].value for name in names}
+  about = sample(Request(**values | {'tokens': int(values['tokens'])}))
+  made = about['made']
+  print(
+    f'{flags.FLAGS.out}: {about["rows"]:,} rows ({made["distinct_rows"]:,} distinct), '
+    f'{about["tokens"]:,} tokens, effective sample {made["ess_fraction"]:.3f} of the generic set, '
+    f'{made["effective_clusters"]:.1f} effective clusters, '
+    f'most repeated cluster {max(made["expected_repeats"]):.2f} times'
+  )
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('data', None, 'Prepared data directory.', required=True)
+  flags.DEFINE_string('domain', None, 'Set whose histogram is matched.', required=True)
+  flags.DEFINE_integer('level', None, 'Number of clusters.', required=True)
+  flags.DEFINE_float('tokens', None, 'Predicted tokens to draw, about.', required=True)
+  flags.DEFINE_string('out', None, 'Name of the index to write.', required=True)
+  flags.DEFINE_integer('seed', 0, 'Seed of the draw.')
+  flags.DEFINE_float('smoothing', 0.0, 'Windows added to every cluster of the domain.')
+  flags.DEFINE_float('interpolation', 0.0, 'Weight of the generic histogram, 0 to 1.')
+  flags.DEFINE_float('repeat_cap', 0.0, 'Most times a cluster is repeated; 0: no cap.')
+  flags.DEFINE_string('domain_index', '', 'Index of the domain to take the histogram from.')
+  cli.run(_main)

@@ -1,0 +1,362 @@
+r"""Prepare text for training: duplicates out, split, tokenise, cluster, pack into rows.
+
+  python -m slm.data.prepare --out=DIR                       installed Python text
+  python -m slm.data.prepare --out=DIR \
+    --config='configs/data.py:generic=/corpus/*.jsonl.gz,law.train=law/a.txt,law.test=law/b.txt'
+
+Can be killed at any moment and run again: what is complete is kept. DIR/windows holds
+intermediates and may be deleted afterwards.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from slm import cli
+from slm import data as loader
+from slm.data import documents, files, histograms, importance, rows, sources, tokenizer
+
+Path = pathlib.Path
+_SAMPLE = 10 << 20  # characters a tokenizer is trained on
+_SHARDS_PER_ROWS = 16  # document shards (8 MB of text each) whose windows share a row shard
+_RESERVED = ('windows', 'tokenizer', 'clusters', 'index')
+ALL = 'all'  # the split name of a source that is to be split by hash
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Which tokenizer; see slm/data/tokenizer.py."""
+
+  name: str
+  vocab: int
+  path: str
+
+  def __post_init__(self) -> None:
+    names = ('sentencepiece', 'bytes', 'huggingface')
+    if self.name not in names:
+      raise ValueError(f'tokenizer.name={self.name!r}: expected one of {", ".join(names)}')
+    if self.name == 'huggingface' and not self.path:
+      raise ValueError('tokenizer.path: huggingface needs the path of a tokenizer.json')
+    if self.path and not Path(self.path).is_file():
+      raise FileNotFoundError(f'tokenizer.path={self.path}: no such file')
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+  """What `configs/data.py` describes; keys are explained there."""
+
+  out: str
+  sets: dict[str, dict[str, str]]  # set -> split (or 'all') -> source
+  tokenizer: TokenizerConfig
+  context: int
+  levels: tuple[int, ...]
+  fit_windows: int
+  dims: int
+  sizes: tuple[int, ...]
+  text_field: str
+  id_field: str
+  heldout: tuple[float, float]
+  workers: int
+  seed: int
+
+  def __post_init__(self) -> None:
+    if not self.out:
+      raise ValueError('out: give the directory to write to (--out=DIR)')
+    if 'generic' not in self.sets:
+      raise ValueError(f"sets: one must be named 'generic', found {', '.join(self.sets)}")
+    for name, splits in self.sets.items():
+      self._check_set(name, splits)
+    if self.context < 2:
+      raise ValueError(f'context={self.context}: expected at least 2')
+    if not self.levels or min(self.levels) < 1 or len(set(self.levels)) < len(self.levels):
+      raise ValueError(f'levels={self.levels}: expected distinct numbers of clusters')
+    if min(self.fit_windows, self.dims) < 1 or self.workers < 0 or min(self.sizes, default=1) < 1:
+      raise ValueError('fit_windows, dims and sizes must be at least 1, workers at least 0')
+    if len(self.heldout) != 2 or min(self.heldout) < 0 or sum(self.heldout) >= 1:
+      raise ValueError(f'heldout={self.heldout}: expected two shares with a sum below 1')
+
+  def _check_set(self, name: str, splits: Mapping[str, str]) -> None:
+    words = [name, *splits]
+    if name in _RESERVED or not all(re.fullmatch(r'[A-Za-z0-9_-]+', word) for word in words):
+      raise ValueError(f'sets: {name}.{"/".join(splits)}: not usable as a folder name')
+    if ALL in splits and len(splits) > 1 or not {ALL, 'train'}.intersection(splits):
+      raise ValueError(f'sets.{name}: give one source, or a train split and others')
+
+  def splits(self, name: str) -> tuple[str, ...]:
+    """Return a set's splits in the order of their numbers; training is 0."""
+    given = self.sets[name]
+    return documents.PLAIN if ALL in given else ('train', *(s for s in given if s != 'train'))
+
+  def made(self, name: str) -> list[tuple[int, str]]:
+    """Return (number, name) of the splits that are to hold something."""
+    shares = (1.0, *self.heldout) if ALL in self.sets[name] else None
+    return [(i, s) for i, s in enumerate(self.splits(name)) if shares is None or shares[i] > 0]
+
+  @classmethod
+  def of(cls, config: Any) -> 'PrepareConfig':
+    """Make it from a ConfigDict."""
+    fields = dict(config.to_dict())
+    for key in ('levels', 'sizes', 'heldout'):
+      fields[key] = tuple(fields[key])
+    return cls(**fields | {'tokenizer': TokenizerConfig(**fields['tokenizer'])})
+
+
+def prepare(cfg: PrepareConfig) -> dict[str, Any]:
+  """Make or complete a prepared data directory and return its manifest."""
+  out = Path(cfg.out)
+  done = _readable_manifest(out)
+  paths = _sources(cfg, out, bool(done))
+  if not done:
+    with files.Pool(cfg.workers, documents.use_tokenizer, out / 'tokenizer') as pool:
+      _make(cfg, out, paths, pool)
+  if not (out / 'clusters' / 'histograms.json').exists():
+    histograms.write(out)
+  print((out / 'clusters' / 'histograms.md').read_text())
+  _nested(cfg)
+  return loader.manifest(out)
+
+
+def _readable_manifest(out: Path) -> bool:
+  try:
+    return bool(loader.manifest(out))
+  except (FileNotFoundError, ValueError):
+    return False  # absent or cut short: the stages that are complete are not run again
+
+
+def _sources(cfg: PrepareConfig, out: Path, done: bool) -> dict[str, dict[str, dict[str, int]]]:
+  """List source files; refuse an output directory made from others or with another config."""
+  record = out / 'prepare.json'
+  wanted = dataclasses.asdict(cfg)
+  for key in ('out', 'workers'):
+    del wanted[key]
+  wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
+  if record.exists():
+    old = files.read_json(record)
+    for key in sorted(wanted):
+      if old['config'].get(key) != wanted[key]:
+        raise ValueError(
+          f'{out}: was prepared with {key}={old["config"].get(key)}, and the configuration has '
+          f'{key}={wanted[key]}; choose another --out or delete that directory'
+        )
+    if done:
+      return old['sources']
+  paths = {s: {k: sources.expand(v) for k, v in splits.items()} for s, splits in cfg.sets.items()}
+  if record.exists() and old['sources'] != paths:
+    changed = sorted(set(_flat(old['sources'])) ^ set(_flat(paths)))
+    raise ValueError(f'{out}: source files changed since it was begun: {changed[0]}')
+  files.write_json(record, {'config': wanted, 'sources': paths})
+  return paths
+
+
+def _flat(paths: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, int]]:
+  return [item for splits in paths.values() for p in splits.values() for item in p.items()]
+
+
+def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: files.Pool) -> None:
+  shards, cost = {}, {}
+  read = [_read(cfg, out, name, paths[name], pool) for name in cfg.sets]
+  for name, (found, summaries) in zip(cfg.sets, read, strict=True):
+    shards[name] = found
+    _add(cost, 'documents', summaries)
+  _add(cost, 'tokenizer', _tokenizer(cfg, out, shards['generic']))
+  tasks = {c.out / f'{c.shard}.json': c for cuts in shards.values() for c in cuts}
+  done = files.run(pool, 'tokens and windows', documents.cut, tasks)
+  _add(cost, 'windows', done)
+  summaries = dict(zip((c for cuts in shards.values() for c in cuts), done, strict=True))
+  facts = _facts(cfg, shards, summaries)
+  _add(cost, 'clusters', _clusters(cfg, out, shards, summaries, pool))
+  _add(cost, 'rows', _rows(cfg, out, shards, facts, pool))
+  tok = documents.get_tokenizer()
+  files.write_json(
+    out / 'manifest.json',
+    {
+      'version': loader.VERSION,
+      'context': cfg.context,
+      'tokenizer': {'name': tok.name, 'vocab': tok.vocab, 'fingerprint': tok.fingerprint},
+      'levels': sorted(cfg.levels),
+      'seed': cfg.seed,
+      'sets': facts,
+      'cost': cost,
+    },
+  )
+
+
+def _add(cost: dict[str, Any], stage: str, summaries: list[dict[str, Any]]) -> None:
+  """Add up the seconds (of all workers) and operations of a stage's tasks."""
+  entry = cost.setdefault(stage, {'seconds': 0.0, 'flops': 0.0})
+  for summary in summaries:
+    entry['seconds'] += summary['seconds']
+    entry['flops'] += summary.get('flops', 0.0)
+
+
+def _read(
+  cfg: PrepareConfig, out: Path, name: str, paths: dict[str, Any], pool: files.Pool
+) -> tuple[list[documents.Cut], list[dict[str, Any]]]:
+  """Read a set's documents and mark duplicates; return the tokenising tasks and summaries."""
+  folder = out / 'windows' / 'documents' / name
+  tasks = {}
+  for split, found in paths.items():
+    number = -1 if split == ALL else cfg.splits(name).index(split)
+    for i, group in enumerate(documents.plan(found)):
+      task = documents.Read(
+        folder, f'{split}-{i:05d}', group, number, cfg.heldout, cfg.text_field, cfg.id_field
+      )
+      tasks[folder / f'{task.name}.json'] = task
+  # The installed packages are scanned by the pool itself, so that task runs in this process.
+  python = any(p.startswith('python:') for found in paths.values() for p in found)
+  read = functools.partial(documents.read, parallel_map=pool.map) if python else documents.read
+  done = files.run(files.Pool(1) if python else pool, f'documents of {name}', read, tasks)
+  shards = [shard for summary in done for shard in summary['shards']]
+  counts = [n for summary in done for n in summary['documents']]
+  if not shards:
+    raise ValueError(f'sets.{name}: no document in {", ".join(cfg.sets[name].values())}')
+  keep = folder / 'keep.npy'
+  if not keep.exists() or len(files.read_npy(keep, 'r')) != sum(counts):
+    documents.duplicates(folder, shards, counts, keep)
+  starts = np.cumsum([0, *counts]).tolist()
+  to, num_splits = out / 'windows' / 'tokens' / name, len(cfg.splits(name))
+  cuts = [
+    documents.Cut(to, folder, shard, start, keep, num_splits, cfg.context)
+    for shard, start in zip(shards, starts, strict=False)
+  ]
+  return cuts, done
+
+
+def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list[dict[str, Any]]:
+  folder = out / 'tokenizer'
+
+  def build(c: TokenizerConfig) -> dict[str, Any]:
+    sample = documents.sample(cuts, _SAMPLE, cfg.seed)
+    tokenizer.build(c.name, c.vocab, c.path, sample, folder)
+    return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
+
+  return files.run(files.Pool(1), 'tokenizer', build, {folder / 'stage.json': cfg.tokenizer})
+
+
+def _facts(
+  cfg: PrepareConfig,
+  shards: dict[str, list[documents.Cut]],
+  summaries: dict[documents.Cut, dict[str, Any]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Add up what each split holds; refuse a split that holds nothing."""
+  facts: dict[str, dict[str, dict[str, Any]]] = {}
+  for name, cuts in shards.items():
+    facts[name] = {}
+    for i, split in cfg.made(name):
+      keys = ('documents', 'duplicates', 'windows', 'tokens', 'bytes')
+      about = {key: sum(summaries[c][key][i] for c in cuts) for key in keys}
+      if not about['documents']:
+        raise ValueError(
+          f'{name}/{split}: no documents left (duplicates removed: {about["duplicates"]}); give '
+          f'more text, other heldout shares, or sources per split ({name}.{split}=...)'
+        )
+      if split == 'train' and about['tokens'] < cfg.context - 1:
+        raise ValueError(
+          f'{name}/{split}: {about["tokens"]} tokens, less than one window of {cfg.context}'
+        )
+      facts[name][split] = about | {'bytes_per_token': about['bytes'] / about['tokens']}
+  return facts
+
+
+def _clusters(
+  cfg: PrepareConfig,
+  out: Path,
+  shards: dict[str, list[documents.Cut]],
+  summaries: dict[documents.Cut, dict[str, Any]],
+  pool: files.Pool,
+) -> list[dict[str, Any]]:
+  from slm.data import cluster  # scikit-learn takes a second to import; few workers need it
+
+  path = out / 'clusters' / 'model.safetensors'
+
+  def fit(cuts: list[documents.Cut]) -> dict[str, Any]:
+    texts = documents.sample_windows(
+      cuts, [summaries[c]['windows'][0] for c in cuts], cfg.fit_windows, cfg.seed
+    )
+    model, flops = cluster.fit(texts, cfg.levels, cfg.dims, cfg.seed)
+    cluster.save(model, path)
+    return {'files': [path.name], 'flops': flops}
+
+  done = files.run(
+    files.Pool(1), 'clusters', fit, {path.with_name('stage.json'): shards['generic']}
+  )
+  windows = [c.out / f'{c.shard}.npz' for cuts in shards.values() for c in cuts]
+  tasks = {p.with_suffix('.clusters.json'): (path, p) for p in windows}
+  return done + files.run(pool, 'windows to clusters', cluster.assign_shard, tasks)
+
+
+def _rows(
+  cfg: PrepareConfig,
+  out: Path,
+  shards: dict[str, list[documents.Cut]],
+  facts: dict[str, Any],
+  pool: files.Pool,
+) -> list[dict[str, Any]]:
+  """Pack every split's rows and complete its facts."""
+  tasks: dict[Path, rows.Pack] = {}
+  for name, cuts in shards.items():
+    windows = [c.out / f'{c.shard}.npz' for c in cuts]
+    groups = [windows[i : i + _SHARDS_PER_ROWS] for i in range(0, len(cuts), _SHARDS_PER_ROWS)]
+    for number, split in cfg.made(name):
+      for i, group in enumerate(groups):
+        stem = f'rows-{i:05d}-of-{len(groups):05d}'
+        task = rows.Pack(out / name / split, stem, tuple(group), number, cfg.context)
+        tasks[task.out / f'{stem}.json'] = task
+  done = files.run(pool, 'rows', rows.write, tasks)
+  for name in shards:
+    for _, split in cfg.made(name):
+      mine = [
+        (t, s) for t, s in zip(tasks.values(), done, strict=True) if t.out == out / name / split
+      ]
+      facts[name][split] |= rows.join(mine)
+  return done
+
+
+def _nested(cfg: PrepareConfig) -> None:
+  """Write the index of every specialisation set of the sizes asked for."""
+  for name in cfg.sets:
+    if name == 'generic':
+      continue
+    data = loader.Split(cfg.out, name, 'train')
+    for size in sorted(cfg.sizes):
+      if (data.path / 'index' / f'{name}-{size}.json').exists():
+        continue
+      if size > data.facts['tokens']:
+        print(f'{name}-{size}: not made, {name}/train has {data.facts["tokens"]:,} tokens')
+        continue
+      ids = importance.nested(data.counts[:, 1], size, cfg.seed)
+      made = {'how': 'prefix of one seeded permutation', 'size': size, 'seed': cfg.seed}
+      about = importance.write_index(data, f'{name}-{size}', ids, made)
+      print(f'index {name}-{size}: {about["rows"]:,} rows, {about["tokens"]:,} tokens')
+
+
+def _main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  config = flags.FLAGS.config
+  if flags.FLAGS.out:
+    config.out = flags.FLAGS.out
+  found = prepare(PrepareConfig.of(config))
+  for name, splits in found['sets'].items():
+    for split, s in splits.items():
+      print(
+        f'{name}/{split}: {s["documents"]:,} documents ({s["duplicates"]:,} duplicates out), '
+        f'{s["tokens"]:,} tokens, {s["rows"]:,} rows, {s["bytes_per_token"]:.2f} bytes per token'
+      )
+  print(f'prepared: {config.out}')
+
+
+if __name__ == '__main__':
+  with cli.one_line_errors():  # the default file is read, and overridden, here
+    config_flags.DEFINE_config_file(
+      'config', 'configs/data.py', 'Sources and settings; configs/data.py explains every key.'
+    )
+  flags.DEFINE_string('out', '', 'Directory to write to.')
+  cli.run(_main)

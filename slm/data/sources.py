@@ -1,0 +1,126 @@
+"""Documents from JSON-lines and text files, one at a time."""
+
+import glob
+import gzip
+import io
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import zstandard
+
+_TEXT_DOCUMENT = 1 << 20  # a .txt file is one document, cut at the first blank line after this
+
+
+def expand(spec: str) -> dict[str, int]:
+  """List the files of a glob with their sizes, sorted, or the `python:` spec itself."""
+  if spec.startswith('python:'):
+    return {spec: 0}
+  found = glob.glob(spec, recursive=True)  # noqa: PTH207 (pathlib cannot match absolute globs)
+  paths = sorted(p for p in found if pathlib.Path(p).is_file())
+  if not paths:
+    raise FileNotFoundError(f'{spec}: no file matches')
+  for path in paths:
+    if not re.search(r'\.(jsonl|txt)(\.gz|\.zst)?$', path):
+      raise ValueError(f'{path}: expected .jsonl or .txt, plain or with .gz or .zst')
+  return {path: pathlib.Path(path).stat().st_size for path in paths}
+
+
+def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
+  """Yield (text, id) of every document in a file; id is '' without `id_field`."""
+  lines = _lines(path)
+  if '.txt' in pathlib.Path(path).suffixes[-2:]:
+    yield from ((text, '') for text in _cut(lines))
+    return
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield _record(f'{path}:{number}', line, text_field, id_field)
+
+
+def _lines(path: str) -> Iterator[str]:
+  number = 0
+  try:
+    with _open(path) as f:
+      # Text wrappers also end lines at \r; JSON lines end at \n only.
+      for line in f:
+        number += 1
+        yield line.decode('utf-8')
+  except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
+    raise ValueError(f'{path}: truncated or unreadable after line {number} ({e})') from None
+  except UnicodeDecodeError as e:
+    raise ValueError(f'{path}:{number}: not UTF-8 ({e})') from None
+
+
+def _open(path: str) -> BinaryIO:
+  if path.endswith('.gz'):
+    return gzip.open(path, 'rb')
+  if path.endswith('.zst'):
+    # A frame that stops early reads as the end of the file, so the frame's end is checked.
+    return io.BufferedReader(_Zstd(path), 1 << 20)
+  return pathlib.Path(path).open('rb')
+
+
+class _Zstd(io.RawIOBase):
+  """A zstd file of one or more frames that raises where it was cut short."""
+
+  def __init__(self, path: str):
+    super().__init__()
+    self._file = pathlib.Path(path).open('rb')  # noqa: SIM115 (closed in close)
+    self._frame = zstandard.ZstdDecompressor().decompressobj()
+    self._rest, self._ready, self._inside = b'', b'', False
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    while not self._ready:
+      data = self._rest or self._file.read(1 << 17)
+      if not data:
+        if self._inside:
+          raise EOFError('compressed frame ended before its end marker')
+        return 0
+      self._ready, self._inside = self._frame.decompress(data), True
+      self._rest = b''
+      if self._frame.eof:
+        self._rest, self._inside = self._frame.unused_data, False
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+    n = min(len(buffer), len(self._ready))
+    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+    return n
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+def _record(where: str, line: str, text_field: str, id_field: str) -> tuple[str, str]:
+  try:
+    record = json.loads(line)
+  except ValueError as e:
+    raise ValueError(f'{where}: not valid JSON ({e})') from None
+  if not isinstance(record, dict):
+    raise ValueError(f'{where}: expected a JSON object, found {type(record).__name__}')
+  for field in filter(None, (text_field, id_field)):
+    if field not in record:
+      raise ValueError(f'{where}: no field {field!r}; the line has {", ".join(sorted(record))}')
+  if not isinstance(record[text_field], str):
+    kind = type(record[text_field]).__name__
+    raise ValueError(f'{where}: field {text_field!r} is {kind}, expected text')
+  # JSON can hold halves of surrogate pairs, which UTF-8 cannot: they become '?'.
+  text = record[text_field].encode('utf-8', 'replace').decode()
+  return text, str(record[id_field]) if id_field else ''
+
+
+def _cut(lines: Iterator[str]) -> Iterator[str]:
+  held, size = [], 0
+  for line in lines:
+    held.append(line)
+    size += len(line)
+    if size > _TEXT_DOCUMENT and not line.strip():
+      yield ''.join(held)
+      held, size = [], 0
+  if held:
+    yield ''.join(held)

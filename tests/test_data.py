@@ -1,0 +1,219 @@
+"""Rows and the loader: exact windows, one cluster per row, one stream for any number of hosts."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import toy
+
+from slm import data
+from slm.data import documents, rows, tokenizer
+
+SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
+
+
+def cfg(**changes) -> data.DataConfig:
+  return data.DataConfig(**dict(path=toy.prepared(), batch_size=8) | changes)
+
+
+def take(n: int, config: data.DataConfig, **build) -> list[data.Batch]:
+  loader = data.build(config, **build)
+  return [next(loader) for _ in range(n)]
+
+
+def equal(a: data.Batch, b: data.Batch) -> bool:
+  return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('n', [0, 1, 6, 7, 8, 14, 100])
+def test_windows_cover_the_text_exactly(n):
+  ids = list(range(10, 10 + n))
+  windows = list(documents.windows(ids, 8, SPECIAL))
+  assert all(2 <= len(w) <= 8 and w[0] == SPECIAL.bos for w in windows)
+  assert np.concatenate([w[1:] for w in windows]).tolist() == [*ids, SPECIAL.eos]
+
+
+def test_rows_hold_every_window_once_with_one_cluster():
+  rng = np.random.default_rng(0)
+  windows = [(int(rng.integers(5)), rng.integers(3, 99, rng.integers(2, 33))) for _ in range(2000)]
+  packed = list(rows.pack(iter(windows), 32))
+  key = lambda cluster, window: (cluster, window.tobytes())  # noqa: E731
+  found = sorted(key(c, w) for c, held in packed for w in held)
+  assert found == sorted(key(c, w) for c, w in windows)
+  used = sum(len(w) for _, w in windows)
+  assert used / (32 * len(packed)) > 0.9
+  assert all(sum(map(len, held)) <= 32 for _, held in packed)
+
+
+def test_row_fields():
+  row = rows.decode_row(rows.encode_row([np.array([1, 5, 6]), np.array([1, 7, 2])], 8))
+  batch = rows.batch(row)
+  assert batch['inputs'].tolist() == [1, 5, 6, 1, 7, 2, 0, 0]
+  assert batch['targets'].tolist() == [5, 6, 1, 7, 2, 0, 0, 0]
+  assert batch['segments'].tolist() == [1, 1, 1, 2, 2, 2, 0, 0]
+  assert batch['positions'].tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+  assert batch['weights'].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
+  assert {k: v.dtype for k, v in batch.items()} == {
+    'inputs': np.int32, 'targets': np.int32, 'segments': np.int32, 'positions': np.int32,
+    'weights': np.float32,
+  }  # fmt: skip
+
+
+def test_epoch_has_every_row_once():
+  facts = data.manifest(toy.prepared())['sets']['generic']['train']
+  for level, per_group in ((0, 1), (8, 4)):
+    order = data.Order(
+      cfg(level=level, rows_per_group=per_group, batch_size=per_group),
+      data.Split(toy.prepared(), 'generic', 'train', level=level),
+    )
+    steps = int(order._chunk_ends[-1])
+    ids = np.concatenate([order.step(s)[1].ravel() for s in range(steps)])
+    assert sorted(ids[ids >= 0]) == list(range(facts['rows']))
+    again = np.concatenate([order.step(s)[1].ravel() for s in range(steps, 2 * steps)])
+    assert sorted(again[again >= 0]) == list(range(facts['rows']))
+    assert (ids != again).any()
+
+
+@pytest.mark.parametrize('level', [2, 8])
+def test_groups_hold_one_cluster(level):
+  config = cfg(level=level, rows_per_group=4, accum=2, batch_size=32)
+  split = data.Split(config.path, 'generic', 'train', level=level)
+  order = data.Order(config, split)
+  for step in range(20):
+    clusters, ids = order.step(step)
+    for c, group in zip(clusters, ids, strict=True):
+      assert (split.clusters[group[group >= 0]] == c).all()
+  batch = take(1, config)[0]
+  assert batch['inputs'].shape == (2, 4, 4, 64) and batch['condition'].shape == (2, 4)
+  assert batch['condition'].dtype == np.int32
+
+
+def test_every_order_cycles_over_each_cluster():
+  config = cfg(level=8, order='every', rows_per_group=2, batch_size=32, accum=2)
+  split = data.Split(config.path, 'generic', 'train', level=8)
+  order = data.Order(config, split)
+  sizes = np.bincount(split.clusters, minlength=8)
+  seen = [order.step(s) for s in range(40)]
+  for clusters, _ in seen:
+    assert clusters.tolist() == [*range(8), *range(8)]
+  stream = np.concatenate([ids.reshape(2, 8, 2) for _, ids in seen]).transpose(1, 0, 2)
+  for c in range(8):
+    first = stream[c].ravel()[: sizes[c]]
+    assert len(np.unique(first)) == len(first) and (split.clusters[first] == c).all()
+
+
+@pytest.mark.parametrize(
+  'changes', [{}, {'level': 8, 'rows_per_group': 2}, {'level': 8, 'order': 'every'}]
+)
+def test_same_global_batches_on_any_number_of_hosts(changes):
+  config = cfg(**changes)
+  whole = take(3, config)
+  for count in (2, 4):
+    parts = [take(3, config, process_index=i, process_count=count) for i in range(count)]
+    for step, batch in enumerate(whole):
+      for key, value in batch.items():
+        joined = np.concatenate([part[step][key] for part in parts], axis=1)
+        np.testing.assert_array_equal(joined, value)
+
+
+def test_state_is_one_integer_and_resumes_anywhere():
+  batches = take(6, cfg())
+  for step in range(6):
+    loader = data.build(cfg())
+    loader.set_state(step)
+    assert loader.get_state() == step and isinstance(loader.get_state(), int)
+    assert equal(next(loader), batches[step])
+    assert loader.get_state() == step + 1
+
+
+def test_seed_changes_the_order():
+  assert not equal(take(1, cfg())[0], take(1, cfg(seed=1))[0])
+
+
+def test_evaluation_covers_a_split_once():
+  path = toy.prepared()
+  facts = data.manifest(path)['sets']['law']['test']
+  for level in (0, 2, 8):
+    found = list(data.evaluation_batches(path, 'law', 'test', 4, level=level))
+    ids = np.concatenate([i for _, i, _ in found])
+    assert sorted(ids[ids >= 0]) == list(range(facts['rows']))
+    assert sum(b['weights'].sum() for _, _, b in found) == facts['tokens']
+    assert all(b['inputs'].shape == (4, 64) for _, _, b in found)
+    for condition, ids, batch in found:
+      assert (batch['weights'][ids < 0] == 0).all()
+      if level:
+        clusters = data.Split(path, 'law', 'test', level=level).clusters
+        assert (clusters[ids[ids >= 0]] == condition).all()
+  few = [i for _, i, _ in data.evaluation_batches(path, 'law', 'test', 4, max_rows=6)]
+  assert (np.concatenate(few) >= 0).sum() == 6
+
+
+def test_text_comes_back():
+  path = toy.prepared()
+  tok = tokenizer.load(pathlib.Path(path) / 'tokenizer')
+  texts = json.dumps(toy.documents(['law', 'law', 'sea'], 90, 1)[60:])
+  for _, ids, batch in data.evaluation_batches(path, 'law', 'test', 4):
+    for row in range(4):
+      for segment in range(1, batch['segments'][row].max() + 1):
+        window = batch['inputs'][row][batch['segments'][row] == segment]
+        assert window[0] == tok.ids.bos
+        if '\ufffd' not in (text := tok.decode(window)):  # a character cut in two
+          assert json.dumps(text)[1:-1] in texts
+    assert ids.shape == (4,)
+
+
+def copy(tmp_path) -> pathlib.Path:
+  shutil.copytree(toy.prepared(), tmp_path / 'data', ignore=shutil.ignore_patterns('windows'))
+  return tmp_path / 'data'
+
+
+def test_refusals(tmp_path):
+  path = toy.prepared()
+  about = data.manifest(path)['tokenizer']
+  data.build(cfg(), tokenizer=about['fingerprint'])
+  with pytest.raises(ValueError, match=f'bytes tokenizer {about["fingerprint"]}.* expects other'):
+    data.build(cfg(), tokenizer='other')
+  for changes, message in {
+    'set': "no set 'nope'; there are: generic, law",
+    'split': "no split 'nope'; there are: test, train",
+    'index': 'no such index; there are: law-2000',
+  }.items():
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      data.build(cfg(**{'set': 'law', changes: 'nope'}))
+  with pytest.raises(ValueError, match='is of law/train, not of generic/train'):
+    data.build(cfg(index='law-500'))
+  with pytest.raises(ValueError, match='no level 5; there are: 2, 8'):
+    data.build(cfg(level=5))
+  with pytest.raises(ValueError, match='8 groups per batch cannot be shared by 3'):
+    data.build(cfg(), process_count=3)
+  with pytest.raises(ValueError, match='level \\* rows_per_group = 8, found 16'):
+    data.build(cfg(level=8, order='every', batch_size=16))
+  with pytest.raises(ValueError, match='clusters .* have no rows in law/test'):
+    data.build(cfg(set='law', split='test', level=8, order='every'))
+  for changes in ({'batch_size': 7, 'accum': 2}, {'order': 'random'}, {'rows_per_group': 2}):
+    with pytest.raises(ValueError, match='data'):
+      cfg(**changes)
+
+
+def test_damaged_directories_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match='manifest.json: not found'):
+    data.manifest(tmp_path)
+  path = copy(tmp_path)
+  text = (path / 'manifest.json').read_text()
+  (path / 'manifest.json').write_text(text[:100])
+  with pytest.raises(ValueError, match='manifest.json: truncated or damaged'):
+    data.manifest(path)
+  (path / 'manifest.json').write_text(json.dumps(json.loads(text) | {'version': 99}))
+  with pytest.raises(ValueError, match='expected version 1, found 99'):
+    data.manifest(path)
+  (path / 'manifest.json').write_text(text)
+  clusters = path / 'generic/train/clusters.npy'
+  np.save(clusters, np.load(clusters)[:-1])
+  with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
+    data.build(cfg(path=str(path)))
+  index = path / 'index/law-500.npy'
+  np.save(index, np.load(index)[::-1].copy())
+  with pytest.raises(ValueError, match='does not match the hash'):
+    data.build(cfg(path=str(path), set='law', index='law-500'))

@@ -1,0 +1,233 @@
+"""Preparation: resuming, duplicates, splits, sources, bad input."""
+
+import gzip
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import toy
+import zstandard
+
+from slm import data
+from slm.data import documents, files, installed, prepare, rows, sources
+
+
+def state(out: str) -> dict[str, str]:
+  """Hash everything that training reads, without how long it took to make."""
+  root = pathlib.Path(out)
+  kept = ('.array_record', '.npy', '.npz', '.safetensors', '.md')
+  found = {
+    str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+    for p in sorted(root.rglob('*'))
+    if p.suffix in kept
+  }
+  manifest = data.manifest(out)
+  del manifest['cost']
+  return found | {'manifest': json.dumps(manifest, sort_keys=True)}
+
+
+@pytest.fixture
+def cfg(tmp_path) -> prepare.PrepareConfig:
+  return toy.config(tmp_path, toy.corpus(tmp_path))
+
+
+def expect(message: str, tmp_path, sets, error=ValueError, **changes) -> None:
+  with pytest.raises(error, match=message):
+    prepare.prepare(toy.config(tmp_path, sets, **changes))
+
+
+def test_manifest_counts_are_exact(cfg):
+  found = prepare.prepare(cfg)
+  texts = toy.documents(['law', 'law', 'sea'], 90, 1)[60:]
+  test = found['sets']['law']['test']
+  assert test['documents'] == 30 and test['bytes'] == sum(len(t.encode()) for t in texts)
+  assert test['tokens'] == test['bytes'] + 30  # bytes and one EOS each
+  generic = found['sets']['generic']
+  assert sum(s['documents'] for s in generic.values()) == 480
+  assert all(s['documents'] > 20 for s in generic.values())
+  train = generic['train']
+  assert train['tokens'] / train['rows'] / 63 > 0.9  # packing efficiency
+  assert set(found['cost']) == {'documents', 'tokenizer', 'windows', 'clusters', 'rows'}
+  assert found['cost']['clusters']['flops'] > 0
+
+
+@pytest.mark.parametrize('module, name', [(rows, 'write'), (documents, 'cut')])
+def test_a_killed_run_continues_to_the_same_bytes(cfg, tmp_path, monkeypatch, module, name):
+  calls, real = [], getattr(module, name)
+
+  def dies(task):
+    calls.append(task)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return real(task)
+
+  monkeypatch.setattr(module, name, dies)
+  with pytest.raises(KeyboardInterrupt):
+    prepare.prepare(cfg)
+  assert not (pathlib.Path(cfg.out) / 'manifest.json').exists()
+  monkeypatch.setattr(module, name, real)
+  prepare.prepare(cfg)
+  expected = state(toy.prepared())
+  expected.pop('index/law-is.npy', None)  # another test adds it
+  assert state(cfg.out) == expected
+
+
+def test_lost_and_cut_files_are_made_again(cfg):
+  prepare.prepare(cfg)
+  before, out = state(cfg.out), pathlib.Path(cfg.out)
+  (out / 'manifest.json').write_text('{"version": 1, "cont')
+  (out / 'generic/train/rows-00000-of-00001.array_record').unlink()
+  (out / 'law/test/rows-00000-of-00001.npy').write_bytes(b'cut')
+  next((out / 'windows/tokens/generic').glob('*.npz')).unlink()
+  prepare.prepare(cfg)
+  assert state(cfg.out) == before
+
+
+def test_complete_directory_is_left_alone(cfg, monkeypatch):
+  prepare.prepare(cfg)
+  monkeypatch.setattr(files, 'run', None)  # no stage may run
+  assert prepare.prepare(cfg) == data.manifest(cfg.out)
+
+
+def test_workers_do_not_change_the_result(cfg):
+  prepare.prepare(toy.config(pathlib.Path(cfg.out).parent, cfg.sets, workers=2))
+  assert state(cfg.out)['manifest'] == state(toy.prepared())['manifest']
+
+
+def test_changed_config_and_sources_are_refused(cfg, tmp_path):
+  prepare.prepare(cfg)
+  expect('was prepared with context=64.*has context=32', tmp_path, cfg.sets, context=32)
+  (tmp_path / 'out/manifest.json').unlink()
+  toy.write_jsonl(tmp_path / 'generic-2.jsonl', ['a new file'])
+  expect('source files changed .*generic-2.jsonl', tmp_path, cfg.sets)
+
+
+def test_duplicates_leave_training_first(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, '_BUCKET', 8)  # several ranges of hashes
+  texts = toy.documents(list(toy.TOPICS), 60, 0)
+  toy.write_jsonl(tmp_path / 'train.jsonl', [*texts[:50], *texts[10:20]])
+  toy.write_jsonl(tmp_path / 'test.jsonl', [texts[0], *texts[50:], texts[50]])
+  sets = {'generic': {k: str(tmp_path / f'{k}.jsonl') for k in ('train', 'test')}}
+  found = prepare.prepare(toy.config(tmp_path, sets))['sets']['generic']
+  assert (found['train']['documents'], found['train']['duplicates']) == (49, 11)
+  assert (found['test']['documents'], found['test']['duplicates']) == (11, 1)
+
+
+def test_split_depends_on_the_document_alone():
+  digests = [hashlib.blake2b(str(i).encode(), digest_size=16).digest() for i in range(5000)]
+  splits = np.array([documents.hash_split(d, (0.1, 0.2)) for d in digests])
+  np.testing.assert_allclose(np.bincount(splits) / 5000, [0.7, 0.1, 0.2], atol=0.02)
+
+
+def test_id_field_keeps_parts_together(tmp_path):
+  lines = [
+    json.dumps({'body': f'{t} {part}', 'book': i % 40})
+    for part in range(4)
+    for i, t in enumerate(toy.documents(list(toy.TOPICS), 40, 0))
+  ]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  sets = {'generic': {'all': str(tmp_path / 'a.jsonl')}}
+  cfg = toy.config(tmp_path, sets, text_field='body', id_field='book', heldout=(0.2, 0.2))
+  found = prepare.prepare(cfg)['sets']['generic']
+  assert all(s['documents'] % 4 == 0 for s in found.values())
+
+
+def test_formats_read_alike(tmp_path):
+  texts = ['one\u2028line\n', 'two\r\n\nwords', '\ud800 half a pair']
+  plain = toy.write_jsonl(tmp_path / 'a.jsonl', texts).read_bytes()
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(plain))
+  half = len(plain) // 2
+  frames = [zstandard.compress(part) for part in (plain[:half], plain[half:])]
+  (tmp_path / 'a.jsonl.zst').write_bytes(b''.join(frames))
+  expected = [(t, '') for t in (*texts[:2], '? half a pair')]
+  for path in tmp_path.iterdir():
+    assert list(sources.read(str(path), 'text', '')) == expected
+  (tmp_path / 'b.txt').write_text('first\n\nstill first\n')
+  assert list(sources.read(str(tmp_path / 'b.txt'), '', '')) == [('first\n\nstill first\n', '')]
+
+
+def test_bad_sources(tmp_path):
+  def fails(name: str, content: bytes, message: str, **fields) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+      list(sources.read(str(path), **{'text_field': 'text', 'id_field': ''} | fields))
+
+  line = b'{"text": "words", "id": 1}\n' * 3000
+  fails('a.jsonl', line[:54] + b'{"text": \n', r'a.jsonl:3: not valid JSON')
+  fails('a.jsonl', line, r"a.jsonl:1: no field 'body'; the line has id, text", text_field='body')
+  fails('a.jsonl', line, r"a.jsonl:1: no field 'key'", id_field='key')
+  fails('a.jsonl', b'{"text": 3}', "a.jsonl:1: field 'text' is int, expected text")
+  fails('a.jsonl', b'[]', 'a.jsonl:1: expected a JSON object, found list')
+  fails('a.jsonl', line[:27] + b'{"text": "\xff"}', 'a.jsonl:2: not UTF-8')
+  fails('a.jsonl.gz', gzip.compress(line)[:-20], r'a.jsonl.gz: truncated or unreadable after line')
+  fails('a.jsonl.gz', line, r'a.jsonl.gz: truncated or unreadable after line 0')
+  fails('a.jsonl.zst', zstandard.compress(line)[:-20], 'a.jsonl.zst: truncated or unreadable')
+  fails('a.jsonl.zst', line, 'a.jsonl.zst: truncated or unreadable after line 0')
+
+
+def test_bad_corpora(tmp_path):
+  sets = toy.corpus(tmp_path)
+  expect('nope.jsonl: no file matches', tmp_path, {'generic': {'all': 'nope.jsonl'}}, OSError)
+  (tmp_path / 'x.csv').write_text('a')
+  expect('x.csv: expected .jsonl or .txt', tmp_path, {'generic': {'all': str(tmp_path / '*.csv')}})
+  (tmp_path / 'empty.jsonl').write_text('\n{"text": " "}\n')
+  empty = {'all': str(tmp_path / 'empty.jsonl')}
+  expect('sets.generic: no document in', tmp_path / 'a', {'generic': empty})
+  toy.write_jsonl(tmp_path / 'tiny.jsonl', ['short'])
+  tiny = {'train': str(tmp_path / 'tiny.jsonl')}
+  expect('law/train: 6 tokens, less than one window of 64', tmp_path / 'b', sets | {'law': tiny})
+  toy.write_jsonl(tmp_path / 'one.jsonl', ['one long document ' * 20])
+  one = {'all': str(tmp_path / 'one.jsonl')}
+  expect(r'no documents left.*\(law\.\w+=\.\.\.\)', tmp_path / 'c', sets | {'law': one})
+  expect('999999 clusters need at least', tmp_path / 'd', sets, levels=(2, 999999))
+  expect("one must be named 'generic'", tmp_path, {'law': tiny})
+  expect('give one source, or a train split', tmp_path, {'generic': {'test': 'x'}})
+  expect('not usable as a folder name', tmp_path, {'generic': tiny, 'index': tiny})
+  expect('python:nope: expected python:docs', tmp_path / 'e', {'generic': {'all': 'python:nope'}})
+
+
+def test_installed_text_is_deterministic_and_capped():
+  first = list(installed.read('python:licences?max_mb=0.1', map))
+  assert first == list(installed.read('python:licences?max_mb=0.1', map))
+  assert 50_000 < sum(map(len, first)) <= 100_000 and min(map(len, first)) >= 200
+  paragraphs = [' '.join(p.lower().split()) for t in first for p in t.split('\n\n')]
+  assert len(set(paragraphs)) == len(paragraphs)
+
+
+def test_installed_docstrings(monkeypatch):
+  monkeypatch.setattr(installed, '_distributions', lambda: ['pytest'])
+  texts = list(installed.read('python:docs?max_mb=0.4', map))
+  assert 100_000 < sum(map(len, texts)) <= 400_000
+  assert any(t.startswith('pytest\n\n') for t in texts)  # the description
+  assert all(t.strip() for t in texts)
+
+
+def test_shares_fill_the_limit():
+  assert installed._share([10, 20, 300, 400], 100) == 35
+  assert installed._share([10, 20], 100) >= 20
+  assert installed._share([50, 50], 60) == 30
+
+
+def test_entry_point(tmp_path):
+  root = pathlib.Path(__file__).parent.parent
+  sets = toy.corpus(tmp_path)
+  arg = f'generic={sets["generic"]["all"]},law.train={sets["law"]["train"]}'
+  base = [sys.executable, '-m', 'slm.data.prepare', f'--out={tmp_path / "o"}']
+  overrides = ['--config.levels=(2,4)', '--config.tokenizer.vocab=400', '--config.workers=1']
+
+  def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*base, *arguments], capture_output=True, text=True, cwd=root)
+
+  done = run(f'--config=configs/data.py:{arg}', *overrides)
+  assert done.returncode == 0, done.stderr
+  assert '| 4 | law |' in done.stdout and 'bytes per token' in done.stdout
+  assert (tmp_path / 'o/clusters/histograms.png').stat().st_size > 1000
+  assert data.manifest(tmp_path / 'o')['tokenizer']['name'] == 'sentencepiece'
+  bad = run('--config=configs/data.py:generic=missing-*.jsonl')
+  assert bad.returncode == 1
+  assert bad.stderr.strip().splitlines()[-1].startswith('error: ')

@@ -1,0 +1,70 @@
+"""A small corpus of four topics, and the directory prepared from it."""
+
+import functools
+import gzip
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+
+from slm.data import prepare
+
+TOPICS = {
+  'sea': 'ship sail harbour wave anchor captain tide island storm rope',
+  'law': 'contract party clause court tenant lease statute liable breach notice',
+  'food': 'butter onion simmer pepper roast flour garlic oven sauce bread',
+  'star': 'planet orbit telescope galaxy comet nebula lunar gravity solar meteor',
+}
+
+
+def documents(topics: list[str], count: int, seed: int) -> list[str]:
+  """Make documents of a few hundred bytes, each about one topic."""
+  rng = np.random.default_rng(seed)
+  texts = []
+  for i in range(count):
+    words = TOPICS[topics[i % len(topics)]].split()
+    n = int(rng.integers(20, 120))
+    texts.append(f'{i} é\t' + ' '.join(rng.choice(words, n)) + '\n')
+  return texts
+
+
+def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
+  lines = ''.join(json.dumps({'text': t, 'id': str(i)}) + '\n' for i, t in enumerate(texts))
+  opener = gzip.open if path.suffix == '.gz' else open
+  with opener(path, 'wb') as f:
+    f.write(lines.encode())
+  return path
+
+
+def corpus(root: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Write a generic set in two files and a law domain with explicit splits; return the sets."""
+  generic = documents(list(TOPICS), 480, 0)
+  write_jsonl(root / 'generic-0.jsonl.gz', generic[:240])
+  write_jsonl(root / 'generic-1.jsonl', generic[240:])
+  domain = documents(['law', 'law', 'sea'], 90, 1)
+  write_jsonl(root / 'law-train.jsonl.gz', domain[:60])
+  write_jsonl(root / 'law-test.jsonl.gz', domain[60:])
+  return {
+    'generic': {'all': str(root / 'generic-*')},
+    'law': {'train': str(root / 'law-train.jsonl.gz'), 'test': str(root / 'law-test.jsonl.gz')},
+  }
+
+
+def config(root: pathlib.Path, sets: dict[str, dict[str, str]], **changes) -> prepare.PrepareConfig:
+  tokenizer = prepare.TokenizerConfig(name='bytes', vocab=320, path='')
+  fields = dict(
+    out=str(root / 'out'), sets=sets, tokenizer=tokenizer, context=64, levels=(2, 8),
+    fit_windows=1000, dims=8, sizes=(500, 2000), text_field='text', id_field='',
+    heldout=(0.1, 0.1), workers=1, seed=0,
+  )  # fmt: skip
+  return prepare.PrepareConfig(**fields | changes)
+
+
+@functools.cache
+def prepared() -> str:
+  """Prepare the corpus once per test session and return its directory."""
+  root = pathlib.Path(tempfile.mkdtemp(prefix='slm-toy-'))
+  cfg = config(root, corpus(root))
+  prepare.prepare(cfg)
+  return cfg.out
