@@ -1,0 +1,47 @@
+"""Models by name; `forward(params, batch)` is the wall between Flax and everything else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm.models.decoder import Decoder, DecoderConfig, Output
+from slm.sharding import Params
+
+MODELS = {'decoder': (DecoderConfig, Decoder)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model as two pure functions over a nested dict of weights."""
+
+  cfg: DecoderConfig
+  init: Callable[[jax.Array], Params]
+  forward: Callable[..., Output]  # forward(params, batch, cache=None)
+
+
+def build(cfg: Mapping[str, Any]) -> Model:
+  """Build the model that `cfg['name']` selects; the other keys are its config.
+
+  Raises:
+    ValueError: if the name or a key is unknown, or a size is impossible.
+  """
+  rest = dict(cfg)
+  name = rest.pop('name')
+  if name not in MODELS:
+    raise ValueError(f'model.name: expected one of {sorted(MODELS)}, found {name!r}')
+  config_class, module_class = MODELS[name]
+  unknown = set(rest) - {f.name for f in dataclasses.fields(config_class)}
+  if unknown:
+    raise ValueError(f'model: unknown keys {sorted(unknown)} for {name!r}')
+  config = config_class(**rest)
+  module = module_class(config)
+  row = jnp.zeros((1, 2), jnp.int32)
+  batch = {'inputs': row, 'positions': row, 'segments': row}
+  return Model(
+    cfg=config,
+    init=lambda key: module.init(key, batch)['params'],
+    forward=lambda params, batch, cache=None: module.apply({'params': params}, batch, cache),
+  )

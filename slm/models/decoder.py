@@ -1,0 +1,254 @@
+"""The dense decoder: every model that `slm` trains or ships is one of these."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm.models import layers
+from slm.sharding import AXES, INPUTS, Params, constrain
+
+REMAT = {
+  'none': None,
+  'full': 'nothing_saveable',
+  'dots': 'dots_with_no_batch_dims_saveable',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Shape of a decoder; head_dim is free of embed / num_heads."""
+
+  vocab: int
+  embed: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp: int
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-5
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  tied: bool = True
+  remat: str = 'none'
+  unroll: int = 1  # layers per scan iteration; num_layers removes the loop
+
+  def __post_init__(self):
+    sizes = ('vocab', 'embed', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp')
+    for name in sizes:
+      if getattr(self, name) < 1:
+        raise ValueError(f'model.{name}: expected at least 1, found {getattr(self, name)}')
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'model.head_dim: RoPE needs an even size, found {self.head_dim}')
+    if self.remat not in REMAT:
+      raise ValueError(f'model.remat: expected one of {sorted(REMAT)}, found {self.remat!r}')
+
+
+class Output(NamedTuple):
+  """What a forward pass returns; logits are a separate call so that losses can chunk them."""
+
+  hidden: jax.Array  # [b,t,d], after the final norm
+  cache: dict[str, jax.Array] | None
+
+
+def _init(name: str, gain: float = 1.0):
+  """Draw N(0, gain^2 / fan_in), the fan-in read off the axis table."""
+
+  def init(key, shape, dtype=jnp.float32):
+    fan_in = math.prod(n for a, n in zip(AXES[name], shape, strict=True) if a in INPUTS[name])
+    return gain / math.sqrt(fan_in) * jax.random.normal(key, shape, dtype)
+
+  return init
+
+
+class Block(nn.Module):
+  """One pre-norm transformer layer."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x, tables, mask, cache, index):
+    """Map x [b,t,d] and this layer's cache to the next x and cache."""
+    c = self.cfg
+    h = layers.rms_norm(x, Scale(c.embed, name='attn_norm')(), c.norm_eps)
+    attended, cache = Attention(c, name='attn')(h, tables, mask, cache, index)
+    x = x + attended
+    h = layers.rms_norm(x, Scale(c.embed, name='mlp_norm')(), c.norm_eps)
+    return x + Mlp(c, name='mlp')(h), cache
+
+
+class Scale(nn.Module):
+  """The learned scale of a norm."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    """Return the scale [d]."""
+    return self.param('scale', nn.initializers.ones, (self.size,))
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with RoPE."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x, tables, mask, cache, index):
+    """Map x [b,t,d] to [b,t,d]; write this call's keys and values into the cache at index."""
+    c = self.cfg
+    shape = {
+      'embed': c.embed,
+      'heads': c.num_heads,
+      'kv_heads': c.num_kv_heads,
+      'head_dim': c.head_dim,
+    }
+    size = lambda name: tuple(shape[a] for a in AXES[name])
+    param = lambda name, init: self.param(name, init, size(name))
+
+    # Head-major activations: [b,h,t,c] makes both attention products plain batched GEMMs.
+    def project(name):
+      w = param(name, _init(name))
+      y = layers.linear(x, w.reshape(c.embed, -1))
+      return y.reshape(x.shape[:2] + w.shape[1:]).swapaxes(1, 2)
+
+    q, k, v = (project(name) for name in ('wq', 'wk', 'wv'))
+    if c.qkv_bias:
+      zeros = nn.initializers.zeros
+      q, k, v = (
+        y + param(w, zeros)[None, :, None, :] for y, w in ((q, 'bq'), (k, 'bk'), (v, 'bv'))
+      )
+    if c.qk_norm:
+      ones = nn.initializers.ones
+      q = layers.rms_norm(q, param('q_scale', ones), c.norm_eps)
+      k = layers.rms_norm(k, param('k_scale', ones), c.norm_eps)
+    q, k = layers.rope(q, tables), layers.rope(k, tables)
+    q = constrain(q, 'batch', 'heads', None, None)
+    k = constrain(k, 'batch', 'kv_heads', None, None)
+    v = constrain(v, 'batch', 'kv_heads', None, None)
+    if cache is not None:
+      k = jax.lax.dynamic_update_slice(cache['k'], k, (0, 0, index, 0))
+      v = jax.lax.dynamic_update_slice(cache['v'], v, (0, 0, index, 0))
+      cache = {'k': k, 'v': v}
+    out = layers.attention(q, k, v, mask)
+    wo = param('wo', _init('wo', (2 * c.num_layers) ** -0.5))
+    out = out.swapaxes(1, 2).reshape(x.shape[:2] + (-1,))
+    return layers.linear(out, wo.reshape(-1, c.embed)), cache
+
+
+class Mlp(nn.Module):
+  """The gated MLP."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Map x [b,t,d] to [b,t,d]."""
+    c = self.cfg
+    gate = self.param('w_gate', _init('w_gate'), (c.embed, c.mlp))
+    up = self.param('w_up', _init('w_up'), (c.embed, c.mlp))
+    down = self.param('w_down', _init('w_down', (2 * c.num_layers) ** -0.5), (c.mlp, c.embed))
+    return layers.swiglu(x, gate, up, down)
+
+
+class Decoder(nn.Module):
+  """Embedding, scanned blocks, final norm."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, batch: dict[str, jax.Array], cache: dict | None = None) -> Output:
+    """Run inputs, positions and segments [b,t]; a cache continues where it stopped.
+
+    A query sees the keys of its own segment at its own or an earlier index; segment 0 is padding.
+    """
+    c = self.cfg
+    shape = (c.vocab, c.embed)
+    init = nn.initializers.normal(c.embed**-0.5)
+    embedding = self.param('embedding', init, shape)
+    if not c.tied:
+      self.param('lm_head', init, shape)
+    x = jnp.take(embedding, batch['inputs'], axis=0)
+    x = constrain(x, 'batch', None, None)
+    tables = layers.rope_tables(batch['positions'], c.head_dim, c.rope_theta)
+
+    queries, index = batch['segments'], 0
+    keys, kv = queries, None
+    if cache is not None:
+      index = cache['index']
+      keys = jax.lax.dynamic_update_slice(cache['segments'], queries, (0, index))
+      kv = {'k': cache['k'], 'v': cache['v']}
+    t, s = queries.shape[1], keys.shape[1]
+    causal = (index + jnp.arange(t))[:, None] >= jnp.arange(s)[None, :]
+    mask = causal[None] & (queries[:, :, None] == keys[:, None, :])
+
+    block = Block
+    if REMAT[c.remat]:
+      policy = getattr(jax.checkpoint_policies, REMAT[c.remat])
+      block = nn.remat(Block, prevent_cse=False, policy=policy)
+    stack = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+      length=c.num_layers,
+      unroll=c.unroll,
+    )
+    x, kv = stack(c, name='blocks')(x, tables, mask, kv, index)
+    hidden = layers.rms_norm(x, Scale(c.embed, name='final_norm')(), c.norm_eps)
+    if cache is not None:
+      cache = {**kv, 'segments': keys, 'index': index + t}
+    return Output(hidden, cache)
+
+
+def init_cache(cfg: DecoderConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+  """Return an empty cache for `batch` rows of at most `length` tokens."""
+  shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
+  return {
+    'k': jnp.zeros(shape, dtype),
+    'v': jnp.zeros(shape, dtype),
+    'segments': jnp.zeros((batch, length), jnp.int32),
+    'index': jnp.zeros((), jnp.int32),
+  }
+
+
+def head(params: Params) -> jax.Array:
+  """Return the output matrix [v,d]: lm_head, or the embedding when they are tied."""
+  return params['lm_head'] if 'lm_head' in params else params['embedding']
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+  """Map hidden [...,d] to float32 logits [...,v]."""
+  return jnp.einsum('...d,vd->...v', hidden, head(params), preferred_element_type=jnp.float32)
+
+
+def num_params(cfg: DecoderConfig) -> dict[str, int]:
+  """Count parameters by component."""
+  attn = 2 * cfg.embed * cfg.head_dim * (cfg.num_heads + cfg.num_kv_heads)
+  attn += cfg.qkv_bias * cfg.head_dim * (cfg.num_heads + 2 * cfg.num_kv_heads)
+  attn += cfg.qk_norm * 2 * cfg.head_dim
+  return {
+    'embedding': cfg.vocab * cfg.embed * (1 if cfg.tied else 2),
+    'attention': cfg.num_layers * attn,
+    'mlp': cfg.num_layers * 3 * cfg.embed * cfg.mlp,
+    'norm': (2 * cfg.num_layers + 1) * cfg.embed,
+  }
+
+
+def forward_flops(cfg: DecoderConfig, context: int) -> float:
+  """Count the multiply-adds (as 2 FLOPs) of one token's forward pass, head included.
+
+  Attention is counted over the blocks of scores that are computed, see layers.attention.
+  """
+  count = num_params(cfg)
+  head_flops = 2 * cfg.vocab * cfg.embed
+  attention = 4 * layers.mean_keys(context) * cfg.num_heads * cfg.head_dim * cfg.num_layers
+  return 2.0 * (count['attention'] + count['mlp']) + head_flops + attention

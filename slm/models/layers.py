@@ -1,0 +1,129 @@
+"""Layers of a Llama-style decoder as functions over arrays.
+
+The alphabet of every einsum: b batch, t query position, s key position, d embed, h query heads,
+k kv heads, g queries per kv head, c head_dim, f mlp (or any output), l layers, v vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from slm.sharding import constrain
+
+_MASKED = -1e30  # finite, so that a padding query (all keys masked) gives no NaN
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Divide by the root mean square of the last axis, in float32 (Zhang & Sennrich 2019)."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+  return (y * scale).astype(x.dtype)
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """Return cosines and sines [b,1,t,head_dim/2] in float32 for positions [b,t]."""
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotate the two halves of x [b,h,t,c] against each other (Su et al. 2021, Llama layout)."""
+  cos, sin = tables
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """Attend with grouped queries: q [b,h,t,c], k and v [b,k,s,c], mask [b,t,s] -> [b,h,t,c].
+
+  The mask is causal: where t == s, query i sees no key after i, and the blocks of scores that
+  lie above the diagonal are not computed.
+  """
+  b, heads, t, c = q.shape
+  kv_heads, s = k.shape[1:3]
+  q = q.reshape(b, kv_heads, heads // kv_heads, t, c) * (c**-0.5)
+  bias = jnp.where(mask, 0.0, _MASKED)[:, None, None]
+  ends = _block_ends(t) if s == t else [t]
+  outs = []
+  for start, end in zip([0] + ends[:-1], ends, strict=True):
+    keys = end if s == t else s
+    block = q[:, :, :, start:end], k[:, :, :keys], v[:, :, :keys]
+    outs.append(_attend(*block, bias[:, :, :, start:end, :keys]))
+  return jnp.concatenate(outs, axis=3).reshape(b, heads, t, c)
+
+
+def mean_keys(t: int) -> float:
+  """Return how many scores per query `attention` computes for t queries over themselves."""
+  ends = _block_ends(t)
+  return sum((end - start) * end for start, end in zip([0] + ends, ends, strict=False)) / t
+
+
+def _block_ends(t: int) -> list[int]:
+  # Four blocks compute 62 % of the square; more would only lengthen compilation.
+  blocks = min(4, max(t // 128, 1))
+  return [-(-t * (i + 1) // blocks) for i in range(blocks)]
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+  """Attend: q [b,k,g,t,c], k and v [b,k,s,c], bias [b,1,1,t,s] -> [b,k,g,t,c]."""
+  return _attend_fwd(q, k, v, bias)[0]
+
+
+def _scores(q, k, bias):
+  return jnp.einsum('bkgtc,bksc->bkgts', q, k, preferred_element_type=jnp.float32) + bias
+
+
+def _attend_fwd(q, k, v, bias):
+  scores = _scores(q, k, bias)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(v.dtype)
+  out = jnp.einsum('bkgts,bksc->bkgtc', weights, v, preferred_element_type=jnp.float32)
+  out = (out / total).astype(v.dtype)
+  return out, (q, k, v, bias, out, top, total)
+
+
+def _attend_bwd(residuals, d_out):
+  # Recomputing the weights costs less than writing and reading [t,s] residuals, and the row sums
+  # of weights x their gradient equal those of out x its gradient (Dao et al. 2022, §B): autodiff
+  # of softmax would reduce over the [t,s] products instead, which took 40 % of a step on CPU.
+  q, k, v, bias, out, top, total = residuals
+  weights = jnp.exp(_scores(q, k, bias) - top) / total
+  to_weights = jnp.einsum('bkgtc,bksc->bkgts', d_out, v, preferred_element_type=jnp.float32)
+  row = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+  to_scores = (weights * (to_weights - row)).astype(q.dtype)
+  weights = weights.astype(v.dtype)
+  return (
+    jnp.einsum('bkgts,bksc->bkgtc', to_scores, k),
+    jnp.einsum('bkgts,bkgtc->bksc', to_scores, q),
+    jnp.einsum('bkgts,bkgtc->bksc', weights, d_out),
+    None,
+  )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+  """Multiply x [b,t,d] by w [d,f] -> [b,t,f]."""
+  return jnp.einsum('btd,df->btf', x, w)
+
+
+def _linear_bwd(residuals, g):
+  # Autodiff would write the weight's gradient as g^T x, and XLA on CPU then transposes g inside
+  # the element-wise loop that makes it; x^T g transposes an x that is already there.
+  x, w = residuals
+  return jnp.einsum('btf,df->btd', g, w), jnp.einsum('btd,btf->df', x, g)
+
+
+linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_bwd)
+
+
+def swiglu(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
+  """Apply the gated MLP of Shazeer 2020: x [b,t,d] -> [b,t,d]."""
+  hidden = jax.nn.silu(linear(x, w_gate)) * linear(x, w_up)
+  return linear(constrain(hidden, 'batch', None, 'mlp'), w_down)

@@ -1,0 +1,175 @@
+"""Objectives: pure functions from (forward passes, weights, batch) to sums and their weights.
+
+An objective returns {name: (sum, weight)}; 'loss' is what is differentiated. Sums are added over
+microbatches, groups and hosts before they are divided: never a mean of means.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm.models.decoder import head
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Return -log softmax(logits)[targets] in float32: [...,v], [...] -> [...]."""
+  logits = logits.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return KL(teacher || student) over the last axis of two logit arrays [...,v]."""
+  p, q = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1)
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return KL(student || teacher) over the last axis of two logit arrays [...,v]."""
+  return forward_kl(student, teacher)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(fn, chunk, weight, hidden, constants, rows):
+  """Sum fn(weight, hidden[chunk], constants, rows[chunk]) -> {name: sum} over chunks of tokens.
+
+  weight [v,d], hidden [n,d], rows: arrays [n,...]; full logits [n,v] never exist. 'loss' is
+  differentiable with respect to weight and hidden.
+  """
+  split = functools.partial(_split, chunk)
+  one = lambda x: fn(weight, x[0], constants, x[1])
+  sums = jax.lax.map(one, (split(hidden), jax.tree.map(split, rows)))
+  return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _chunked_fwd(fn, chunk, weight, hidden, constants, rows):
+  # The loss is a sum, so its gradient can be taken chunk by chunk while the logits are at hand:
+  # three products with the head instead of the four of a rematerialised backward pass.
+  split = functools.partial(_split, chunk)
+
+  def one(d_weight, x):
+    def loss(w, h):
+      sums = fn(w, h, constants, x[1])
+      return sums['loss'], sums
+
+    (_, sums), (dw, dh) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weight, x[0])
+    return d_weight + dw.astype(jnp.float32), (sums, dh)
+
+  start = jnp.zeros(weight.shape, jnp.float32)
+  d_weight, (sums, d_hidden) = jax.lax.scan(one, start, (split(hidden), jax.tree.map(split, rows)))
+  d_hidden = d_hidden.reshape((-1,) + d_hidden.shape[2:])[: hidden.shape[0]]
+  sums = jax.tree.map(lambda x: x.sum(0), sums)
+  return sums, (d_weight.astype(weight.dtype), d_hidden)
+
+
+def _chunked_bwd(fn, chunk, residuals, cotangents):
+  d_weight, d_hidden = residuals
+  g = cotangents['loss']
+  scale = lambda x: (x * g).astype(x.dtype)
+  return scale(d_weight), scale(d_hidden), None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _split(chunk: int, x: jax.Array) -> jax.Array:
+  """Reshape [n,...] to [n/chunk,chunk,...], padded with zeros."""
+  chunk = min(chunk, x.shape[0])
+  pad = -x.shape[0] % chunk
+  x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+  return x.reshape((-1, chunk) + x.shape[1:])
+
+
+def _logits(weight: jax.Array, hidden: jax.Array) -> jax.Array:
+  return jnp.einsum('nd,vd->nv', hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  return x.reshape((-1,) + x.shape[2:])
+
+
+def next_token(forward: Mapping[str, Callable], chunk: int) -> Callable[..., Sums]:
+  """Minimise the next-token loss; `chunk` tokens' logits exist at a time."""
+
+  def fn(weight, hidden, constants, rows):
+    nll = cross_entropy(_logits(weight, hidden), rows['targets'])
+    return {'loss': jnp.sum(nll * rows['weights'])}
+
+  def objective(params: Params, frozen: Params, batch: Batch) -> Sums:
+    hidden = forward['student'](params, batch).hidden
+    rows = {'targets': _flat(batch['targets']), 'weights': _flat(batch['weights'])}
+    sums = _chunked(fn, chunk, head(params), _flat(hidden), (), rows)
+    return {'loss': (sums['loss'], rows['weights'].sum())}
+
+  return objective
+
+
+KL = {'forward': forward_kl, 'reverse': reverse_kl}
+
+
+def distill(
+  forward: Mapping[str, Callable], chunk: int, temperature: float, mixing: float, kl: str
+) -> Callable[..., Sums]:
+  """Minimise (1-mixing) CE + mixing T^2 KL at temperature T (Hinton et al. 2015).
+
+  The teacher's weights are frozen['teacher']. kl='forward' is KL(teacher || student).
+  """
+  if kl not in KL:
+    raise ValueError(f'objective.kl: expected one of {sorted(KL)}, found {kl!r}')
+  if not 0 <= mixing <= 1 or temperature <= 0:
+    raise ValueError(
+      'objective: expected 0 <= mixing <= 1 and temperature > 0, '
+      f'found mixing={mixing}, temperature={temperature}'
+    )
+  divergence = KL[kl]
+
+  def fn(weight, hidden, teacher_weight, rows):
+    logits, t = _logits(weight, hidden), temperature
+    soft = divergence(_logits(teacher_weight, rows['teacher']) / t, logits / t)
+    nll = cross_entropy(logits, rows['targets'])
+    loss = (1 - mixing) * nll + mixing * t * t * soft
+    total = lambda x: jnp.sum(x * rows['weights'])
+    return {'loss': total(loss), 'nll': total(nll), 'kl': total(soft)}
+
+  def objective(params: Params, frozen: Params, batch: Batch) -> Sums:
+    hidden = forward['student'](params, batch).hidden
+    teacher = jax.lax.stop_gradient(forward['teacher'](frozen['teacher'], batch).hidden)
+    rows = {
+      'targets': _flat(batch['targets']),
+      'weights': _flat(batch['weights']),
+      'teacher': _flat(teacher),
+    }
+    sums = _chunked(fn, chunk, head(params), _flat(hidden), head(frozen['teacher']), rows)
+    weight = rows['weights'].sum()
+    return {name: (value, weight) for name, value in sums.items()}
+
+  return objective
+
+
+OBJECTIVES = {'next_token': next_token, 'distill': distill}
+
+
+def build(cfg: Mapping[str, Any], forward: Mapping[str, Callable]) -> Callable[..., Sums]:
+  """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
+  rest = dict(cfg)
+  name = rest.pop('name')
+  if name not in OBJECTIVES:
+    raise ValueError(f'objective.name: expected one of {sorted(OBJECTIVES)}, found {name!r}')
+  return OBJECTIVES[name](forward, **rest)
+
+
+def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
+  """Return the weighted next-token loss of every position, [b,t] float32, without gradients."""
+  hidden = forward(params, batch).hidden
+  split = functools.partial(_split, chunk)
+  rows = (split(_flat(hidden)), split(_flat(batch['targets'])))
+  nll = jax.lax.map(lambda x: cross_entropy(_logits(head(params), x[0]), x[1]), rows)
+  nll = nll.reshape(-1)[: batch['targets'].size].reshape(batch['targets'].shape)
+  return nll * batch['weights']

@@ -1,0 +1,80 @@
+"""Optimiser: schedule, clipping, AdamW with weight decay by the axis table."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from slm.sharding import INPUTS, Params
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def constant(peak: float, warmup: int, steps: int) -> Schedule:
+  """Warm up linearly, then hold the peak (the paper's schedule)."""
+  return optax.schedules.warmup_constant_schedule(peak / (warmup + 1), peak, warmup)
+
+
+def cosine(peak: float, warmup: int, steps: int, final: float) -> Schedule:
+  """Warm up linearly, then decay along a cosine to final x peak."""
+  start = peak / (warmup + 1)  # not 0: the first step should count
+  return optax.schedules.warmup_cosine_decay_schedule(start, peak, warmup, steps, final * peak)
+
+
+def wsd(peak: float, warmup: int, steps: int, decay: float, final: float) -> Schedule:
+  """Warm up, hold, then decay linearly over the last `decay` share of the steps."""
+  start = steps - max(int(decay * steps), 1)
+  return optax.schedules.join_schedules(
+    [
+      optax.schedules.warmup_constant_schedule(peak / (warmup + 1), peak, warmup),
+      optax.schedules.linear_schedule(peak, final * peak, steps - start),
+    ],
+    [start],
+  )
+
+
+SCHEDULES = {'constant': constant, 'cosine': cosine, 'wsd': wsd}
+
+
+def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
+  """Build the learning rate as a function of the step.
+
+  Raises:
+    ValueError: if the name is unknown or the warm-up does not fit in the steps.
+  """
+  rest = dict(cfg)
+  name = rest.pop('name')
+  if name not in SCHEDULES:
+    raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {name!r}')
+  if not 0 <= rest['warmup'] < max(steps, 1):
+    raise ValueError(f'schedule.warmup={rest["warmup"]}: expected less than steps={steps}')
+  return SCHEDULES[name](steps=steps, **rest)
+
+
+def build(
+  cfg: Mapping[str, Any], learning_rate: Schedule, independent: bool
+) -> optax.GradientTransformation:
+  """Build clipping + AdamW; weight decay touches only weights that contract an axis.
+
+  independent: every leaf leads with an axis of separate models, each clipped by its own norm.
+  """
+  tx = optax.chain(
+    optax.clip_by_global_norm(cfg['clip']),
+    optax.adamw(
+      learning_rate,
+      b1=cfg['b1'],
+      b2=cfg['b2'],
+      eps=cfg['eps'],
+      weight_decay=cfg['weight_decay'],
+      mask=decay_mask,
+    ),
+  )
+  if independent:
+    tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+  return tx
+
+
+def decay_mask(theta: Params) -> Params:
+  """Mark the leaves that weight decay shrinks: no embeddings, norms, biases or codes."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in INPUTS, theta)

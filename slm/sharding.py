@@ -1,0 +1,189 @@
+"""The axis table: what every weight dimension is called, and where it lies on the mesh.
+
+A leaf's name fixes its logical axes. Sharding, projection, weight decay, initial scale and
+parameter counts all read this table; a new architecture adds rows here.
+"""
+
+import contextvars
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Params = dict[str, Any]
+
+# Leaf name -> its axes, without the stacking axes that STACKS adds.
+AXES: dict[str, tuple[str, ...]] = {
+  'embedding': ('vocab', 'embed'),
+  'lm_head': ('vocab', 'embed'),
+  'scale': ('embed',),
+  'wq': ('embed', 'heads', 'head_dim'),
+  'wk': ('embed', 'kv_heads', 'head_dim'),
+  'wv': ('embed', 'kv_heads', 'head_dim'),
+  'wo': ('heads', 'head_dim', 'embed'),
+  'bq': ('heads', 'head_dim'),
+  'bk': ('kv_heads', 'head_dim'),
+  'bv': ('kv_heads', 'head_dim'),
+  'q_scale': ('head_dim',),
+  'k_scale': ('head_dim',),
+  'w_gate': ('embed', 'mlp'),
+  'w_up': ('embed', 'mlp'),
+  'w_down': ('mlp', 'embed'),
+  # Projected network (slm/reparam.py): E [k,m] and M^(l) [m,h] of the paper.
+  'expert_code': ('clusters', 'code'),
+  'mix': ('code', 'basis'),
+}
+
+# A path component that stacks everything below it along one more leading axis.
+STACKS = {'experts': 'experts', 'blocks': 'layers', 'bases': 'basis'}
+
+# Axes a weight is contracted over, by leaf name: the fan-in of the initial scale.
+INPUTS: dict[str, tuple[str, ...]] = {
+  'wq': ('embed',),
+  'wk': ('embed',),
+  'wv': ('embed',),
+  'wo': ('heads', 'head_dim'),
+  'w_gate': ('embed',),
+  'w_up': ('embed',),
+  'w_down': ('mlp',),
+}
+
+# Logical axis -> mesh axes. `batch` and `groups` are activation axes; `embed` is a weight
+# axis only (activations never shard it).
+RULES: dict[str, tuple[str, ...]] = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'embed': ('fsdp',),
+  'mlp': ('tensor',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'vocab': ('tensor',),
+  'experts': ('expert',),
+}
+
+MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+  """Build the mesh; one size may be -1 and takes the devices that are left.
+
+  Raises:
+    ValueError: if an axis is unknown or the sizes do not multiply to the device count.
+  """
+  devices = jax.devices() if devices is None else devices
+  unknown = set(sizes) - set(MESH_AXES)
+  if unknown:
+    raise ValueError(f'mesh: unknown axes {sorted(unknown)}, expected some of {MESH_AXES}')
+  shape = [sizes.get(a, 1) for a in MESH_AXES]
+  if shape.count(-1) == 1:
+    rest = math.prod(n for n in shape if n != -1)
+    shape[shape.index(-1)] = max(len(devices) // rest, 1) if rest else -1
+  if min(shape) < 1 or math.prod(shape) != len(devices):
+    raise ValueError(
+      f'mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(shape)} devices, '
+      f'found {len(devices)}'
+    )
+  # Explicit is JAX's default and rejects ordinary operations; see CONTRIBUTING.
+  return Mesh(
+    np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)
+  )
+
+
+def leaf_axes(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """Return the logical axes of the leaf at a key path.
+
+  Raises:
+    ValueError: if the leaf's name has no row in AXES.
+  """
+  names = [k.key for k in path]
+  if names[-1] not in AXES:
+    raise ValueError(f'weight {"/".join(names)}: no row for {names[-1]!r} in sharding.AXES')
+  return tuple(STACKS[n] for n in names[:-1] if n in STACKS) + AXES[names[-1]]
+
+
+def axes(params: Params) -> Params:
+  """Map every leaf to its tuple of logical axes; checks the rank."""
+
+  def one(path, leaf):
+    names = leaf_axes(path)
+    if len(names) != len(leaf.shape):
+      raise ValueError(f'weight {jax.tree_util.keystr(path)}: axes {names}, shape {leaf.shape}')
+    return names
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def spec(names: tuple[str | None, ...], mesh: Mesh, taken: tuple[str, ...] = ()) -> P:
+  """Translate logical axes to a partition spec; a mesh axis is used at most once."""
+  used, parts = set(taken), []
+  for name in names:
+    there = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used)
+    used.update(there)
+    parts.append(there if len(there) > 1 else there[0] if there else None)
+  return P(*parts)
+
+
+def shardings(params: Params, mesh: Mesh) -> Params:
+  """Return the NamedSharding of every weight.
+
+  Raises:
+    ValueError: if a mesh axis does not divide the dimension it would split.
+  """
+
+  def one(path, leaf):
+    names = leaf_axes(path)
+    where = spec(names, mesh)
+    for name, size, part in zip(names, leaf.shape, where, strict=True):
+      n = math.prod(mesh.shape[a] for a in _tuple(part))
+      if size % n:
+        raise ValueError(
+          f'mesh: weight {jax.tree_util.keystr(path)} has {name}={size}, '
+          f'which {part}={n} does not divide'
+        )
+    return NamedSharding(mesh, where)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Shard dimension `axis` as the batch axis."""
+  return NamedSharding(mesh, spec((None,) * axis + ('batch',), mesh))
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Count the devices the batch axis is split over."""
+  return math.prod(mesh.shape[a] for a in RULES['batch'])
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Constrain an activation to its logical axes; without a mesh return it unchanged."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, mesh, _grouped.get()))
+
+
+# Mesh axes that an enclosing vmap_groups has taken for its group axis.
+_grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
+
+
+def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
+  """Map `fn` over groups of rows, the group axis taking the place of the batch axis on the mesh."""
+
+  def run(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    names = () if mesh.empty else tuple(a for a in RULES['batch'] if mesh.shape[a] > 1)
+    token = _grouped.set(names)
+    try:
+      return jax.vmap(fn, in_axes, spmd_axis_name=names or None)(*args)
+    finally:
+      _grouped.reset(token)
+
+  return run
+
+
+def _tuple(part: Any) -> tuple[str, ...]:
+  return part if isinstance(part, tuple) else () if part is None else (part,)

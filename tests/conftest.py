@@ -1,0 +1,64 @@
+"""Eight simulated CPU devices, strict rank promotion, one tiny data set and config."""
+
+import json
+import random
+import tempfile
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Runs of the same shapes recur in many tests: compile each program once.
+_CACHE = tempfile.TemporaryDirectory(prefix='slm-xla-')
+jax.config.update('jax_compilation_cache_dir', _CACHE.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+from configs import base  # noqa: E402
+from configs import data as data_config  # noqa: E402
+from slm.data import prepare  # noqa: E402
+
+TOPICS = {
+  'river': 'water flows past the old mill and the boats drift slowly under grey willow trees',
+  'court': 'the party shall indemnify the licensor against any claim arising under this agreement',
+  'lab': 'cells were incubated at low temperature and the protein was measured in each sample',
+  'market': 'shares fell as traders sold bonds and the bank raised its forecast for oil prices',
+}
+
+
+def document(rng: random.Random, topic: str, words: int = 60) -> str:
+  """Write a document of random words of a topic."""
+  return ' '.join(rng.choice(TOPICS[topic].split()) for _ in range(words))
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory) -> str:
+  """Prepare four generic topics and one domain (court), bytes, context 32, levels 2 and 4."""
+  root, rng = tmp_path_factory.mktemp('tiny'), random.Random(0)
+  for name, topics in (('generic', list(TOPICS)), ('court', ['court'])):
+    for split, count in (('train', 80), ('validation', 8), ('test', 8)):
+      lines = [json.dumps({'text': document(rng, topics[i % len(topics)])}) for i in range(count)]
+      (root / f'{name}-{split}.jsonl').write_text('\n'.join(lines))
+  c = data_config.get_config()
+  splits = ('train', 'validation', 'test')
+  c.sets = {s: {k: str(root / f'{s}-{k}.jsonl') for k in splits} for s in ('generic', 'court')}
+  c.out = str(root / 'data')
+  c.tokenizer.name = 'bytes'
+  c.context, c.levels, c.fit_windows, c.dims = 32, (2, 4), 400, 8
+  c.sizes, c.workers = (2000, 8000), 1
+  prepare.prepare(prepare.PrepareConfig.of(c))
+  return c.out
+
+
+@pytest.fixture
+def tiny_config(tiny_data):
+  """Return a config that trains four steps of a two-layer model on `tiny_data`."""
+  c = base.get_config()
+  c.steps, c.log_every, c.tensorboard = 4, 1, False
+  c.model.update(embed=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp=32)
+  c.data.update(path=tiny_data, batch_size=8)
+  c.schedule.update(peak=1e-2, warmup=1)
+  c.eval.update(every=2, max_rows=16, batch_size=8)
+  c.checkpoint.every = 2
+  c.objective.chunk = 64
+  return c

@@ -1,0 +1,295 @@
+"""The decoder against `transformers`, against itself by other routes, and its own accounting."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm import models, objectives, optim, sharding
+from slm.models.decoder import forward_flops, init_cache, num_params, unembed
+from slm.step import init_state, make_train_step
+
+SMALL = {
+  'name': 'decoder',
+  'vocab': 96,
+  'embed': 32,
+  'num_layers': 3,
+  'num_heads': 4,
+  'num_kv_heads': 4,
+  'head_dim': 8,
+  'mlp': 48,
+}
+VARIANTS = {
+  'dense': {},
+  'grouped': {'num_kv_heads': 2},
+  'multi_query': {'num_kv_heads': 1},
+  'untied': {'tied': False},
+  'wide_heads': {'head_dim': 16, 'num_kv_heads': 2},
+  'bias': {'qkv_bias': True},
+  'qk_norm': {'qk_norm': True, 'head_dim': 16},
+}
+
+
+def make(**changes):
+  """Return a model and weights in which norms, biases and scales are not at their start."""
+  model = models.build({**SMALL, **changes})
+  params = model.init(jax.random.key(0))
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  return model, jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+
+def make_batch(rows=2, t=12, vocab=96, seed=0):
+  """Return one-document rows."""
+  inputs = np.random.default_rng(seed).integers(0, vocab, (rows, t)).astype(np.int32)
+  positions = np.broadcast_to(np.arange(t, dtype=np.int32), (rows, t))
+  ones = np.ones((rows, t), np.int32)
+  return {'inputs': inputs, 'positions': positions, 'segments': ones}
+
+
+def logits_of(model, params, batch):
+  return jax.jit(lambda p, b: unembed(p, model.forward(p, b).hidden))(params, batch)
+
+
+def hugging_face(cfg, params):
+  """Return the `transformers` model of the same shape and weights."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  family = 'Qwen2' if cfg.qkv_bias else 'Qwen3' if cfg.qk_norm else 'Llama'
+  config = getattr(transformers, f'{family}Config')(
+    vocab_size=cfg.vocab,
+    hidden_size=cfg.embed,
+    intermediate_size=cfg.mlp,
+    num_hidden_layers=cfg.num_layers,
+    num_attention_heads=cfg.num_heads,
+    num_key_value_heads=cfg.num_kv_heads,
+    head_dim=cfg.head_dim,
+    rms_norm_eps=cfg.norm_eps,
+    rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_theta},
+    max_position_embeddings=2048,
+    tie_word_embeddings=cfg.tied,
+    attn_implementation='eager',
+  )
+  flat = lambda x: np.asarray(x).reshape(-1)
+  rows = lambda x: np.asarray(x).reshape(cfg.embed, -1).T  # [embed, ...] -> [out, in]
+  weights = {
+    'model.embed_tokens.weight': np.asarray(params['embedding']),
+    'model.norm.weight': flat(params['final_norm']['scale']),
+    'lm_head.weight': np.asarray(params['embedding' if cfg.tied else 'lm_head']),
+  }
+  for i in range(cfg.num_layers):
+    block = jax.tree.map(lambda x: x[i], params['blocks'])
+    attn, mlp, at = block['attn'], block['mlp'], f'model.layers.{i}.'
+    weights[at + 'input_layernorm.weight'] = flat(block['attn_norm']['scale'])
+    weights[at + 'post_attention_layernorm.weight'] = flat(block['mlp_norm']['scale'])
+    for n in 'qkv':
+      weights[at + f'self_attn.{n}_proj.weight'] = rows(attn[f'w{n}'])
+      if cfg.qkv_bias:
+        weights[at + f'self_attn.{n}_proj.bias'] = flat(attn[f'b{n}'])
+    for n in 'qk' if cfg.qk_norm else '':
+      weights[at + f'self_attn.{n}_norm.weight'] = flat(attn[f'{n}_scale'])
+    weights[at + 'self_attn.o_proj.weight'] = np.asarray(attn['wo']).reshape(-1, cfg.embed).T
+    for n in ('gate', 'up', 'down'):
+      weights[at + f'mlp.{n}_proj.weight'] = np.asarray(mlp[f'w_{n}']).T
+  model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
+  model.load_state_dict({n: torch.tensor(w) for n, w in weights.items()})
+  return lambda ids: model(torch.tensor(ids).long()).logits.detach().numpy()
+
+
+@pytest.mark.parametrize('t', [3, 600])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_logits_equal_those_of_transformers(variant, t):
+  model, params = make(**VARIANTS[variant])
+  reference = hugging_face(model.cfg, params)
+  batch = make_batch(t=t)
+  ours = logits_of(model, params, batch)
+  assert np.abs(ours).max() > 1
+  np.testing.assert_allclose(ours, reference(batch['inputs']), atol=1e-4)
+
+
+@pytest.mark.parametrize('t', [24, 600])
+def test_documents_of_a_packed_row_do_not_see_each_other(t):
+  model, params = make()
+  cut = t // 3
+  batch = make_batch(rows=1, t=t)
+  batch['segments'] = np.where(np.arange(t) < cut, 1, 2)[None].astype(np.int32)
+  batch['positions'] = np.where(np.arange(t) < cut, np.arange(t), np.arange(t) - cut)[None]
+  before = logits_of(model, params, batch)
+  for changed in (slice(0, cut), slice(cut, t)):
+    other = dict(batch, inputs=batch['inputs'].copy())
+    other['inputs'][:, changed] = (other['inputs'][:, changed] + 1) % 96
+    same = np.ones(t, bool)
+    same[changed] = False
+    after = logits_of(model, params, other)
+    np.testing.assert_array_equal(after[:, same], before[:, same])
+    assert np.abs(after[:, ~same] - before[:, ~same]).max() > 0.1
+  alone = {name: x[:, cut:] for name, x in batch.items()}
+  np.testing.assert_allclose(before[:, cut:], logits_of(model, params, alone), atol=1e-5)
+
+
+@pytest.mark.parametrize('t', [12, 300])
+def test_no_query_sees_a_later_key(t):
+  model, params = make()
+  batch = make_batch(rows=1, t=t)
+  before = logits_of(model, params, batch)
+  for at in (t // 2, t - 1):
+    other = dict(batch, inputs=batch['inputs'].copy())
+    other['inputs'][:, at] = (other['inputs'][:, at] + 1) % 96
+    after = logits_of(model, params, other)
+    np.testing.assert_array_equal(after[:, :at], before[:, :at])
+
+
+def loss_and_gradient(model, params, batch):
+  weight = jax.random.normal(jax.random.key(2), (model.cfg.embed,))
+  loss = lambda p: jnp.sum(jnp.sin(model.forward(p, batch).hidden) @ weight)
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize('changes', [{'unroll': 3}, {'remat': 'full'}, {'remat': 'dots'}])
+def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
+  model, params = make(**VARIANTS['grouped'])
+  other = models.build(
+    {'name': 'decoder', **dataclasses.asdict(dataclasses.replace(model.cfg, **changes))}
+  )
+  batch = make_batch(t=20)
+  ours, theirs = (loss_and_gradient(m, params, batch) for m in (model, other))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+@pytest.mark.parametrize('t', [12, 300])
+def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):
+  from slm.models.layers import attention
+
+  keys = jax.random.split(jax.random.key(0), 4)
+  q = jax.random.normal(keys[0], (2, 4, t, 8))
+  k, v = (jax.random.normal(key, (2, kv_heads, t, 8)) for key in keys[1:3])
+  segments = jnp.broadcast_to(jnp.arange(t) * 2 // t, (2, t))
+  mask = jnp.tril(jnp.ones((t, t), bool))[None] & (segments[:, :, None] == segments[:, None, :])
+  direction = jax.random.normal(keys[3], q.shape)
+
+  def plain(q, k, v):
+    k, v = (jnp.repeat(x, 4 // kv_heads, axis=1) for x in (k, v))
+    scores = jnp.einsum('bhtc,bhsc->bhts', q, k) / 8**0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum('bhts,bhsc->bhtc', weights, v)
+
+  gradient = lambda f: jax.jit(
+    jax.value_and_grad(lambda *x: jnp.sum(f(*x) * direction), argnums=(0, 1, 2))
+  )(q, k, v)
+  ours, theirs = gradient(lambda q, k, v: attention(q, k, v, mask)), gradient(plain)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize('variant', ['grouped', 'qk_norm', 'bias'])
+def test_prefill_and_decoding_from_a_cache_equal_the_full_pass(variant):
+  model, params = make(**VARIANTS[variant])
+  batch = make_batch(t=10)
+  full = model.forward(params, batch).hidden
+  cache = init_cache(model.cfg, 2, 16, jnp.float32)  # longer than the row
+  forward = jax.jit(model.forward)
+  part = lambda start, end: {name: x[:, start:end] for name, x in batch.items()}
+  hidden, cache = forward(params, part(0, 6), cache)
+  pieces = [hidden]
+  for i in range(6, 10):
+    hidden, cache = forward(params, part(i, i + 1), cache)
+    pieces.append(hidden)
+  np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=1e-5)
+  assert int(cache['index']) == 10
+
+
+@pytest.mark.parametrize('t', [8, 300])
+def test_padding_gives_finite_values_and_leaves_the_text_alone(t):
+  model, params = make()
+  batch = make_batch(t=t)
+  batch['segments'] = np.where(np.arange(t) < t // 2, 1, 0)[None].repeat(2, 0).astype(np.int32)
+  hidden = model.forward(params, batch).hidden
+  assert np.isfinite(hidden).all()
+  text = {name: x[:, : t // 2] for name, x in batch.items()}
+  np.testing.assert_allclose(hidden[:, : t // 2], model.forward(params, text).hidden, atol=1e-5)
+  _, gradient = loss_and_gradient(model, params, batch)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_padding_on_the_left_of_a_cached_prompt_is_finite():
+  model, params = make()
+  batch = make_batch(t=6)
+  batch['segments'] = np.array([[0, 0, 1, 1, 1, 1], [1] * 6], np.int32)
+  hidden, _ = model.forward(params, batch, init_cache(model.cfg, 2, 9, jnp.float32))
+  assert np.isfinite(hidden).all()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_axis_table_and_parameter_count_cover_every_leaf(variant):
+  model, params = make(**VARIANTS[variant])
+  names = sharding.axes(params)
+  c = model.cfg
+  sizes = {
+    'vocab': c.vocab,
+    'embed': c.embed,
+    'heads': c.num_heads,
+    'kv_heads': c.num_kv_heads,
+    'head_dim': c.head_dim,
+    'mlp': c.mlp,
+    'layers': c.num_layers,
+  }
+  is_names = lambda x: isinstance(x, tuple)
+  expected = jax.tree.map(lambda n: tuple(sizes[a] for a in n), names, is_leaf=is_names)
+  shapes = jax.tree.map(lambda x: x.shape, params)
+  assert shapes == expected
+  assert sum(num_params(c).values()) == sum(x.size for x in jax.tree.leaves(params))
+
+
+WIDE = {
+  'vocab': 512, 'embed': 256, 'num_layers': 2, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 64,
+  'mlp': 704, 'unroll': 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('t', [64, 512])
+def test_flops_agree_with_the_compiler(t):
+  model = models.build({**SMALL, **WIDE})
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  batch = make_batch(rows=1, t=t)
+  forward = jax.jit(lambda p, b: unembed(p, model.forward(p, b).hidden))
+  counted = forward.lower(params, batch).compile().cost_analysis()['flops']
+  expected = forward_flops(model.cfg, t) * t
+  assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_train_step_flops_are_three_forwards():
+  model = models.build({**SMALL, **WIDE})
+  t = 64
+  objective = objectives.build({'name': 'next_token', 'chunk': t}, {'student': model.forward})
+  hyper = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
+  tx = optim.build(hyper, lambda step: 1e-3, False)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  state = jax.eval_shape(lambda p: init_state(p, tx), params)
+  batch = make_batch(rows=64, t=t)
+  batch |= {'targets': batch['inputs'], 'weights': np.ones((64, t), np.float32)}
+  # One chunk holds every token, since the compiler counts a loop's body once.
+  objective = objectives.build({'name': 'next_token', 'chunk': 64 * t}, {'student': model.forward})
+  step = jax.jit(make_train_step(objective, tx))
+  batch = {name: x[None] for name, x in batch.items()}
+  counted = step.lower(state, {}, batch).compile().cost_analysis()['flops']
+  assert counted == pytest.approx(3 * forward_flops(model.cfg, t) * 64 * t, rel=0.06)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_kv_heads': 3}, 'num_kv_heads=3'),
+    ({'head_dim': 7}, 'head_dim'),
+    ({'mlp': 0}, 'model.mlp'),
+    ({'remat': 'some'}, 'remat'),
+    ({'depth': 3}, 'depth'),
+    ({'name': 'encoder'}, 'encoder'),
+  ],
+)
+def test_impossible_models_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    models.build({**SMALL, **changes})

@@ -1,0 +1,211 @@
+"""Objectives against optax and torch, and their chunked form against full logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm import objectives
+from slm.models.decoder import Output
+
+EMBED, VOCAB = 8, 31
+CE = {'name': 'next_token'}
+KD = {'name': 'distill', 'temperature': 2.0, 'mixing': 0.7, 'kl': 'forward'}
+
+
+def forward(params, batch):
+  """Stand in for a decoder: a table look-up, then a nonlinearity."""
+  return Output(jnp.tanh(jnp.take(params['embedding'], batch['inputs'], axis=0)), None)
+
+
+def make_params(seed, groups=()):
+  draw = lambda i, *s: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), s)
+  return {'embedding': draw(0, *groups, VOCAB, EMBED), 'lm_head': draw(1, *groups, VOCAB, EMBED)}
+
+
+def make_batch(*shape):
+  rng = np.random.default_rng(3)
+  ids = lambda: rng.integers(0, VOCAB, shape).astype(np.int32)
+  weights = (rng.random(shape) < 0.8).astype(np.float32)
+  return {'inputs': ids(), 'targets': ids(), 'weights': weights}
+
+
+def build(cfg, chunk):
+  return objectives.build({**cfg, 'chunk': chunk}, {'student': forward, 'teacher': forward})
+
+
+def full(cfg, params, teacher, batch):
+  """Return the objective's loss from full logits and library losses."""
+  logits = lambda p: forward(p, batch).hidden @ p['lm_head'].T
+  ours, theirs = logits(params), logits(teacher)
+  loss = optax.softmax_cross_entropy_with_integer_labels(ours, batch['targets'])
+  if cfg['name'] == 'distill':
+    t, m = cfg['temperature'], cfg['mixing']
+    log_p, log_q = jax.nn.log_softmax(theirs / t), jax.nn.log_softmax(ours / t)
+    if cfg['kl'] == 'reverse':
+      log_p, log_q = log_q, log_p
+    kl = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+    loss = (1 - m) * loss + m * t * t * kl
+  return jnp.sum(loss * batch['weights'])
+
+
+def logit_pair():
+  keys = jax.random.split(jax.random.key(0))
+  return tuple(4 * jax.random.normal(k, (5, 7, VOCAB)) for k in keys)
+
+
+def test_cross_entropy_equals_optax_and_torch():
+  logits, _ = logit_pair()
+  targets = make_batch(5, 7)['targets']
+  ours = objectives.cross_entropy(logits, targets)
+  theirs = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  torch = pytest.importorskip('torch')
+  theirs = torch.nn.functional.cross_entropy(
+    torch.tensor(np.asarray(logits)).reshape(-1, VOCAB),
+    torch.tensor(targets).reshape(-1).long(),
+    reduction='none',
+  )
+  np.testing.assert_allclose(ours.reshape(-1), theirs.numpy(), atol=1e-5)
+
+
+def test_cross_entropy_is_float32_and_finite_for_extreme_logits():
+  logits = jnp.array([[1e4, 0.0, -1e4]], jnp.bfloat16)
+  nll = objectives.cross_entropy(logits, jnp.array([2]))
+  assert nll.dtype == jnp.float32
+  assert np.isfinite(nll).all()
+
+
+def test_divergences_equal_optax_and_torch():
+  teacher, student = logit_pair()
+  log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+  kl = optax.losses.kl_divergence_with_log_targets
+  np.testing.assert_allclose(objectives.forward_kl(teacher, student), kl(log_q, log_p), atol=1e-4)
+  np.testing.assert_allclose(objectives.reverse_kl(teacher, student), kl(log_p, log_q), atol=1e-4)
+  torch = pytest.importorskip('torch')
+  p, q = (torch.tensor(np.asarray(x)) for x in (log_p, log_q))
+  theirs = torch.nn.functional.kl_div(q, p, reduction='none', log_target=True).sum(-1)
+  np.testing.assert_allclose(objectives.forward_kl(teacher, student), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize('chunk', [4, 8, 21, 64])  # 21 tokens: a rest, a rest, exact, too large
+@pytest.mark.parametrize('cfg', [CE, KD, {**KD, 'kl': 'reverse'}], ids=['ce', 'kd', 'reverse'])
+def test_chunks_give_the_value_and_gradient_of_full_logits(cfg, chunk):
+  params, teacher, batch = make_params(0), make_params(1), make_batch(3, 7)
+  objective = build(cfg, chunk)
+  loss = lambda p: objective(p, {'teacher': teacher}, batch)['loss'][0]
+  ours = jax.jit(jax.value_and_grad(loss))(params)
+  theirs = jax.value_and_grad(lambda p: full(cfg, p, teacher, batch))(params)
+  np.testing.assert_allclose(loss(params), theirs[0], rtol=1e-5)  # the undifferentiated form
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+  weight = objective(params, {'teacher': teacher}, batch)['loss'][1]
+  assert weight == batch['weights'].sum()
+
+
+@pytest.mark.parametrize('shared', ['nothing', 'head', 'everything'])
+@pytest.mark.parametrize('cfg', [CE, KD], ids=['ce', 'kd'])
+def test_chunks_under_a_map_over_groups(cfg, shared):
+  params, teacher, batch = make_params(0, (4,)), make_params(1), make_batch(4, 3, 7)
+  axes = {'embedding': 0, 'lm_head': 0}
+  for name in {'nothing': (), 'head': ('lm_head',), 'everything': axes}[shared]:
+    axes[name], params[name] = None, params[name][0]
+  objective = build(cfg, 8)
+  frozen = {'teacher': teacher}
+
+  def mapped(fn):
+    return lambda p: jax.vmap(fn, in_axes=(axes, 0))(p, batch).sum()
+
+  ours = mapped(lambda p, b: objective(p, frozen, b)['loss'][0])
+  theirs = mapped(lambda p, b: full(cfg, p, teacher, b))
+  ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, theirs))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+def test_tokens_of_weight_zero_do_not_matter():
+  params, batch = make_params(0), make_batch(3, 7)
+  objective = build(CE, 8)
+  other = dict(batch)
+  other['targets'] = np.where(batch['weights'] > 0, batch['targets'], 0)
+  loss = jax.value_and_grad(lambda p, b: objective(p, {}, b)['loss'][0])
+  jax.tree.map(np.testing.assert_array_equal, loss(params, batch), loss(params, other))
+  nothing = dict(batch, weights=np.zeros_like(batch['weights']))
+  value, gradient = loss(params, nothing)
+  assert value == 0
+  assert all((g == 0).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize('kl', ['forward', 'reverse'])
+def test_distilling_from_an_identical_teacher_changes_nothing(kl):
+  params, batch = make_params(0), make_batch(3, 7)
+  objective = build({**KD, 'mixing': 1.0, 'kl': kl}, 8)
+  loss = lambda p: objective(p, {'teacher': params}, batch)['loss'][0]
+  value, gradient = jax.value_and_grad(loss)(params)
+  assert value == pytest.approx(0, abs=1e-5)
+  assert objective(params, {'teacher': params}, batch)['kl'][0] == pytest.approx(0, abs=1e-5)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(gradient)) < 1e-5
+
+
+def test_distillation_scales_its_divergence_by_the_squared_temperature():
+  params, teacher, batch = make_params(0), {'teacher': make_params(1)}, make_batch(3, 7)
+  for temperature in (1.0, 3.0):
+    cfg = {**KD, 'mixing': 1.0, 'temperature': temperature}
+    sums = build(cfg, 8)(params, teacher, batch)
+    assert sums['loss'][0] == pytest.approx(temperature**2 * float(sums['kl'][0]), rel=1e-5)
+  norm = lambda t: optax.global_norm(
+    jax.grad(
+      lambda p: build({**KD, 'mixing': 1.0, 'temperature': t}, 8)(p, teacher, batch)['loss'][0]
+    )(params)
+  )
+  # The reason for the factor: the gradient tends to a limit instead of vanishing as 1 / T^2.
+  assert norm(400.0) == pytest.approx(norm(200.0), rel=0.05)
+
+
+def test_distillation_without_mixing_is_the_next_token_loss():
+  params, teacher, batch = make_params(0), {'teacher': make_params(1)}, make_batch(3, 7)
+  sums = build({**KD, 'mixing': 0.0}, 8)(params, teacher, batch)
+  assert sums['loss'][0] == pytest.approx(float(build(CE, 8)(params, {}, batch)['loss'][0]))
+  assert sums['loss'][0] == pytest.approx(float(sums['nll'][0]))
+
+
+def shapes(jaxpr):
+  """Yield the shape of every value of a jaxpr and of those inside it."""
+  for eqn in jaxpr.eqns:
+    yield from (v.aval.shape for v in eqn.outvars)
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      yield from shapes(inner)
+
+
+@pytest.mark.parametrize('cfg', [CE, KD], ids=['ce', 'kd'])
+def test_no_full_logits_exist(cfg):
+  params, teacher, batch = make_params(0), {'teacher': make_params(1)}, make_batch(8, 16)
+  loss = lambda p, chunk: build(cfg, chunk)(p, teacher, batch)['loss'][0]
+
+  def logits(chunk):
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: loss(p, chunk)))(params).jaxpr
+    return max(int(np.prod(s[:-1])) for s in shapes(jaxpr) if s and s[-1] == VOCAB)
+
+  assert logits(16) == 16
+  assert logits(128) == 128  # the walk does see them
+
+
+def test_token_losses_are_those_of_the_objective():
+  params, batch = make_params(0), make_batch(3, 7)
+  nll = objectives.token_losses(forward, params, batch, 8)
+  assert nll.shape == (3, 7)
+  assert nll.sum() == pytest.approx(float(build(CE, 8)(params, {}, batch)['loss'][0]), rel=1e-5)
+  assert (np.asarray(nll)[batch['weights'] == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'kl': 'sideways'}, 'sideways'),
+    ({'temperature': 0.0}, 'temperature'),
+    ({'mixing': 1.5}, 'mixing'),
+    ({'name': 'wish'}, 'wish'),
+  ],
+)
+def test_impossible_objectives_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    build({**KD, **changes}, 8)
