@@ -1,0 +1,69 @@
+"""Every key of a training run, its default and what it means; other configs change a few."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Return the defaults: a small decoder trained on the generic set."""
+  c = ConfigDict()
+  c.seed = 0
+  c.phase = 'pretrain'  # the ledger's name for this run's cost: pretrain | finetune | distill
+  c.steps = 1000
+  c.dtype = 'float32'  # compute dtype; weights and optimiser state stay float32
+  c.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1}  # -1: the devices that are left
+  c.distributed = False  # call jax.distributed.initialize() first (several processes)
+
+  c.model = ConfigDict(
+    {
+      'name': 'decoder',
+      'vocab': 0,  # 0: the tokenizer's
+      'embed': 128,
+      'num_layers': 4,
+      'num_heads': 4,
+      'num_kv_heads': 4,
+      'head_dim': 32,
+      'mlp': 384,
+      'rope_theta': 10_000.0,
+      'norm_eps': 1e-5,
+      'qk_norm': False,
+      'qkv_bias': False,
+      'tied': True,
+      'remat': 'none',  # none | dots | full
+      'unroll': 1,  # layers per iteration of the scan
+    }
+  )
+  c.reparam = ConfigDict({'name': 'full'})  # full | mixture | project, see slm/reparam.py
+  c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # chunk: tokens of logits at once
+  c.teacher = ''  # run directory of the distillation teacher
+  c.init = ''  # run directory whose (dense) weights to start from; '' is random
+
+  c.data = ConfigDict(
+    {
+      'path': '',  # made by slm.data.prepare
+      'set': 'generic',
+      'split': 'train',
+      'index': '',  # name of an index in the data directory; '' is every row
+      'level': 0,  # clusters to group rows by; 0 does not group
+      'order': 'proportional',  # 'every': one group per cluster in each batch, in order
+      'rows_per_group': 1,
+      'batch_size': 32,  # rows per optimiser step
+      'accum': 1,  # microbatches per optimiser step
+    }
+  )
+  c.schedule = ConfigDict({'name': 'cosine', 'peak': 2e-3, 'warmup': 100, 'final': 0.1})
+  c.optim = ConfigDict({'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0})
+
+  c.eval = ConfigDict(
+    {
+      'every': 200,  # steps; 0: only at the end
+      'set': '',  # '' is data.set
+      'split': 'validation',
+      'max_rows': 512,  # 0: all
+      'batch_size': 32,
+      'patience': 0,  # stop after this many evaluations without a better loss; 0: never
+    }
+  )
+  c.checkpoint = ConfigDict({'every': 200, 'keep': 1})  # beside the best by evaluation loss
+  c.log_every = 10
+  c.tensorboard = True
+  return c

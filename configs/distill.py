@@ -1,0 +1,17 @@
+"""Fine-tune a dense run (`init`) on a domain set under a fine-tuned teacher (SLM-d, paper §2.3)."""
+
+from configs import finetune
+
+
+def get_config():
+  """Return a fine-tuning run with (1-mixing) CE + mixing T^2 KL; set teacher too."""
+  c = finetune.get_config()
+  c.phase = 'distill'
+  c.objective = {
+    'name': 'distill',
+    'chunk': 512,
+    'temperature': 1.0,
+    'mixing': 0.5,
+    'kl': 'forward',
+  }
+  return c

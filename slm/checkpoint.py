@@ -1,0 +1,76 @@
+"""Every Orbax call: asynchronous saves, restores onto any mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints of one run; as a context manager it waits for pending saves."""
+
+  def __init__(self, directory: str | Path, keep: int = 1):
+    """Keep the latest `keep` and the one with the lowest loss."""
+    best = policies.BestN(
+      get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    self._checkpointer = ocp.training.Checkpointer(
+      Path(directory).absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._checkpointer.close()
+
+  @property
+  def latest(self) -> int | None:
+    """Return the newest step saved, None if there is none."""
+    metadata = self._checkpointer.latest
+    return None if metadata is None else metadata.step
+
+  @property
+  def best(self) -> int | None:
+    """Return the step with the lowest loss among those that recorded one, else the latest."""
+    scored = [c for c in self._checkpointer.checkpoints if c.metrics]
+    return min(scored, key=lambda c: c.metrics['loss']).step if scored else self.latest
+
+  def save(
+    self,
+    step: int,
+    theta: Any,
+    opt_state: Any = None,
+    next_batch: int | None = None,
+    loss: float | None = None,
+  ) -> None:
+    """Start an asynchronous save; the state may be donated as soon as this returns."""
+    items = {'theta': theta}
+    if opt_state is not None:
+      items |= {'opt': opt_state, 'data': {'next': np.asarray(next_batch)}}
+    metrics = None if loss is None else {'loss': loss}
+    self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
+
+  def restore(self, step: int, theta: Any, opt_state: Any) -> tuple[Any, Any, int]:
+    """Return theta, opt_state and the next batch, laid out as the abstract arguments say."""
+    abstract = {'theta': theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
+    items = self._checkpointer.load_checkpointables(step, abstract)
+    return items['theta'], items['opt'], int(items['data']['next'])
+
+  def restore_theta(self, step: int, theta: Any) -> Any:
+    """Return theta alone, laid out as the abstract argument says."""
+    return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Describe a tree's shapes, dtypes and shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )

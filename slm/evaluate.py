@@ -1,0 +1,121 @@
+"""Held-out losses: per row, so that models are compared on identical windows."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from slm import cli, data, load, objectives, reparam, rundir, sharding
+
+Params = dict[str, Any]
+
+
+def make_row_losses(forward: Callable, dtype: str, chunk: int) -> Callable[..., jax.Array]:
+  """Make jitted f(params, batch [b,t]) -> [b,2]: each row's summed NLL (nats) and tokens."""
+
+  def row_losses(params, batch):
+    params = reparam.cast(params, jnp.dtype(dtype))
+    nll = objectives.token_losses(forward, params, batch, chunk)
+    return jnp.stack([nll.sum(-1), batch['weights'].sum(-1)], axis=-1)
+
+  return jax.jit(row_losses)
+
+
+def rows(
+  row_losses: Callable[..., jax.Array],
+  specialist: Callable[[int], Params],
+  mesh: jax.sharding.Mesh,
+  path: str,
+  data_set: str,
+  split: str,
+  batch_size: int,
+  level: int = 0,
+  max_rows: int = 0,
+  index: str = '',
+) -> np.ndarray:
+  """Evaluate every row of a split with its cluster's specialist: [rows,2] NLL and tokens.
+
+  Rows are in file order, so that arrays of different models align. With level 0 the specialist is
+  asked for once, with cluster 0.
+  """
+  found: dict[int, np.ndarray] = {}
+  where = sharding.batch_sharding(mesh)
+  cluster, params = None, None
+  batches = data.evaluation_batches(
+    path, data_set, split, batch_size, level=level, index=index, max_rows=max_rows
+  )
+  for condition, ids, batch in batches:
+    if condition != cluster:
+      cluster, params = condition, specialist(condition)
+    values = np.asarray(row_losses(params, jax.device_put(batch, where)), np.float64)
+    found.update((i, v) for i, v in zip(ids.tolist(), values, strict=True) if i >= 0)
+  return np.stack([found[i] for i in sorted(found)])
+
+
+def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:
+  """Summarise [rows,2]: loss in nats per token, perplexity, bits per byte of the text."""
+  nll, tokens = values.sum(0)
+  result = {
+    'nll': float(nll),
+    'tokens': int(tokens),
+    'rows': len(values),
+    'loss': float(nll / tokens),
+    'ppl': math.exp(nll / tokens),
+  }
+  if num_bytes:
+    result |= {'bytes': num_bytes, 'bpb': float(nll / math.log(2) / num_bytes)}
+  return result
+
+
+def run(
+  workdir: str | Path, path: str, sets: list[str], mesh: jax.sharding.Mesh, batch_size: int
+) -> dict[str, dict[str, float]]:
+  """Evaluate a run on 'set/split' names; write eval.json and eval/<set>-<split>.npy.
+
+  What eval.json already holds for the same data is kept. A run that holds specialists routes every
+  row to its own cluster's.
+  """
+  workdir = Path(workdir)
+  loaded = load.load(workdir, mesh)
+  manifest = data.manifest(path)
+  load.same_tokenizer(loaded, manifest['tokenizer']['fingerprint'])
+  cfg = loaded.cfg
+  row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'])
+  results_path = workdir / 'eval.json'
+  results = rundir.read_json(results_path) if results_path.exists() else {}
+  with jax.set_mesh(mesh):
+    for name in sets:
+      data_set, _, split = name.partition('/')
+      level = loaded.reparam.clusters
+      specialist = (lambda c: loaded.params(c)) if level else (lambda c: loaded.theta)
+      values = rows(row_losses, specialist, mesh, path, data_set, split, batch_size, level)
+      rundir.write_array(workdir / 'eval' / f'{data_set}-{split}.npy', values)
+      results[name] = summary(values, manifest['sets'][data_set][split]['bytes'])
+      rundir.write_json(results_path, results)
+  return results
+
+
+def main(_: list[str]) -> None:
+  """Print a table of losses, one line per run and split."""
+  if not flags.FLAGS.run:
+    raise ValueError('--run: name at least one run directory')
+  mesh = sharding.make_mesh({'data': -1})
+  print(f'{"run":40s} {"on":24s} {"loss":>8s} {"ppl":>9s} {"bits/byte":>9s}')
+  for path in flags.FLAGS.run:
+    data_path = flags.FLAGS.data or rundir.read_json(Path(path) / 'config.json')['data']['path']
+    for name, r in run(path, data_path, flags.FLAGS.on, mesh, flags.FLAGS.batch_size).items():
+      if name in flags.FLAGS.on:
+        print(f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} {r["ppl"]:9.3f} {r["bpb"]:9.4f}')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_multi_string('run', [], 'Run directory to evaluate; may be repeated.')
+  flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
+  flags.DEFINE_multi_string('on', ['generic/test'], 'set/split to evaluate; may be repeated.')
+  flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')
+  cli.run(main)

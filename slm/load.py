@@ -1,0 +1,85 @@
+"""From a run directory to a model that can be called."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm import checkpoint, models, reparam, rundir, sharding
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A trained run: its config, model, reparameterisation and theta at its best step."""
+
+  path: Path
+  cfg: dict[str, Any]
+  model: models.Model
+  reparam: reparam.Reparam
+  theta: Params
+  step: int
+
+  def params(self, cluster: int | None = None) -> Params:
+    """Return ordinary dense params: the model itself, or the specialist of a cluster.
+
+    Raises:
+      ValueError: if the run holds specialists and no valid cluster is named, or holds none and
+        one is.
+    """
+    clusters = self.reparam.clusters
+    if not clusters:
+      if cluster is not None:
+        raise ValueError(f'{self.path} holds one dense model: it has no cluster {cluster}')
+      return self.theta
+    if cluster is None or not 0 <= cluster < clusters:
+      raise ValueError(f'{self.path}: expected a cluster in 0..{clusters - 1}, found {cluster}')
+    return jax.jit(self.reparam.materialize)(self.theta, {}, cluster)
+
+
+def build(cfg: dict[str, Any]) -> tuple[models.Model, reparam.Reparam]:
+  """Build the model and reparameterisation of a resolved config."""
+  model = models.build(cfg['model'])
+  return model, reparam.build(cfg['reparam'], model.init)
+
+
+def theta_shardings(rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> tuple[Params, Params]:
+  """Return theta's shapes and where each leaf lies on the mesh."""
+  shapes = jax.eval_shape(rep.init, jax.random.key(0))
+  return shapes, sharding.shardings(shapes, mesh)
+
+
+def load(run: str | Path, mesh: jax.sharding.Mesh) -> Loaded:
+  """Load the best checkpoint of a run directory onto the mesh.
+
+  Raises:
+    ValueError: if the directory holds no run or no checkpoint.
+  """
+  run = Path(run)
+  cfg = rundir.read_json(run / 'config.json')
+  model, rep = build(cfg)
+  shapes, where = theta_shardings(rep, mesh)
+  directory = run / 'checkpoints'
+  if not directory.is_dir():
+    raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
+  with checkpoint.Checkpoints(directory) as saved:
+    step = saved.best
+    if step is None:
+      raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
+    theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))
+  return Loaded(run, cfg, model, rep, theta, step)
+
+
+def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
+  """Refuse weights trained with another tokenizer.
+
+  Raises:
+    ValueError: naming both fingerprints.
+  """
+  if loaded.cfg['tokenizer'] != fingerprint:
+    raise ValueError(
+      f'{loaded.path} was trained with tokenizer {loaded.cfg["tokenizer"][:12]}, '
+      f'the data were made with {fingerprint[:12]}'
+    )

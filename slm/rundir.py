@@ -1,0 +1,141 @@
+"""A run is a directory: resolved config, code version, environment, metrics, cost ledger."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Write a file whole or not at all: under a temporary name, then renamed."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    temporary.write_text(text)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_array(path: Path, value: np.ndarray) -> None:
+  """Write an .npy file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{os.getpid()}.{path.name}')
+  try:
+    np.save(temporary, value, allow_pickle=False)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Write JSON whole or not at all."""
+  write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
+
+
+def read_json(path: Path) -> Any:
+  """Read JSON.
+
+  Raises:
+    ValueError: naming the file, if it is missing or broken.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(f'{path}: no such file; is {path.parent} a finished run?') from None
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{path}: not JSON ({e})') from None
+
+
+def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
+  """Create or re-open a run directory; returns whether it existed.
+
+  Raises:
+    ValueError: if the directory holds a run of another config, naming the first difference.
+  """
+  resolved = json.loads(json.dumps(config))
+  path = workdir / 'config.json'
+  if path.exists():
+    difference = _difference(read_json(path), resolved)
+    if difference:
+      raise ValueError(f'{workdir} holds another run: {difference}; choose another --workdir')
+    return True
+  if workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith('.')):
+    raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
+  write_text(workdir / 'git.txt', _git())
+  write_json(workdir / 'env.json', environment())
+  write_json(path, resolved)
+  return False
+
+
+def _difference(old: Any, new: Any, key: str = '') -> str:
+  if isinstance(old, dict) and isinstance(new, dict):
+    for name in sorted(old.keys() | new.keys()):
+      found = _difference(old.get(name), new.get(name), f'{key}.{name}' if key else name)
+      if found:
+        return found
+    return ''
+  return '' if old == new else f'{key} was {old!r}, now {new!r}'
+
+
+def environment() -> dict[str, Any]:
+  """Describe interpreter, packages and devices."""
+  device = jax.devices()[0]
+  return {
+    'python': sys.version.split()[0],
+    'platform': platform.platform(),
+    'cpu_count': os.cpu_count(),
+    'devices': jax.device_count(),
+    'processes': jax.process_count(),
+    'device_kind': device.device_kind,
+    'backend': device.platform,
+    'packages': {name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def _git() -> str:
+  root = Path(__file__).resolve().parent.parent
+
+  def git(*args: str) -> str:
+    command = ['git', '-C', str(root), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+  if not (root / '.git').exists():
+    return f'slm {importlib.metadata.version("slm")}, not a git checkout\n'
+  return git('rev-parse', 'HEAD') + git('diff', 'HEAD')
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+  """Read metrics.jsonl; a line cut short by a crash ends it."""
+  return list(_lines(workdir / 'metrics.jsonl'))
+
+
+def _lines(path: Path):
+  for line in path.read_text().split('\n'):
+    try:
+      yield json.loads(line)
+    except json.JSONDecodeError:
+      return
+
+
+def read_ledger(workdir: Path) -> dict[str, Any]:
+  """Read the cost ledger: {'phases': [...], 'ancestors': [...]}."""
+  path = workdir / 'ledger.json'
+  return read_json(path) if path.exists() else {'phases': [], 'ancestors': []}
+
+
+def write_ledger(workdir: Path, phases: list[dict[str, Any]], ancestors: list[str]) -> None:
+  """Set these phases' entries in the ledger; entries of other phases stay."""
+  mine = {p['phase'] for p in phases}
+  others = [p for p in read_ledger(workdir)['phases'] if p['phase'] not in mine]
+  write_json(workdir / 'ledger.json', {'phases': others + phases, 'ancestors': ancestors})

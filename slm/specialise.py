@@ -1,0 +1,117 @@
+"""Take one specialist out of a run that holds several, as an ordinary dense run.
+
+    python -m slm.specialise --run=RUN --domain=law --workdir=SPECIALIST [--rule=best]
+
+The result has the class, size and speed of any dense model; fine-tune it with `slm.train` and
+`--config.init=SPECIALIST`. No pretraining data are read.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from slm import checkpoint, cli, data, evaluate, load, rundir, sharding
+from slm.models.decoder import forward_flops
+from slm.record import phase_entry
+
+# A choice of cluster and the (tokens, forward passes counted in tokens) it cost.
+Choice = tuple[int, int]
+
+
+def frequent(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
+  """Choose the domain's most frequent cluster; needs no model evaluation."""
+  histogram = data.histogram(path, domain, 'train', loaded.reparam.clusters, index)
+  return int(np.argmax(histogram)), 0
+
+
+def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
+  """Choose the specialist with the lowest loss on the domain's set before any fine-tuning."""
+  cfg = loaded.cfg
+  losses = evaluate.make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'])
+  found, tokens = [], 0
+  with cli.progress('choose specialist', loaded.reparam.clusters, 'models') as progress:
+    for cluster in range(loaded.reparam.clusters):
+      params = loaded.params(cluster)
+      values = evaluate.rows(
+        losses,
+        lambda c, p=params: p,
+        mesh,
+        path,
+        domain,
+        'train',
+        cfg['eval']['batch_size'],
+        index=index,
+      )
+      nll, count = values.sum(0)
+      found.append(nll / count)
+      tokens += int(count)
+      progress.update(1, loss=found[-1])
+  return int(np.argmin(found)), tokens
+
+
+RULES = {'frequent': frequent, 'best': best}
+
+
+def specialise(
+  run: str | Path, domain: str, workdir: str | Path, rule: str = 'frequent', index: str = ''
+) -> int:
+  """Write the chosen specialist as a dense run directory; returns its cluster.
+
+  Raises:
+    ValueError: if the run holds no specialists, or the rule or the domain is unknown.
+  """
+  if rule not in RULES:
+    raise ValueError(f'--rule: expected one of {sorted(RULES)}, found {rule!r}')
+  workdir, mesh = Path(workdir), sharding.make_mesh({'data': -1})
+  if (workdir / 'result.json').exists():
+    return rundir.read_json(workdir / 'result.json')['cluster']
+  loaded = load.load(run, mesh)
+  if not loaded.reparam.clusters:
+    raise ValueError(f'{run} holds one dense model: there is no specialist to take out')
+  cfg, began = loaded.cfg, time.monotonic()
+  path = cfg['data']['path']
+  if domain not in data.manifest(path)['sets']:
+    raise ValueError(f'--domain: {path} has no set {domain!r}')
+  with jax.set_mesh(mesh):
+    cluster, tokens = RULES[rule](loaded, path, domain, index, mesh)
+    dense = {
+      **cfg,
+      'phase': 'select',
+      'reparam': {'name': 'full'},
+      'init': '',
+      'teacher': '',
+      'data': {**cfg['data'], 'level': 0, 'order': 'proportional', 'rows_per_group': 1},
+      'specialist': {'of': str(run), 'domain': domain, 'rule': rule, 'index': index},
+    }
+    rundir.open_run(workdir, dense)
+    with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+      if saved.latest is None:
+        saved.save(0, loaded.params(cluster))
+  flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])
+  entry = phase_entry('select', tokens, flops, time.monotonic() - began)
+  rundir.write_ledger(workdir, [entry], [str(run)])
+  rundir.write_json(workdir / 'result.json', {'cluster': cluster, 'rule': rule, 'steps': 0})
+  return cluster
+
+
+def main(_: list[str]) -> None:
+  """Write the specialist and say which cluster it is."""
+  if not (flags.FLAGS.run and flags.FLAGS.domain and flags.FLAGS.workdir):
+    raise ValueError('expected --run, --domain and --workdir')
+  cluster = specialise(
+    flags.FLAGS.run, flags.FLAGS.domain, flags.FLAGS.workdir, flags.FLAGS.rule, flags.FLAGS.index
+  )
+  print(f'{flags.FLAGS.workdir}: specialist of cluster {cluster} ({jax.device_count()} devices)')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('run', '', 'Run that holds specialists (mixture or project).')
+  flags.DEFINE_string('domain', '', 'Set of the data directory to specialise to.')
+  flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How the cluster is chosen.')
+  flags.DEFINE_string('index', '', 'Specialisation set (an index of the data directory).')
+  flags.DEFINE_string('workdir', '', 'Run directory to write.')
+  cli.run(main)

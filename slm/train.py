@@ -1,0 +1,298 @@
+"""Train any model by any objective: the entry point and the only train loop.
+
+    python -m slm.train --config=configs/pretrain.py --config.data.path=DATA --workdir=RUN
+
+Started again with the same arguments it continues from its last checkpoint.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from slm import checkpoint, cli, data, evaluate, load, objectives, optim, reparam, rundir, sharding
+from slm.models.decoder import forward_flops
+from slm.record import Recorder
+from slm.step import State, init_state, make_train_step
+
+Params = dict[str, Any]
+
+
+class Interrupted(Exception):
+  """Training was asked to stop and has saved its state."""
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fill in what the data decide (vocabulary, tokenizer, context) and check the rest.
+
+  Raises:
+    ValueError: if the model cannot hold the tokenizer's ids.
+  """
+  cfg = json.loads(json.dumps(config))
+  if not cfg['data']['path']:
+    raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
+  manifest = data.manifest(cfg['data']['path'])
+  vocab = manifest['tokenizer']['vocab']
+  cfg['tokenizer'] = manifest['tokenizer']['fingerprint']
+  cfg['context'] = manifest['context']
+  cfg['model']['vocab'] = cfg['model']['vocab'] or vocab
+  if cfg['model']['vocab'] < vocab:
+    raise ValueError(f'model.vocab={cfg["model"]["vocab"]}: the tokenizer has {vocab} ids')
+  cfg['eval']['set'] = cfg['eval']['set'] or cfg['data']['set']
+  return cfg
+
+
+def make_sums(
+  objective: Callable, rep: reparam.Reparam, dtype: str
+) -> Callable[[Params, Params, dict[str, jax.Array]], objectives.Sums]:
+  """Make sums(theta, frozen, batch [groups,rows,t]): materialise, cast, map over groups."""
+
+  def sums(theta, frozen, batch):
+    condition = batch['condition']
+    rows = {name: x for name, x in batch.items() if name != 'condition'}
+    frozen = reparam.cast(frozen, jnp.dtype(dtype))
+    if not rep.clusters:
+      params = reparam.cast(rep.materialize(theta, frozen, None), jnp.dtype(dtype))
+      rows = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), rows)
+      return objective(params, frozen, rows)
+    params = reparam.cast(rep.materialize(theta, frozen, condition), jnp.dtype(dtype))
+    in_axes = (reparam.group_axes(rep, params), None, 0)
+    return sharding.vmap_groups(objective, in_axes)(params, frozen, rows)
+
+  return sums
+
+
+def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+  """Run or continue a training run; returns what result.json holds.
+
+  Raises:
+    ValueError: if the config, the data or the run directory do not fit together.
+    FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
+    Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
+  """
+  workdir = Path(workdir)
+  cfg = resolve(config)
+  rundir.open_run(workdir, cfg)
+  if (workdir / 'result.json').exists():
+    return rundir.read_json(workdir / 'result.json')
+  mesh = sharding.make_mesh(cfg['mesh'])
+  with jax.set_mesh(mesh):
+    return _Run(cfg, workdir, mesh).loop()
+
+
+class _Run:
+  """One run's state between the banner steps of `loop`."""
+
+  def __init__(self, cfg: dict[str, Any], workdir: Path, mesh: jax.sharding.Mesh):
+    self.cfg, self.workdir, self.mesh = cfg, workdir, mesh
+    self.model, self.reparam = load.build(cfg)
+    self.shapes, self.where = load.theta_shardings(self.reparam, mesh)
+    self.frozen, forwards, self.ancestors = {}, {'student': self.model.forward}, []
+    teacher_flops = 0.0
+    if cfg['teacher']:
+      teacher = load.load(cfg['teacher'], mesh)
+      load.same_tokenizer(teacher, cfg['tokenizer'])
+      self.frozen['teacher'] = teacher.params()
+      forwards['teacher'] = teacher.model.forward
+      teacher_flops = forward_flops(teacher.model.cfg, cfg['context'])
+      self.ancestors.append(str(cfg['teacher']))
+    objective = objectives.build(cfg['objective'], forwards)
+    self.schedule = optim.schedule(cfg['schedule'], cfg['steps'])
+    self.tx = optim.build(cfg['optim'], self.schedule, self.reparam.independent)
+    sums = make_sums(objective, self.reparam, cfg['dtype'])
+    self.step = make_train_step(sums, self.tx, self.reparam.independent)
+    self.batches = data.build(
+      data.DataConfig(seed=cfg['seed'], **cfg['data']),
+      tokenizer=cfg['tokenizer'],
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    self._check_groups()
+    d = cfg['data']
+    positions = d['batch_size'] * cfg['context']
+    groups = d['batch_size'] // d['rows_per_group']
+    self.step_flops = positions * (
+      3 * forward_flops(self.model.cfg, cfg['context']) + teacher_flops
+    ) + 3 * reparam.materialize_flops(self.reparam, self.shapes, groups)
+    self.materialize = jax.jit(self.reparam.materialize)
+    self.row_losses = evaluate.make_row_losses(
+      self.model.forward, cfg['dtype'], cfg['objective']['chunk']
+    )
+
+  def _check_groups(self) -> None:
+    d, devices = self.cfg['data'], sharding.batch_devices(self.mesh)
+    if self.reparam.clusters != d['level'] and self.reparam.clusters:
+      raise ValueError(
+        f'reparam.clusters={self.reparam.clusters} needs rows grouped by as many clusters: '
+        f'set data.level to it, found {d["level"]}'
+      )
+    groups = d['batch_size'] // (d['accum'] * d['rows_per_group'])
+    if groups % devices:
+      raise ValueError(
+        f'mesh: {groups} groups of rows per microbatch (data.batch_size / accum / rows_per_group) '
+        f'do not divide over {devices} devices of the batch axes'
+      )
+
+  def initial_state(self) -> State:
+    """Draw theta, or take the weights of cfg.init, laid out on the mesh."""
+    cfg = self.cfg
+    if cfg['init']:
+      start = load.load(cfg['init'], self.mesh)
+      load.same_tokenizer(start, cfg['tokenizer'])
+      if self.reparam.clusters:
+        raise ValueError('init: only reparam "full" starts from the weights of another run')
+      if start.model.cfg != self.model.cfg:
+        raise ValueError(f'init: {cfg["init"]} is {start.model.cfg}, the config {self.model.cfg}')
+      theta = start.params()
+      self.ancestors.insert(0, str(cfg['init']))
+    else:
+      key = jax.random.fold_in(jax.random.key(cfg['seed']), 0)
+      theta = jax.jit(self.reparam.init, out_shardings=self.where)(key)
+    return jax.jit(lambda t: init_state(t, self.tx), out_shardings=self.layout)(theta)
+
+  @property
+  def layout(self) -> State:
+    """Lay optimiser moments out like the weights they belong to, the rest replicated."""
+    shapes = jax.eval_shape(lambda t: init_state(t, self.tx), self.shapes)
+    structure = jax.tree.structure(self.shapes)
+    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    like_theta = lambda x: jax.tree.structure(x) == structure
+    return jax.tree.map(
+      lambda x: self.where if like_theta(x) else replicated, shapes, is_leaf=like_theta
+    )
+
+  def restore(self, saved: checkpoint.Checkpoints) -> State:
+    """Continue from the newest checkpoint, or start."""
+    if saved.latest is None:
+      return self.initial_state()
+    if self.cfg['init']:
+      self.ancestors.insert(0, str(self.cfg['init']))
+    shapes = jax.eval_shape(lambda t: init_state(t, self.tx), self.shapes)
+    want = checkpoint.abstract(shapes, self.layout)
+    theta, opt_state, next_batch = saved.restore(saved.latest, want.theta, want.opt_state)
+    self.batches.set_state(next_batch)
+    step = jax.device_put(jnp.asarray(saved.latest, jnp.int32), self.layout.step)
+    return State(step, theta, opt_state)
+
+  def evaluate(self, state: State) -> tuple[dict[str, float], float]:
+    """Measure the held-out loss, each row under its own cluster's specialist, and the seconds."""
+    e, cfg, began = self.cfg['eval'], self.cfg, time.monotonic()
+    specialist = lambda c: state.theta
+    if self.reparam.clusters:
+      specialist = lambda c: self.materialize(state.theta, {}, c)
+    values = evaluate.rows(
+      self.row_losses,
+      specialist,
+      self.mesh,
+      cfg['data']['path'],
+      e['set'],
+      e['split'],
+      e['batch_size'],
+      self.reparam.clusters,
+      e['max_rows'],
+    )
+    return evaluate.summary(values, 0), time.monotonic() - began
+
+  def global_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Make global arrays of this process's rows, groups split over the batch axes."""
+    where = sharding.batch_sharding(self.mesh, axis=1)
+    make = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda x: make(where, x), batch)
+
+  def loop(self) -> dict[str, Any]:
+    """Train, record, evaluate, save; returns the result."""
+    cfg = self.cfg
+    due = lambda every: every and step % every == 0
+    with checkpoint.Checkpoints(self.workdir / 'checkpoints', cfg['checkpoint']['keep']) as saved:
+      state = self.restore(saved)
+      start, compiled, stop = int(state.step), None, False
+      with self.recorder(start) as record, _StopSignal() as asked:
+        for step in range(start + 1, cfg['steps'] + 1):
+          if record.exhausted:
+            break
+          batch = self.global_batch(next(self.batches))
+          if compiled is None:
+            jitted = jax.jit(self.step, donate_argnums=0, out_shardings=(self.layout, None))
+            compiled = jitted.lower(state, self.frozen, batch).compile()
+          record.dispatch()
+          state, metrics = compiled(state, self.frozen, batch)
+          record.dispatched(step, metrics)
+          final, stop = step == cfg['steps'], asked(step)
+          if due(cfg['eval']['every']) or final:
+            record.flush()
+            record.evaluated(step, *self.evaluate(state))
+          final |= record.exhausted
+          if final or stop or due(cfg['checkpoint']['every']) or record.best_step == step:
+            record.flush()
+            record.write()
+            next_batch = self.batches.get_state()
+            saved.save(step, state.theta, state.opt_state, next_batch, record.eval_loss(step))
+          if stop and not final:
+            break
+    if stop and not final:
+      raise Interrupted(f'{self.workdir}: saved step {step}, the same command continues')
+    result = record.result()
+    rundir.write_json(self.workdir / 'result.json', result)
+    return result
+
+  def recorder(self, start: int) -> Recorder:
+    """Open the metrics and ledger of this run at a step."""
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
+    return Recorder(
+      self.cfg, self.workdir, start, names, self.step_flops, self.schedule, self.ancestors
+    )
+
+
+class _StopSignal:
+  """Notes SIGTERM and SIGINT so that the loop can save first; the same answer on every host."""
+
+  def __enter__(self) -> '_StopSignal':
+    self._asked = False
+    self._before = {}
+    if threading.current_thread() is threading.main_thread():
+      for s in (signal.SIGTERM, signal.SIGINT):
+        self._before[s] = signal.signal(s, self._note)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for s, handler in self._before.items():
+      signal.signal(s, handler)
+
+  def _note(self, *_: object) -> None:
+    self._asked = True
+
+  def __call__(self, step: int) -> bool:
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
+
+
+def main(_: list[str]) -> None:
+  """Train and print the result."""
+  if not flags.FLAGS.workdir:
+    raise ValueError('--workdir: name the run directory')
+  config = flags.FLAGS.config
+  if config.distributed:
+    jax.distributed.initialize()
+  try:
+    result = train(config.to_dict(), flags.FLAGS.workdir)
+  except Interrupted as e:
+    print(e)
+    raise SystemExit(128 + signal.SIGTERM) from None
+  print(json.dumps(result))
+
+
+if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', 'configs/base.py', 'What to train.')
+  flags.DEFINE_string('workdir', '', 'Run directory; an unfinished run in it continues.')
+  cli.run(main)

@@ -1,0 +1,329 @@
+"""The train loop: golden values, resumption, meshes, early stopping, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from slm import checkpoint, data, load, reparam, rundir, sharding, train
+from slm.record import Recorder
+
+
+def metrics(run, name='loss'):
+  return [line[name] for line in rundir.read_metrics(run) if name in line]
+
+
+def theta(run, step=None):
+  mesh = sharding.make_mesh({'data': -1})
+  loaded = load.load(run, mesh)
+  return loaded.theta
+
+
+def equal(a, b):
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_golden_first_steps(tiny_config, tmp_path):
+  """Moves only when the model's arithmetic, its initial draw or the data order change."""
+  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  np.testing.assert_allclose(metrics(tmp_path / 'run'), GOLDEN_LOSS, rtol=2e-5)
+  np.testing.assert_allclose(metrics(tmp_path / 'run', 'grad_norm'), GOLDEN_NORM, rtol=2e-4)
+
+
+GOLDEN_LOSS = [6.085904, 5.761684, 5.274619, 4.970392]
+GOLDEN_NORM = [2.547712, 2.065904, 1.589898, 1.400241]
+
+
+class Stop:
+  """Asks to stop after a step, as a signal would."""
+
+  def __init__(self, at):
+    self.at = at
+
+  def __enter__(self):
+    return lambda step: step >= self.at
+
+  def __exit__(self, *_):
+    pass
+
+
+@pytest.mark.parametrize('name', ['full', 'mixture', 'project'])
+def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypatch):
+  c = specialists(tiny_config, name)
+  whole, halves = tmp_path / 'whole', tmp_path / 'halves'
+  train.train(c.to_dict(), whole)
+  with monkeypatch.context() as m:
+    m.setattr(train, '_StopSignal', lambda: Stop(2))
+    with pytest.raises(train.Interrupted, match='saved step 2'):
+      train.train(c.to_dict(), halves)
+  train.train(c.to_dict(), halves)
+  assert metrics(whole) == metrics(halves)
+  assert metrics(whole, 'eval_loss') == metrics(halves, 'eval_loss')
+  assert equal(theta(whole), theta(halves))
+  counts = lambda run: rundir.read_json(run / 'result.json')['tokens']
+  assert counts(whole) == counts(halves)
+
+
+def specialists(c, name):
+  """Make a config train mixture or project over the two clusters of the tiny data."""
+  if name == 'full':
+    return c
+  c.reparam = {'name': name, 'clusters': 2}
+  c.data.update(level=2, batch_size=16, rows_per_group=8)
+  c.mesh.update(data=2)
+  if name == 'mixture':
+    c.data.order = 'every'
+  else:
+    leaves = ('w_gate', 'w_up', 'w_down')
+    c.reparam.update(capacity=3, code=4, leaves=leaves, shared_mix=True)
+  return c
+
+
+@pytest.fixture(autouse=True)
+def two_devices_where_asked(monkeypatch):
+  """Let a config's mesh take the first devices only, so that few groups divide over it."""
+  make = sharding.make_mesh
+
+  def few(sizes, devices=None):
+    count = int(np.prod([n for n in sizes.values() if n > 0]))
+    whole = -1 in sizes.values()
+    return make(sizes, devices or (jax.devices() if whole else jax.devices()[:count]))
+
+  monkeypatch.setattr(sharding, 'make_mesh', few)
+
+
+def test_restores_bitwise_onto_another_mesh(tiny_config, tmp_path):
+  c = tiny_config
+  c.model.vocab = 264
+  train.train(c.to_dict(), tmp_path / 'run')
+  before = jax.device_get(theta(tmp_path / 'run'))
+  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2, 'data': 1})
+  loaded = load.load(tmp_path / 'run', mesh)
+  assert equal(before, jax.device_get(loaded.theta))
+  spec = loaded.theta['blocks']['mlp']['w_up'].sharding.spec
+  assert spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
+
+
+def test_continues_on_another_mesh(tiny_config, tmp_path, monkeypatch):
+  """The run goes on with the same data; sums over devices differ in the last bits only."""
+  c = tiny_config
+  c.model.vocab = 264
+  train.train(c.to_dict(), tmp_path / 'one')
+  with monkeypatch.context() as m:
+    m.setattr(train, '_StopSignal', lambda: Stop(2))
+    with pytest.raises(train.Interrupted):
+      train.train(c.to_dict(), tmp_path / 'two')
+  c.mesh.update(data=2, fsdp=2, tensor=2)
+  path = tmp_path / 'two' / 'config.json'
+  path.write_text(json.dumps({**rundir.read_json(path), 'mesh': c.mesh.to_dict()}))
+  train.train(c.to_dict(), tmp_path / 'two')
+  np.testing.assert_allclose(metrics(tmp_path / 'one'), metrics(tmp_path / 'two'), rtol=1e-5)
+
+
+@pytest.mark.parametrize('mesh', [{'data': 1}, {'data': 2, 'fsdp': 2, 'tensor': 2}, {'expert': 8}])
+def test_every_mesh_trains_alike(mesh, tiny_config, tmp_path):
+  c = tiny_config
+  c.model.vocab = 264
+  c.mesh.update({'data': 1, **mesh})
+  train.train(c.to_dict(), tmp_path / 'run')
+  reference = tiny_config.copy_and_resolve_references()
+  reference.mesh.update(data=8, fsdp=1, tensor=1, expert=1)
+  train.train(reference.to_dict(), tmp_path / 'reference')
+  a, b = metrics(tmp_path / 'run'), metrics(tmp_path / 'reference')
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_accumulation_equals_one_big_batch(tiny_config, tmp_path):
+  train.train(tiny_config.to_dict(), tmp_path / 'one')
+  tiny_config.data.accum = 2
+  tiny_config.mesh.data = 4
+  train.train(tiny_config.to_dict(), tmp_path / 'two')
+  one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
+  np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_optimiser_state_is_sharded_like_the_weights(tiny_config, tmp_path):
+  c = tiny_config
+  c.model.vocab = 264
+  c.mesh.update(data=2, fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(c.mesh.to_dict())
+  with jax.set_mesh(mesh):
+    run = train._Run(train.resolve(c.to_dict()), tmp_path, mesh)
+    state = run.initial_state()
+  moments = [s for s in jax.tree.leaves(state.opt_state) if s.ndim > 1]
+  weights = [w for w in jax.tree.leaves(state.theta) if w.ndim > 1] * 2
+  assert [m.sharding.spec for m in moments] == [w.sharding.spec for w in weights]
+  assert any(w.sharding.spec != jax.sharding.PartitionSpec() for w in weights)
+
+
+def test_mixture_equals_separate_runs(tiny_config, tmp_path):
+  """Training the experts together is training each alone on its own rows, clipping included."""
+  c = specialists(tiny_config, 'mixture')
+  c.optim.clip = 0.1
+  train.train(c.to_dict(), tmp_path / 'together')
+  mesh = sharding.make_mesh({'data': 1})
+  joint = load.load(tmp_path / 'together', mesh)
+  cfg = train.resolve(c.to_dict())
+  batches = data.build(data.DataConfig(seed=cfg['seed'], **cfg['data']))
+  model, rep = load.build(cfg)
+  from slm import objectives, optim, step
+
+  tx = optim.build(cfg['optim'], optim.schedule(cfg['schedule'], cfg['steps']), False)
+  sums = train.make_sums(
+    objectives.build(cfg['objective'], {'student': model.forward}),
+    reparam.full(model.init),
+    'float32',
+  )
+  one = jax.jit(step.make_train_step(sums, tx))
+  start = rep.init(jax.random.fold_in(jax.random.key(0), 0))['experts']
+  states = [step.init_state(jax.tree.map(lambda w, e=e: w[e], start), tx) for e in range(2)]
+  for _ in range(4):
+    batch = next(batches)
+    for e in range(2):
+      mine = jax.tree.map(lambda x, e=e: x[:, e : e + 1], batch)
+      states[e], _ = one(states[e], {}, mine)
+  # Four Adam steps divide by small second moments, so compare the weights' movement loosely
+  # in relative and tightly in absolute terms.
+  for e in range(2):
+    for a, b in zip(
+      jax.tree.leaves(joint.params(e)), jax.tree.leaves(states[e].theta), strict=True
+    ):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, monkeypatch):
+  c = tiny_config
+  c.steps = 8
+  finish = Recorder._finish
+
+  def poison(self, step, values):
+    if step == 5:
+      values = {**values, 'bad_leaf': jax.numpy.asarray(2)}
+    finish(self, step, values)
+
+  monkeypatch.setattr(Recorder, '_finish', poison)
+  with pytest.raises(FloatingPointError, match=r"step 5: gradient of \['blocks'\]"):
+    train.train(c.to_dict(), tmp_path / 'run')
+  with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
+    assert saved.latest == 4
+  assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
+  mesh = sharding.make_mesh({'data': 8})
+  with jax.set_mesh(mesh):
+    run = train._Run(train.resolve(tiny_config.to_dict()), tmp_path, mesh)
+    state = run.initial_state()
+    names = [
+      jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(run.shapes)
+    ]
+    state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
+    _, found = jax.jit(run.step)(state, {}, run.global_batch(next(run.batches)))
+  assert int(found['bad_leaf']) >= 0
+  assert names[int(found['bad_leaf'])]
+  assert not np.isfinite(found['loss'])
+
+
+def test_early_stopping_and_best(tiny_config, tmp_path):
+  c = tiny_config
+  c.steps, c.eval.every, c.eval.patience = 60, 1, 3
+  c.schedule = {'name': 'constant', 'peak': 3.0, 'warmup': 0}  # diverges, so it stops early
+  result = train.train(c.to_dict(), tmp_path / 'run')
+  assert result['steps'] < 60
+  assert result['steps'] == result['best_step'] + 3
+  assert load.load(tmp_path / 'run', sharding.make_mesh({'data': 8})).step == result['best_step']
+
+
+def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
+  c = tiny_config
+  train.train(c.to_dict(), tmp_path / 'slm')
+  c.init, c.phase = str(tmp_path / 'slm'), 'finetune'
+  c.data.update(set='court', index='court-2000')
+  result = train.train(c.to_dict(), tmp_path / 'tuned')
+  assert result['best_loss'] < 5
+  c.teacher, c.phase = str(tmp_path / 'tuned'), 'distill'
+  c.objective = {
+    'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
+  }  # fmt: skip
+  train.train(c.to_dict(), tmp_path / 'student')
+  assert metrics(tmp_path / 'student', 'kl')[-1] < metrics(tmp_path / 'student', 'kl')[0]
+  ledger = rundir.read_ledger(tmp_path / 'student')
+  assert ledger['ancestors'] == [str(tmp_path / 'slm'), str(tmp_path / 'tuned')]
+  phases = {p['phase']: p for p in ledger['phases']}
+  assert set(phases) == {'distill', 'evaluate'}
+  tuned = {p['phase']: p for p in rundir.read_ledger(tmp_path / 'tuned')['phases']}
+  # The teacher has the student's size: its forward pass adds a third of training's three.
+  assert phases['distill']['flops'] == pytest.approx(tuned['finetune']['flops'] * 4 / 3)
+
+
+def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, tmp_path):
+  first = train.train(tiny_config.to_dict(), tmp_path / 'run')
+  assert train.train(tiny_config.to_dict(), tmp_path / 'run') == first
+  tiny_config.optim.b2 = 0.9
+  with pytest.raises(ValueError, match=r'holds another run: optim.b2 was 0.95, now 0.9'):
+    train.train(tiny_config.to_dict(), tmp_path / 'run')
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'precious.txt').write_text('x')
+  with pytest.raises(ValueError, match='is not empty and holds no config.json'):
+    train.train(tiny_config.to_dict(), tmp_path / 'other')
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'mesh.tensor': 3}, 'needs 6 devices, found 8'),
+    ({'data.batch_size': 4}, '4 groups of rows per microbatch'),
+    ({'model.num_kv_heads': 3}, 'num_heads=2 is not a multiple of num_kv_heads=3'),
+    ({'mesh.data': 4, 'mesh.tensor': 2, 'model.vocab': 261}, 'does not divide'),
+    ({'model.vocab': 10}, 'model.vocab=10: the tokenizer has'),
+    ({'schedule.warmup': 9}, 'schedule.warmup=9: expected less than steps=4'),
+    ({'reparam.name': 'lorra'}, "reparam.name: expected one of .* found 'lorra'"),
+    ({'data.set': 'nowhere'}, "no set 'nowhere'"),
+    ({'data.path': ''}, 'data.path: expected the directory'),
+    ({'init': '/nowhere'}, '/nowhere/config.json: no such file'),
+  ],
+)
+def test_bad_input_is_one_clear_line(change, message, tiny_config, tmp_path):
+  tiny_config.update_from_flattened_dict(change)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    train.train(tiny_config.to_dict(), tmp_path / 'run')
+
+
+def test_tokenizer_mismatch_is_refused(tiny_config, tmp_path):
+  train.train(tiny_config.to_dict(), tmp_path / 'slm')
+  path = tmp_path / 'slm' / 'config.json'
+  path.write_text(json.dumps({**rundir.read_json(path), 'tokenizer': 'f' * 64}))
+  tiny_config.init = str(tmp_path / 'slm')
+  with pytest.raises(ValueError, match='was trained with tokenizer ffffffffffff'):
+    train.train(tiny_config.to_dict(), tmp_path / 'run')
+
+
+def test_sigterm_saves_and_the_same_command_continues(tiny_data, tmp_path):
+  """The whole entry point, in its own process, as a scheduler would treat it."""
+  run = tmp_path / 'run'
+  sizes = {'embed': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 8}
+  command = [
+    sys.executable, '-m', 'slm.train', '--config=configs/base.py', f'--workdir={run}',
+    f'--config.data.path={tiny_data}', '--config.steps=400', '--config.schedule.warmup=1',
+    '--config.log_every=1', '--config.eval.max_rows=8', '--config.tensorboard=False',
+    '--config.checkpoint.every=1000', *(f'--config.model.{k}={v}' for k, v in sizes.items()),
+  ]  # fmt: skip
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  while not (run / 'metrics.jsonl').exists() or len(rundir.read_metrics(run)) < 3:
+    assert process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert 'the same command continues' in out
+  stopped = rundir.read_metrics(run)[-1]['step']
+  assert 3 <= stopped < 400
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert json.loads(done.stdout)['steps'] == 400
+  steps = [line['step'] for line in rundir.read_metrics(run)]
+  assert sorted(set(steps)) == list(range(1, 401))
