@@ -1,0 +1,280 @@
+"""What a study's numbers mean for someone who must choose, in plain words."""
+
+import math
+
+from slm.comparison import BASELINE, Cell, Comparison, Difference, Loss, difference
+
+NUM_DOMAINS = (1, 7, 50)
+_MATTERS = 0.02  # nats per token, the smallest effect the paper's table rests on
+
+
+def advise(c: Comparison) -> list[str]:
+  """Write the advice: the conclusion first, then the reasons, one sentence or two each."""
+  winners = {size: _winner(c, size) for size in c.study.sizes}
+  known = {size: w for size, w in winners.items() if w is not None}
+  if not known:
+    return ['There is nothing to compare yet: the plain SLM has not been run and evaluated.']
+  lines = [_headline(c, known)]
+  lines += [_size(c, size, winner) for size, winner in known.items()]
+  lines += _large(c, known)
+  lines += _domains(c, known)
+  lines += _exceptions(c, known)
+  lines += [_seeds(c, known)]
+  if c.study.scale == 'quick':
+    lines.append(
+      'This is the quick scale: it shows how the comparison works; models this small and runs '
+      'this short are no ground for a decision.'
+    )
+  return lines
+
+
+def _winner(c: Comparison, size: int) -> Cell | None:
+  """Return the best small cell if it beats the plain SLM, else the plain SLM; None if not run."""
+  base = c.cells.get((BASELINE, size))
+  if base is None or not base.complete:
+    return None
+  best = c.ranked(size, 'small')[0]
+  found = c.to_baseline(best)
+  return best if found and found.verdict == 'better' else base
+
+
+def _headline(c: Comparison, winners: dict[int, Cell]) -> str:
+  chosen = {w.method for w in winners.values()}
+  if chosen == {BASELINE}:
+    rivals = [
+      d
+      for size in winners
+      for cell in c.ranked(size, 'small')
+      if (d := c.to_baseline(cell)) is not None
+    ]
+    if not rivals:
+      return 'Only the plain SLM has been run among the small models: nothing to compare it with.'
+    if all(d.verdict == 'within noise' for d in rivals):
+      return (
+        'No difference is larger than its interval: the plain SLM is as good as anything of its '
+        'size; ship it.'
+      )
+    return 'The plain SLM is as good as anything of its size; ship it.'
+  if len(chosen) == 1:
+    tied = any(_ties(c, w) for w in winners.values())
+    what = 'no small model is better' if tied else 'it is the best small model'
+    return f'Use {c.study.label(*chosen)}: {what}{_everywhere(winners)}.'
+  parts = [f'{_name(c, w)} with {count(size)} tokens of domain text' for size, w in winners.items()]
+  return f'The best small model depends on how much domain text there is: {"; ".join(parts)}.'
+
+
+def _everywhere(winners: dict[int, Cell]) -> str:
+  if len(winners) == 1:
+    return f' with {count(*winners)} tokens of domain text'
+  return ' at every set size'
+
+
+def _size(c: Comparison, size: int, winner: Cell) -> str:
+  start = f'With {count(size)} tokens of domain text'
+  if winner.method == BASELINE:
+    rivals = [cell for cell in c.ranked(size, 'small') if cell.method != BASELINE]
+    ppl = f'perplexity {perplexity(winner.average)}'
+    if not rivals:
+      return f'{start}, the plain SLM reaches {ppl}.'
+    nearest = c.to_baseline(rivals[0])
+    text = (
+      f'{start}, no small model beats the plain SLM ({ppl}) by more than its interval; the '
+      f'nearest is {_name(c, rivals[0])} ({_gap(nearest)}).'
+    )
+    if nearest.low < -_MATTERS:
+      text += (
+        f' A gain of up to {-nearest.low:.3f} nats/token is not excluded: more held-out text or '
+        'more seeds would settle it.'
+      )
+    return text
+  base, gain = c.cells[BASELINE, size], c.to_baseline(winner)
+  text = (
+    f'{start}, {_name(c, winner)} has perplexity {perplexity(winner.average)} instead of '
+    f'{perplexity(base.average)} for the plain SLM ({_gap(gain)}).'
+  )
+  one, plain = winner.total(1), base.total(1)
+  if one and plain and plain.flops:
+    text += (
+      f' Training it for one domain takes {flops(one.flops)}, '
+      f'{_times_plain(one.flops / plain.flops)}.'
+    )
+  ties = _ties(c, winner)
+  if ties:
+    names = ' and '.join(_name(c, t) for t in ties)
+    text += f' {names} cannot be told from it: the difference is within its interval.'
+  return text
+
+
+def _ties(c: Comparison, winner: Cell) -> list[Cell]:
+  """List the other small cells that beat the plain SLM and cannot be told from the winner."""
+  return [
+    cell
+    for cell in c.ranked(winner.size, 'small')
+    if cell is not winner
+    and difference(cell.average, winner.average).verdict == 'within noise'
+    and (found := c.to_baseline(cell)) is not None
+    and found.verdict == 'better'
+  ]
+
+
+def _times_plain(ratio: float) -> str:
+  return 'as much as the plain SLM' if 0.95 < ratio < 1.05 else f'{times(ratio)} the plain SLM'
+
+
+def _large(c: Comparison, winners: dict[int, Cell]) -> list[str]:
+  lines = []
+  for method in [m for m in c.study.methods if c.study.kind(m) == 'large']:
+    cells = {s: c.cells[method, s] for s in winners if c.cells[method, s].complete}
+    if not cells:
+      continue
+    found = {s: difference(cell.average, winners[s].average) for s, cell in cells.items()}
+    groups = {v: [s for s in found if found[s].verdict == v] for v in _LARGE}
+    label = c.study.label(method)
+    parts = [
+      f'{_LARGE[verdict]} the best small model with '
+      + _listed([f'{count(s)} tokens ({_gap(found[s])})' for s in sizes])
+      for verdict, sizes in groups.items()
+      if sizes
+    ]
+    lines.append(
+      f'{label} {"; it ".join(parts)}.{_serving(c, next(iter(cells.values())), winners)}'
+    )
+  return lines
+
+
+_LARGE = {
+  'better': 'is better than',
+  'within noise': 'cannot be told from',
+  'worse': 'is worse than',
+}
+
+
+def _serving(c: Comparison, large: Cell, winners: dict[int, Cell]) -> str:
+  small, params = winners[large.size], c.study.params
+  text = ''
+  if large.method in params and small.method in params:
+    ratio = params[large.method] / params[small.method]
+    text = (
+      f' Serving it takes {times(ratio)} the parameters ({count(params[large.method])} instead '
+      f'of {count(params[small.method])})'
+    )
+    one, other = large.total(1), small.total(1)
+    if one and other and other.flops:
+      text += f' and training it for one domain {times(one.flops / other.flops)} the FLOPs'
+    text += '.'
+  return text
+
+
+def _domains(c: Comparison, winners: dict[int, Cell]) -> list[str]:
+  """Say what N domains change, at the smallest size where something beats the plain SLM."""
+  size = next((s for s, w in winners.items() if w.method != BASELINE), next(iter(winners)))
+  base = c.cells[BASELINE, size]
+  better = [
+    cell
+    for cell in c.ranked(size, 'small')
+    if (found := c.to_baseline(cell)) and found.verdict == 'better' and cell.total(1)
+  ]
+  if base.total(1) is None:
+    return []
+  many = _listed([str(n) for n in NUM_DOMAINS])
+  if not better:
+    costs = _listed([flops(base.total(n).flops) for n in NUM_DOMAINS])
+    return [f'For {many} domains the plain SLM costs {costs} to train, generic training included.']
+  ratios = [
+    f'{_name(c, cell)} '
+    + ', '.join(times(cell.total(n).flops / base.total(n).flops) for n in NUM_DOMAINS)
+    for cell in better
+  ]
+  text = (
+    f'For {many} domains ({count(size)} tokens each), training costs this much of what the plain '
+    f'SLM costs: {"; ".join(ratios)}.'
+  )
+  cheapest = {n: min(better, key=lambda x: x.total(n).flops) for n in NUM_DOMAINS}
+  few, last = cheapest[NUM_DOMAINS[0]], cheapest[NUM_DOMAINS[-1]]
+  if few is not last:
+    text += (
+      f' {_name(c, few)} is the cheapest of these for one domain, but {_name(c, last)} is cheaper '
+      f'from N = {crossing(few, last)}.'
+    )
+  elif len(better) > 1:
+    text += f' {_name(c, last)} is the cheapest of these whatever the number of domains.'
+  if last is not better[0]:
+    kept = c.to_baseline(last).value / c.to_baseline(better[0]).value
+    text += f' {_name(c, last)} keeps {kept:.0%} of the best gain.'
+  return [text]
+
+
+def crossing(few: Cell, many: Cell) -> int:
+  """Find the number of domains from which `many` costs less than `few`, which is cheaper at 1."""
+  fixed = many.generic.flops - few.generic.flops
+  each = few.specialise.flops - many.specialise.flops
+  return math.floor(fixed / each) + 1
+
+
+def _exceptions(c: Comparison, winners: dict[int, Cell]) -> list[str]:
+  """Name the domains where the advised model is worse than the plain SLM."""
+  found = [
+    f'{test.partition("/")[0]} ({count(size)} tokens)'
+    for size, winner in winners.items()
+    for test in c.tests
+    if (d := c.to_baseline(winner, test)) and d.verdict == 'worse'
+  ]
+  if not found:
+    return []
+  return [f'The average hides an exception: the plain SLM is better on {_listed(found)}.']
+
+
+def _seeds(c: Comparison, winners: dict[int, Cell]) -> str:
+  seeds = [w.average.seeds for w in winners.values()]
+  if min(map(len, seeds)) < 2:
+    return (
+      'Intervals cover the choice of held-out text only: with one seed, how much a training run '
+      'varies is not measured, so a difference near the edge of its interval may not repeat.'
+    )
+  spread = max(max(s.values()) - min(s.values()) for s in seeds)
+  return (
+    f'Results are averages over {min(map(len, seeds))} seeds, which differ by up to {spread:.3f} '
+    'nats/token; a difference counts only if every seed agrees with its sign.'
+  )
+
+
+def _name(c: Comparison, cell: Cell) -> str:
+  return 'the plain SLM' if cell.method == BASELINE else c.study.label(cell.method)
+
+
+def _gap(d: Difference) -> str:
+  """Say a difference with its interval: without a sign where it is clear."""
+  if d.verdict == 'within noise':
+    text = f'{d.value:+.3f} nats/token, 95 % interval {d.low:+.3f} to {d.high:+.3f}'
+    return text.replace('-', '−')
+  ends = sorted((abs(d.low), abs(d.high)))
+  side = 'lower' if d.value < 0 else 'higher'
+  return f'{abs(d.value):.3f} nats/token {side}, 95 % interval {ends[0]:.3f} to {ends[1]:.3f}'
+
+
+def _listed(parts: list[str]) -> str:
+  return parts[0] if len(parts) == 1 else f'{", ".join(parts[:-1])} and {parts[-1]}'
+
+
+def count(n: float) -> str:
+  """Format a count: 20k, 1.3M."""
+  for size, suffix in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+    if n >= size:
+      return f'{n / size:.3g}{suffix}'
+  return f'{n:.0f}'
+
+
+def perplexity(loss: Loss) -> str:
+  """Format a perplexity: 14.42, 227."""
+  value = math.exp(loss.value)
+  return f'{value:.2f}' if value < 100 else f'{value:.0f}'
+
+
+def flops(n: float) -> str:
+  """Format floating-point operations: 3.1e15 FLOPs."""
+  return f'{n:.1e} FLOPs'.replace('e+', 'e')
+
+
+def times(ratio: float) -> str:
+  """Format a ratio: 6.1×, 25×."""
+  return f'{ratio:.1f}×' if ratio < 10 else f'{ratio:.0f}×'

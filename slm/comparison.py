@@ -1,0 +1,378 @@
+"""A study's runs side by side: held-out losses, paired bootstrap intervals, and what each cost."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm import rundir
+
+BASELINE = 'slm'
+TEST = 'test'  # the split that is averaged
+RESAMPLES = 2000
+_CHUNK = 1 << 22  # resampled row counts held at once
+_STUDY_KEYS = (
+  'title', 'scale', 'data', 'domains', 'generic', 'sizes', 'methods', 'runs', 'params', 'notes'
+)  # fmt: skip
+_METHOD_KEYS = ('name', 'label', 'describe')
+_RUN_KEYS = (
+  'method', 'domain', 'size', 'seed', 'run', 'kind', 'generic_runs', 'specialise_runs'
+)  # fmt: skip
+# Methods that need the clusters of the generic set; a method's own 'clusters' key overrides.
+_CLUSTERED = ('importance', 'mixture', 'project')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What training took; seconds count every device for the whole time."""
+
+  tokens: float = 0
+  flops: float = 0
+  seconds: float = 0
+
+  def __add__(self, other: 'Cost') -> 'Cost':
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Cost(*(a + b for a, b in pairs))
+
+  def __mul__(self, n: float) -> 'Cost':
+    return Cost(*(n * a for a in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """One model's held-out loss on one set, averaged over seeds.
+
+  value is in nats per token; seeds maps each seed to its own loss; replicates [RESAMPLES] are the
+  losses on resampled rows, the same rows for every model of a set.
+  """
+
+  value: float
+  bpb: float
+  seeds: dict[int, float]
+  replicates: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One method at one size of the specialisation set; a test set without a run is absent."""
+
+  method: str
+  size: int
+  losses: dict[str, Loss]  # by test set: law/test
+  tests: tuple[str, ...]  # one per domain: those that are averaged
+  generic: Cost | None  # paid once; None: a listed run is missing
+  specialise: Cost | None  # paid for every domain
+
+  @property
+  def complete(self) -> bool:
+    """Say whether every domain was run, so that the average means the same as the others'."""
+    return bool(self.tests) and all(t in self.losses for t in self.tests)
+
+  @functools.cached_property
+  def average(self) -> Loss:
+    """Average over domains with equal weight, so that exp(value) is the paper's ppl_avg."""
+    losses = [self.losses[t] for t in self.tests]
+    seeds = functools.reduce(lambda a, b: a & b, (set(x.seeds) for x in losses))
+    return Loss(
+      float(np.mean([x.value for x in losses])),
+      float(np.mean([x.bpb for x in losses])),
+      {s: float(np.mean([x.seeds[s] for x in losses])) for s in sorted(seeds)},
+      np.mean([x.replicates for x in losses], axis=0),
+    )
+
+  def total(self, num_domains: int) -> Cost | None:
+    """Return C_total(N) = C_generic + N C_specialise, arXiv 2402.01093 eq. 1."""
+    if self.generic is None or self.specialise is None:
+      return None
+    return self.generic + self.specialise * num_domains
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A difference in nats per token (negative: lower loss) with its 95 % interval.
+
+  seeds: the difference of each seed both models have.
+  """
+
+  value: float
+  low: float
+  high: float
+  seeds: tuple[float, ...]
+
+  @property
+  def verdict(self) -> str:
+    """Say better or worse only if the interval excludes zero and no seed says the opposite."""
+    if self.high < 0 and all(d < 0 for d in self.seeds):
+      return 'better'
+    if self.low > 0 and all(d > 0 for d in self.seeds):
+      return 'worse'
+    return 'within noise'
+
+
+def difference(a: Loss, b: Loss) -> Difference:
+  """Compare two models on the same rows: a minus b."""
+  low, high = np.percentile(a.replicates - b.replicates, [2.5, 97.5])
+  shared = sorted(a.seeds.keys() & b.seeds.keys())
+  seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
+  return Difference(a.value - b.value, float(low), float(high), seeds)
+
+
+def resample(
+  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES
+) -> np.ndarray:
+  """Bootstrap rows: nll [rows,models], tokens [rows] -> losses [resamples,models].
+
+  A loss is a ratio of sums. Rows drawn are shared by all models, so that differences are paired.
+  """
+  rng, n = np.random.default_rng(seed), len(tokens)
+  columns = np.column_stack([nll, tokens])
+  chunk, sums = max(_CHUNK // n, 1), []
+  for start in range(0, resamples, chunk):
+    k = min(chunk, resamples - start)
+    drawn = rng.integers(n, size=(k, n)) + n * np.arange(k)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n)
+    sums.append(counts.astype(float) @ columns)
+  sums = np.concatenate(sums)
+  return sums[:, :-1] / sums[:, -1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """study.json, checked. Run directories are relative to `path`."""
+
+  path: Path
+  title: str
+  scale: str
+  data: str
+  domains: tuple[str, ...]
+  generic: str
+  sizes: tuple[int, ...]
+  methods: dict[str, dict[str, Any]]
+  runs: tuple[dict[str, Any], ...]
+  params: dict[str, int]
+  notes: tuple[str, ...]
+
+  def label(self, method: str) -> str:
+    """Return the name shown to people."""
+    return self.methods[method]['label']
+
+  def kind(self, method: str) -> str | None:
+    """Say whether a method serves a small or a large model; None without runs."""
+    return next((r['kind'] for r in self.runs if r['method'] == method), None)
+
+  def clustered(self, method: str) -> bool:
+    """Say whether a method needs the clusters, so that their cost is part of its own."""
+    return self.methods[method].get('clusters', method in _CLUSTERED)
+
+  @functools.cached_property
+  def data_path(self) -> Path:
+    """Return the data directory: as given, or relative to the study."""
+    beside = self.path / self.data
+    return beside if beside.exists() else Path(self.data)
+
+
+def load_study(path: Path) -> Study:
+  """Read and check STUDY/study.json.
+
+  Raises:
+    ValueError: one line naming the file and what is wrong with it.
+  """
+  file = path / 'study.json'
+  if not file.exists():
+    raise ValueError(f'{file}: no such file; --study expects the directory an experiment wrote')
+  raw = rundir.read_json(file)
+  _require(raw, _STUDY_KEYS, str(file))
+  for key in ('methods', 'sizes', 'domains'):
+    if not raw[key] or not isinstance(raw[key], list):
+      raise ValueError(f'{file}: {key} is {raw[key]!r}, expected a list of at least one')
+  for i, method in enumerate(raw['methods']):
+    _require(method, _METHOD_KEYS, f'{file}: methods[{i}]')
+  methods = {m['name']: m for m in raw['methods']}
+  for i, run in enumerate(raw['runs']):
+    where = f'{file}: runs[{i}]'
+    _require(run, _RUN_KEYS, where)
+    for key, allowed in (
+      ('method', list(methods)),
+      ('domain', [*raw['domains'], None]),
+      ('size', [*raw['sizes'], None]),
+      ('kind', ['small', 'large']),
+    ):
+      if run[key] not in allowed:
+        raise ValueError(f'{where}: {key} is {run[key]!r}, expected one of {allowed}')
+  return Study(
+    path, raw['title'], raw['scale'], raw['data'], tuple(raw['domains']), raw['generic'],
+    tuple(sorted(raw['sizes'])), methods, tuple(raw['runs']), raw['params'], tuple(raw['notes']),
+  )  # fmt: skip
+
+
+def _require(value: Any, keys: Iterable[str], where: str) -> None:
+  if not isinstance(value, dict):
+    raise ValueError(f'{where}: expected an object, found {type(value).__name__}')
+  for key in keys:
+    if key not in value:
+      raise ValueError(f'{where}: no key {key!r}; it has {", ".join(sorted(value)) or "none"}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Every method at every size, on the domains that were run at all."""
+
+  study: Study
+  tests: tuple[str, ...]  # the averaged test sets, one per domain
+  others: tuple[str, ...]  # further sets of the domains, such as law/test_ood
+  cells: dict[tuple[str, int], Cell]
+  generic: dict[str, Loss]  # by method, on the generic test set, before specialisation
+
+  def ranked(self, size: int, kind: str) -> list[Cell]:
+    """List the complete cells of a size and kind, lowest loss first."""
+    cells = [self.cells[m, size] for m in self.study.methods if self.study.kind(m) == kind]
+    return sorted((c for c in cells if c.complete), key=lambda c: c.average.value)
+
+  def to_baseline(self, cell: Cell, test: str | None = None) -> Difference | None:
+    """Compare a cell with the plain SLM of its size, on average or on one test set."""
+    base = self.cells.get((BASELINE, cell.size))
+    if base is None or cell.method == BASELINE:
+      return None
+    if test is None:
+      both = cell.complete and base.complete
+      return difference(cell.average, base.average) if both else None
+    both = test in cell.losses and test in base.losses
+    return difference(cell.losses[test], base.losses[test]) if both else None
+
+
+def compare(study: Study) -> Comparison:
+  """Read the runs' losses and ledgers.
+
+  A run without a size (no fine-tuning) stands at every size. Runs that are not there are absent.
+
+  Raises:
+    ValueError: if a finished run was not evaluated, or two runs were evaluated on different rows.
+  """
+  found = {name: _losses(study, d, name) for d in study.domains for name in _sets(study, d)}
+  found = {name: losses for name, losses in found.items() if losses}
+  tests = tuple(f'{d}/{TEST}' for d in study.domains if f'{d}/{TEST}' in found)
+  clustering, cells = _clustering(study), {}
+  for method in study.methods:
+    for size in study.sizes:
+      keys = {name: ((method, size), (method, None)) for name in found}
+      losses = {n: found[n][k] for n, both in keys.items() for k in both[::-1] if k in found[n]}
+      runs = [
+        r
+        for r in study.runs
+        if r['method'] == method and r['size'] in (size, None) and f'{r["domain"]}/{TEST}' in losses
+      ]
+      generic, specialise = _costs(study, runs)
+      if generic is not None and study.clustered(method):
+        generic = generic + clustering
+      cells[method, size] = Cell(method, size, losses, tests, generic, specialise)
+  others = tuple(name for name in found if name not in tests)
+  generic = {key[0]: v for key, v in _losses(study, None, f'{study.generic}/{TEST}').items()}
+  return Comparison(study, tests, others, cells, generic)
+
+
+def _sets(study: Study, domain: str) -> list[str]:
+  """List the test set of a domain and whatever else of the domain its runs were evaluated on."""
+  files = {study.path / r['run'] / 'eval.json' for r in study.runs if r['domain'] == domain}
+  names = {name for f in files if f.exists() for name in rundir.read_json(f)}
+  mine = {n for n in names if n.startswith(f'{domain}/')} - {f'{domain}/{TEST}'}
+  return [f'{domain}/{TEST}', *sorted(mine)]
+
+
+def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
+  """Load every run on one test set; seeds of a method are averaged row by row."""
+  groups: dict[tuple, dict[int, tuple[np.ndarray, int]]] = {}
+  first: tuple[str, np.ndarray] | None = None
+  for run in study.runs:
+    loaded = _rows(study, run, name) if run['domain'] == domain else None
+    if loaded is None:
+      continue
+    rows, _ = loaded
+    first = first or (run['run'], rows)
+    if len(rows) != len(first[1]) or (rows[:, 1] != first[1][:, 1]).any():
+      raise ValueError(
+        f'{study.path / run["run"]}: {name} was evaluated on other rows than in {first[0]} '
+        f'({len(rows)} and {len(first[1])}); evaluate both on the same data'
+      )
+    groups.setdefault((run['method'], run['size']), {})[run['seed']] = loaded
+  if first is None:
+    return {}
+  tokens = first[1][:, 1]
+  nll = np.stack([np.mean([r[:, 0] for r, _ in g.values()], 0) for g in groups.values()], axis=1)
+  replicates = resample(nll, tokens, seed=zlib.crc32(name.encode()))
+  found = {}
+  for i, (key, group) in enumerate(groups.items()):
+    num_bytes = next(iter(group.values()))[1]
+    found[key] = Loss(
+      float(nll[:, i].sum() / tokens.sum()),
+      float(nll[:, i].sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
+      {s: float(r[:, 0].sum() / tokens.sum()) for s, (r, _) in sorted(group.items())},
+      replicates[:, i],
+    )
+  return found
+
+
+def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int] | None:
+  """Load a run's rows [rows,2] of a test set and its bytes; None if it was not run."""
+  path = study.path / run['run']
+  finished = run.get('finished', False)
+  if not (path / 'eval.json').exists():
+    if finished or (path / 'result.json').exists():
+      raise ValueError(
+        f'{path}: finished but has no eval.json; python -m slm.evaluate --run={path} --on={name}'
+      )
+    return None
+  results = rundir.read_json(path / 'eval.json')
+  if name not in results:
+    if finished and name.endswith(f'/{TEST}'):
+      raise ValueError(f'{path}/eval.json: no {name!r}; it has {", ".join(sorted(results))}')
+    return None
+  file = path / 'eval' / f'{name.replace("/", "-")}.npy'
+  try:
+    rows = np.load(file, allow_pickle=False)
+  except (ValueError, EOFError, FileNotFoundError) as e:
+    raise ValueError(f'{file}: missing or damaged ({e})') from None
+  if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
+    raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
+  return rows, int(results[name]['bytes']) if 'bytes' in results[name] else 0
+
+
+def training_cost(path: Path) -> Cost | None:
+  """Add up a run's training phases; held-out evaluations are not training. None: no ledger."""
+  if not (path / 'ledger.json').exists():
+    return None
+  phases = [p for p in rundir.read_ledger(path)['phases'] if p['phase'] != 'evaluate']
+  costs = (Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases)
+  return sum(costs, Cost())
+
+
+def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost | None]:
+  """Return the generic cost (shared by domains, mean over seeds) and the mean cost of a domain."""
+  if not runs:
+    return None, None
+  seeds = sorted({r['seed'] for r in runs})
+  shared = [{p for r in runs if r['seed'] == s for p in r['generic_runs']} for s in seeds]
+  own = [set(r['specialise_runs']) for r in runs]
+  return tuple(_mean([_sum(study, paths) for paths in groups]) for groups in (shared, own))
+
+
+def _sum(study: Study, paths: Iterable[str]) -> Cost | None:
+  costs = [training_cost(study.path / p) for p in sorted(paths)]
+  return None if None in costs else sum(costs, Cost())
+
+
+def _mean(costs: list[Cost | None]) -> Cost | None:
+  return None if None in costs else sum(costs, Cost()) * (1 / len(costs))
+
+
+def _clustering(study: Study) -> Cost:
+  """Read what clustering the generic set took; zero where the data directory is gone."""
+  path = study.data_path / 'manifest.json'
+  if not path.exists():
+    return Cost()
+  stage = rundir.read_json(path)['cost']['clusters']
+  return Cost(0, stage['flops'], stage['seconds'])

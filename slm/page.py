@@ -1,0 +1,190 @@
+"""The HTML of a report: one file, no external resource, light and dark."""
+
+import html
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slm import rundir
+from slm.comparison import Comparison
+from slm.plots import INK, Plot, styles
+
+Table = tuple[list[str], list[list[str]]]
+_VERDICTS = {'better': 'better', 'worse': 'worse', 'within noise': 'noise'}
+_CSS = """
+:root { color-scheme: light dark; --ink: #1d2027; --soft: #5c6370; --line: #d9dce2;
+  --page: #fff; --panel: #f5f6f8; --better: #00704f; --worse: #b34700; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #a2a9b6; --line: #3a3f49;
+  --page: #16181d; --panel: #1f2229; --better: #3ecb9b; --worse: #ff9657; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; color: var(--ink);
+  background: var(--page); font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .2rem 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+p, li, dd { max-width: 46rem; }
+.soft, figcaption, .note { color: var(--soft); font-size: .92rem; }
+.answer { background: var(--panel); border-left: 4px solid var(--ink); padding: .9rem 1.1rem;
+  max-width: 52rem; }
+.answer p { margin: .4rem 0; max-width: none; }
+.answer p:first-child { font-size: 1.15rem; font-weight: 600; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .45rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--page); }
+.text td, .text th { text-align: left; }
+tr.reference { background: var(--panel); } tr.reference td:first-child { background: var(--panel); }
+.better { color: var(--better); font-weight: 600; } .worse { color: var(--worse); }
+.noise, .missing { color: var(--soft); }
+.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
+figure { margin: 1.2rem 0 2rem; }
+figure svg { max-width: 100%; min-width: 30rem; height: auto; }
+dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; }
+a { color: inherit; } code { font-size: .9em; }
+"""
+
+
+def render(
+  c: Comparison,
+  advice: list[str],
+  main_tables: list[tuple[str, Table, Table]],
+  domain_note: str,
+  plots: list[Plot],
+  sections: list[tuple[str, str, Table]],
+  out: Path,
+) -> str:
+  """Build the page: the answer, the main tables, plots, then everything behind them."""
+  study = c.study
+  keys = {study.label(m): color for m, (color, _) in styles(study.methods).items()}
+  main = ''.join(
+    f'<h3>{_text(size)} tokens of domain text</h3>{table(first, keys)}'
+    f'<p class="note">{_text(domain_note)}</p>{table(second, keys)}'
+    for size, first, second in main_tables
+  )
+  figures = ''.join(
+    f'<figure id="plot-{p.name}"><h3>{_text(p.title)}</h3><div class="scroll">{p.inline}</div>'
+    f'<figcaption>{_text(p.caption)}</figcaption></figure>'
+    for p in plots
+  )
+  described = ''.join(
+    f'<dt>{_key(keys[m["label"]])}{_text(m["label"])}</dt><dd>{_text(m["describe"])}</dd>'
+    for m in study.methods.values()
+  )
+  behind = ''.join(
+    f'<h2>{_text(title)}</h2><p class="note">{_text(note)}</p>{table(found, keys)}'
+    for title, note, found in sections
+    if found[1]
+  )
+  body = (
+    f'<p class="soft">{_text(_subtitle(c))}</p><h1>{_text(study.title)}</h1>'
+    f'<div class="answer">{"".join(f"<p>{_text(line)}</p>" for line in advice)}</div>'
+    f'<h2>Comparison</h2><p class="note">{_text(_HOW)}</p>{main}'
+    f'<h2>Plots</h2>{figures}<h2>How each method works</h2><dl>{described}</dl>{behind}'
+    f'<h2>Environment</h2>{table(_environment(c), {}, "text")}'
+    f'<h2>What differs from the paper</h2>{_list(study.notes)}'
+    f'<h2>Runs</h2>{table(_runs(c, out), {}, "text", raw=True)}'
+  )
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<title>{_text(study.title)}</title><style>{_CSS}</style></head>\n<body>{body}</body></html>\n'
+  )
+
+
+_HOW = (
+  'Perplexity is exp of the loss averaged over domains with equal weight; lower is better. The '
+  'difference is to the plain SLM with the same domain text, in nats per token, with a paired '
+  'bootstrap 95 % interval over held-out rows. Better and worse mean that the interval excludes '
+  'zero and that no seed says the opposite; everything else is within noise. '
+  'Seeds: their number and half the range of their losses.'
+)
+
+
+def _subtitle(c: Comparison) -> str:
+  named = ', '.join(t.partition('/')[0] for t in c.tests) or 'none yet'
+  absent = [d for d in c.study.domains if not any(t.startswith(f'{d}/') for t in c.tests)]
+  text = f'Scale: {c.study.scale}. Domains: {named}.'
+  return text + (f' Not run: {", ".join(absent)}.' if absent else '')
+
+
+def table(found: Table, keys: dict[str, str], kind: str = '', raw: bool = False) -> str:
+  """Build a table that scrolls sideways; `keys` gives row labels their colours.
+
+  `raw` cells are HTML already.
+  """
+  head, rows = found
+  names = ''.join(f'<th>{_text(name)}</th>' for name in head)
+  lines = ''.join(_row(row, keys, raw) for row in rows)
+  return (
+    f'<div class="scroll"><table class="{kind}"><thead><tr>{names}</tr></thead>'
+    f'<tbody>{lines}</tbody></table></div>'
+  )
+
+
+def _row(row: list[str], keys: dict[str, str], raw: bool) -> str:
+  cells = []
+  for i, value in enumerate(row):
+    style = _VERDICTS[value] if value in _VERDICTS else 'missing' * value.endswith('run')
+    shown = value if raw else _text(value)
+    key = _key(keys[value]) if i == 0 and value in keys else ''
+    cells.append(f'<td class="{style}">{key}{shown}</td>' if style else f'<td>{key}{shown}</td>')
+  start = '<tr class="reference">' if 'reference' in row else '<tr>'
+  return f'{start}{"".join(cells)}</tr>'
+
+
+def _key(color: str) -> str:
+  # Ink stands for the page's text colour, which depends on light or dark.
+  shown = 'currentColor' if color == INK else color
+  return f'<span class="key" style="background:{shown}"></span>'
+
+
+def _text(value: str) -> str:
+  return html.escape(str(value))
+
+
+def _list(items: Iterable[str]) -> str:
+  return f'<ul>{"".join(f"<li>{_text(x)}</li>" for x in items)}</ul>'
+
+
+def _paths(c: Comparison) -> list[str]:
+  found: dict[str, None] = {}
+  for run in c.study.runs:
+    found |= dict.fromkeys([*run['generic_runs'], *run['specialise_runs'], run['run']])
+  return list(found)
+
+
+def _environment(c: Comparison) -> Table:
+  """Show each distinct environment the runs were made in."""
+  found: dict[str, dict[str, Any]] = {}
+  for path in _paths(c):
+    file = c.study.path / path / 'env.json'
+    if file.exists():
+      environment = rundir.read_json(file)
+      found[repr(sorted(environment.items()))] = environment
+  rows = []
+  for environment in found.values():
+    for key, value in environment.items():
+      shown = ', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value
+      rows.append([key.replace('_', ' '), str(shown)])
+  return ['what', 'value'], rows
+
+
+def _runs(c: Comparison, out: Path) -> Table:
+  """List every run directory with a link relative to the page, and what it is for."""
+  used: dict[str, list[str]] = {path: [] for path in _paths(c)}
+  for run in c.study.runs:
+    where = run['domain'] or c.study.generic
+    size = '' if run['size'] is None else f', {run["size"]:,} tokens'
+    note = f'{c.study.label(run["method"])} on {where}{size}, seed {run["seed"]}'
+    used[run['run']].append(f'serves {note}')
+  rows = []
+  for path, notes in used.items():
+    there = (c.study.path / path).exists()
+    link = html.escape(os.path.relpath(c.study.path / path, out), quote=True)
+    shown = f'<a href="{link}/">{_text(path)}</a>' if there else f'{_text(path)} (not run)'
+    rows.append([shown, _text('; '.join(notes) or 'paid for, not served')])
+  return ['run', 'use'], rows

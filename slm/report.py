@@ -1,0 +1,298 @@
+"""Turn a study's run directories into tables, plots, advice and one self-contained HTML file.
+
+    python -m slm.report --study=STUDY
+
+reads STUDY/study.json and the run directories it lists; writes report.html, table.md, results.csv
+and plots/*.svg.
+"""
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+
+from slm import cli, comparison, page, plots, rundir
+from slm.advice import NUM_DOMAINS, advise, count, perplexity
+from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss, Study
+
+Table = tuple[list[str], list[list[str]]]
+_NOT_RUN, _NONE = 'not run', '–'
+_CSV = (
+  'method', 'label', 'kind', 'size', 'on', 'status', 'loss', 'ppl', 'bpb', 'difference', 'low',
+  'high', 'verdict', 'seeds', 'seed_spread', 'params', 'generic_tokens', 'generic_flops',
+  'generic_seconds', 'specialise_tokens', 'specialise_flops', 'specialise_seconds',
+  *(f'total_flops_{n}' for n in NUM_DOMAINS),
+)  # fmt: skip
+
+
+def interval(d: Difference | None) -> str:
+  """Format a difference with its interval."""
+  if d is None:
+    return _NONE
+  return f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'.replace('-', '−')
+
+
+def duration(seconds: float) -> str:
+  """Format device-seconds: 12 s, 3.4 min, 2.1 h."""
+  for size, unit in ((3600, 'h'), (60, 'min')):
+    if seconds >= 2 * size:
+      return f'{seconds / size:.1f} {unit}'
+  return f'{seconds:.0f} s'
+
+
+def cost(value: Cost | None) -> list[str]:
+  """Format a cost as tokens, FLOPs, device time."""
+  if value is None:
+    return [_NONE] * 3
+  return [count(value.tokens), number(value.flops), duration(value.seconds)]
+
+
+def number(value: float) -> str:
+  """Format a large number: 3.1e15, or 0."""
+  return f'{value:.2e}'.replace('e+', 'e') if value else '0'
+
+
+def _average(cell: Cell) -> str:
+  """Format a cell's average perplexity, or why there is none."""
+  if cell.complete:
+    return perplexity(cell.average)
+  done = sum(t in cell.losses for t in cell.tests)
+  return f'{done} of {len(cell.tests)} domains run' if done else _NOT_RUN
+
+
+def _spread(loss: Loss) -> str:
+  values = loss.seeds.values()
+  return f'{len(values)}' if len(values) < 2 else f'{len(values)} (±{_half(values):.3f})'
+
+
+def _half(values: Any) -> float:
+  return (max(values) - min(values)) / 2
+
+
+def main_table(c: Comparison, size: int) -> Table:
+  """Build the comparison at one set size, one row per method."""
+  head = ['method', 'perplexity', 'bits/byte', 'nats/token above SLM', 'verdict', 'seeds']
+  head += ['served', 'generic FLOPs', 'FLOPs/domain', 'time/domain']
+  rows = []
+  for method in c.study.methods:
+    cell = c.cells[method, size]
+    found, done = c.to_baseline(cell), cell.complete
+    bpb = f'{cell.average.bpb:.3f}' if done and not math.isnan(cell.average.bpb) else _NONE
+    verdict = 'reference' if method == BASELINE else found.verdict if found else _NONE
+    params = c.study.params
+    rows.append(
+      [c.study.label(method), _average(cell), bpb, interval(found), verdict if done else _NONE]
+      + [_spread(cell.average) if done else _NONE]
+      + [count(params[method]) if method in params else _NONE]
+      + [cost(cell.generic)[1], *cost(cell.specialise)[1:]]
+    )
+  return head, rows
+
+
+def domain_table(c: Comparison, size: int) -> Table:
+  """Build perplexity and bits per byte on every test set, with the verdict against the SLM."""
+  names = [*c.tests, *c.others]
+  rows = []
+  for method in c.study.methods:
+    cell, row = c.cells[method, size], [c.study.label(method)]
+    for name in names:
+      loss, found = cell.losses.get(name), c.to_baseline(cell, name)
+      row.append(
+        _NOT_RUN if loss is None else f'{perplexity(loss)} ({loss.bpb:.3f})' + _mark(found)
+      )
+    rows.append(row)
+  return ['method', *names], rows
+
+
+def _mark(d: Difference | None) -> str:
+  return '' if d is None else {'better': ' ▼', 'worse': ' ▲', 'within noise': ' ≈'}[d.verdict]
+
+
+def generic_table(c: Comparison) -> Table:
+  """Build the losses on generic text, before any specialisation."""
+  rows = [
+    [c.study.label(m), perplexity(loss), f'{loss.value:.4f}', f'{loss.bpb:.3f}', _spread(loss)]
+    for m, loss in c.generic.items()
+  ]
+  return ['method', 'perplexity', 'loss, nats/token', 'bits/byte', 'seeds'], rows
+
+
+def ledger_table(c: Comparison) -> Table:
+  """Build what every method cost: once, per domain, and for N domains."""
+  head = ['method', 'set size']
+  head += [f'{when}: {x}' for when in ('generic', 'per domain') for x in _COST]
+  head += [f'FLOPs for N = {n}' for n in NUM_DOMAINS]
+  rows = []
+  for method in c.study.methods:
+    for size in c.study.sizes:
+      cell = c.cells[method, size]
+      totals = [cell.total(n) for n in NUM_DOMAINS]
+      rows.append(
+        [c.study.label(method), count(size), *cost(cell.generic), *cost(cell.specialise)]
+        + [_NONE if t is None else number(t.flops) for t in totals]
+      )
+  return head, rows
+
+
+_COST = ('tokens', 'FLOPs', 'device time')
+
+
+def cluster_table(c: Comparison) -> Table:
+  """Build how concentrated each set is, from the data directory's histograms."""
+  head = ['clusters', 'set', 'windows', 'entropy, nats', 'effective clusters', 'effective sample']
+  rows = [
+    [level, name, count(sum(x['windows'])), f'{x["entropy"]:.2f}']
+    + [f'{x["effective_clusters"]:.1f}', f'{x["ess_fraction"]:.3f}', f'{x["top_cluster"]:.1%}']
+    for level, sets in plots.histograms(c).items()
+    for name, x in sets.items()
+  ]
+  return [*head, 'share of the most frequent'], rows
+
+
+def markdown(table: Table) -> str:
+  """Format a table as Markdown, numbers to the right."""
+  head, rows = table
+  lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
+  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def table_md(c: Comparison, advice: list[str]) -> str:
+  """Write table.md: advice and every table."""
+  parts = [f'# {c.study.title}\n\n', ''.join(f'{line}\n\n' for line in advice)]
+  for size in c.study.sizes:
+    parts.append(f'## {count(size)} tokens of domain text\n\n{markdown(main_table(c, size))}\n')
+    parts.append(f'{DOMAIN_NOTE}\n\n{markdown(domain_table(c, size))}\n')
+  for title, table in (
+    ('Generic text, before specialisation', generic_table(c)),
+    ('Cost', ledger_table(c)),
+    ('Clusters', cluster_table(c)),
+  ):
+    if table[1]:
+      parts.append(f'## {title}\n\n{markdown(table)}\n')
+  return ''.join(parts).rstrip() + '\n'
+
+
+DOMAIN_NOTE = (
+  'Perplexity (bits per byte) on each test set; ▼ better, ▲ worse, ≈ within noise of the plain SLM '
+  'at the same set size.'
+)
+
+
+def results_csv(c: Comparison) -> str:
+  """Write every number unrounded: a line per method, size and test set, and for the average."""
+  out = io.StringIO()
+  writer = csv.DictWriter(out, _CSV, restval='', lineterminator='\n')
+  writer.writeheader()
+  for cell in c.cells.values():
+    average = cell.average if cell.complete else None
+    for on, loss, found in [
+      ('average', average, c.to_baseline(cell)),
+      *((t, cell.losses.get(t), c.to_baseline(cell, t)) for t in (*c.tests, *c.others)),
+    ]:
+      writer.writerow(_line(c.study, cell.method, cell.size, on, loss, found) | _cost_keys(cell))
+  for method, loss in c.generic.items():
+    writer.writerow(_line(c.study, method, '', f'{c.study.generic}/test', loss, None))
+  return out.getvalue()
+
+
+def _line(
+  study: Study, method: str, size: int | str, on: str, loss: Loss | None, d: Difference | None
+) -> dict[str, Any]:
+  line = {'method': method, 'label': study.label(method), 'kind': study.kind(method) or ''}
+  line |= {'size': size, 'on': on, 'status': _NOT_RUN if loss is None else 'run'}
+  line |= {'params': study.params[method]} if method in study.params else {}
+  if loss is not None:
+    line |= {'loss': loss.value, 'ppl': math.exp(loss.value), 'bpb': loss.bpb}
+    line |= {'seeds': len(loss.seeds), 'seed_spread': 2 * _half(loss.seeds.values())}
+  if d is not None:
+    line |= {'difference': d.value, 'low': d.low, 'high': d.high, 'verdict': d.verdict}
+  return line
+
+
+def _cost_keys(cell: Cell) -> dict[str, float]:
+  found = {}
+  for name, value in (('generic', cell.generic), ('specialise', cell.specialise)):
+    if value is not None:
+      found |= {f'{name}_tokens': value.tokens, f'{name}_flops': value.flops}
+      found[f'{name}_seconds'] = value.seconds
+  totals = {n: cell.total(n) for n in NUM_DOMAINS}
+  return found | {f'total_flops_{n}': t.flops for n, t in totals.items() if t is not None}
+
+
+def show(c: Comparison, advice: list[str]) -> None:
+  """Print the comparison and the advice."""
+  console = rich.console.Console()
+  if not console.is_terminal:
+    console = rich.console.Console(width=120)
+  for size in c.study.sizes:
+    head, rows = main_table(c, size)
+    title = f'{c.study.title}: {count(size)} tokens of domain text'
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify='left')
+    for i in _SHOWN:
+      table.add_column(head[i], justify='right' if i else 'left', no_wrap=i > 0)
+    for row in rows:
+      table.add_row(*(row[i] for i in _SHOWN), style=_RICH.get(row[4]))
+    console.print(table)
+  console.print(' '.join(advice), highlight=False, markup=False)
+
+
+_SHOWN = (0, 1, 3, 4, 6, 7, 8)  # the columns that fit a terminal
+_RICH = {'better': 'green', 'worse': 'red', 'reference': 'bold'}
+
+
+def report(study_path: str | Path, out: str | Path = '') -> list[str]:
+  """Write and print the report of a study; returns the advice.
+
+  Raises:
+    ValueError: if study.json or a run it lists is broken, naming it.
+  """
+  study = comparison.load_study(Path(study_path))
+  out = Path(out) if out else study.path
+  c = comparison.compare(study)
+  advice, drawn = advise(c), plots.plots(c)
+  for plot in drawn:
+    rundir.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
+  rundir.write_text(out / 'results.csv', results_csv(c))
+  rundir.write_text(out / 'table.md', table_md(c, advice))
+  sections = [
+    ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
+    ('Generic text', 'Held-out generic text, before any specialisation.', generic_table(c)),
+    ('Clusters', CLUSTER_NOTE, cluster_table(c)),
+  ]
+  main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
+  html = page.render(c, advice, main_tables, DOMAIN_NOTE, drawn, sections, out)
+  rundir.write_text(out / 'report.html', html)
+  show(c, advice)
+  print(f'wrote {out / "report.html"}, table.md, results.csv and plots/')
+  return advice
+
+
+LEDGER_NOTE = (
+  'Generic costs are paid once, before the domain is known, and include the clustering of the '
+  'generic text for methods that use it; costs per domain are paid again for every domain. '
+  'C_total(N) = C_generic + N · C_specialise. Held-out evaluations are not counted.'
+)
+CLUSTER_NOTE = (
+  'How concentrated each set is. Effective clusters = exp(entropy). Effective sample = the share '
+  'of generic text that still counts when it is resampled to look like the set: small means that '
+  'the same text is repeated.'
+)
+
+
+def main(_: list[str]) -> None:
+  """Write the report of --study."""
+  if not flags.FLAGS.study:
+    raise ValueError('--study: name the directory that holds study.json')
+  report(flags.FLAGS.study, flags.FLAGS.out)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('study', '', 'Directory that holds study.json.')
+  flags.DEFINE_string('out', '', 'Where the report is written; default: the study itself.')
+  cli.run(main)

@@ -1,0 +1,518 @@
+"""Reports: golden table, bootstrap, costs, advice, the page, and what broken studies say."""
+
+import csv
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from slm import comparison, page, plots, report
+from slm.advice import advise, crossing
+from slm.comparison import Cost, compare, load_study, resample
+
+_LABELS = {
+  'slm': 'SLM',
+  'slm_noft': 'SLM, no fine-tuning',
+  'slm_nopt': 'SLM, no pretraining',
+  'llm': 'LLM',
+  'importance': 'SLM-is, importance sampling',
+  'distill': 'SLM-d, distillation',
+  'mixture': 'SLM-mix, hard mixture',
+  'project': 'SLM-pn, projected network',
+}
+# Loss above the plain SLM's, nats per token.
+_OFFSETS = {
+  'slm': 0.0,
+  'slm_noft': 0.6,
+  'slm_nopt': 1.4,
+  'llm': -0.17,
+  'importance': -0.08,
+  'distill': -0.01,
+  'mixture': -0.0,
+  'project': -0.05,
+}
+_GENERIC_FLOPS, _TUNE_FLOPS = 1e14, 2e12
+
+
+def write(path: Path, value: object) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value))
+
+
+def write_run(
+  path: Path, phase: str, flops: float, losses: dict[str, np.ndarray], end: float = 3.0
+) -> None:
+  """Write a finished run; losses map set/split to rows [rows,2]."""
+  tokens = int(flops / 1e7)
+  write(path / 'config.json', {'phase': phase})
+  write(path / 'env.json', {'python': '3.11.0', 'device_kind': 'cpu', 'packages': {'jax': '0.1'}})
+  entry = {'tokens': tokens, 'flops': flops, 'device_seconds': flops / 1e11}
+  held_out = {'phase': 'evaluate', 'tokens': 7, 'flops': 1e30, 'device_seconds': 1e30}
+  ledger = {'phases': [{'phase': phase, **entry}, held_out], 'ancestors': []}
+  write(path / 'ledger.json', ledger)
+  write(path / 'result.json', {'steps': 100})
+  rng = np.random.default_rng(0)
+  with (path / 'metrics.jsonl').open('w') as f:
+    for step in range(1, 101):
+      loss = end + 3 * step**-0.5
+      line = {'step': step, 'tokens': tokens * step // 100, 'loss': loss + rng.normal(0, 0.05)}
+      line |= {'eval_loss': loss + 0.03} if step % 20 == 0 else {}
+      f.write(json.dumps(line) + '\n')
+  results = {}
+  for name, rows in losses.items():
+    file = path / 'eval' / f'{name.replace("/", "-")}.npy'
+    file.parent.mkdir(exist_ok=True)
+    np.save(file, rows)
+    results[name] = {'nll': rows[:, 0].sum(), 'bytes': int(4 * rows[:, 1].sum())}
+  write(path / 'eval.json', results)
+
+
+class Maker:
+  """Makes synthetic studies: rows share a difficulty, so that differences are paired."""
+
+  def __init__(self, path: Path, domains=('law',), sizes=(20_000,), seeds=(0,), rows=300):
+    self.path, self.domains, self.sizes, self.seeds = path, domains, sizes, seeds
+    rng = np.random.default_rng(1)
+    self.hard = {d: rng.normal(0, 0.4, rows) for d in domains}
+    self.tokens = {d: rng.integers(20, 256, rows) for d in domains}
+    self.runs: list[dict] = []
+
+  def rows(self, domain: str, loss: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(abs(hash((round(loss, 6), seed))))
+    tokens = self.tokens[domain]
+    noise = rng.normal(0, 0.02, len(tokens))
+    return np.stack([(loss + self.hard[domain] + noise) * tokens, tokens.astype(float)], axis=1)
+
+  def add(self, method: str, offset: float, shrink: float = 0.6) -> None:
+    """Add a method at every domain, size and seed; its offset shrinks with the set size."""
+    kind = 'large' if method == 'llm' else 'small'
+    costly = {'llm': 6.0, 'project': 1.6}.get(method, 1.0) * _GENERIC_FLOPS
+    for seed in self.seeds:
+      shared = {'distill': ['slm', 'llm'], 'slm_noft': ['slm']}.get(method, [method])
+      shared = [f'runs/{m}-{seed}' for m in shared if method not in ('importance', 'slm_nopt')]
+      for name in shared:
+        if not (self.path / name).exists():
+          write_run(self.path / name, 'pretrain', costly, {})
+      for (i, size), (j, domain) in itertools.product(
+        enumerate(self.sizes), enumerate(self.domains)
+      ):
+        own = f'runs/{method}-{domain}-{size}-{seed}'
+        loss = 3.0 + 0.1 * j - 0.15 * i + offset * shrink**i + 0.002 * seed
+        rows = {f'{domain}/test': self.rows(domain, loss, seed)}
+        write_run(self.path / own, 'finetune', _TUNE_FLOPS * (i + 1), rows)
+        paid = [own] if method != 'slm_noft' else []
+        if method == 'importance':
+          paid.append(f'runs/importance-{domain}-{seed}')
+          write_run(self.path / paid[-1], 'pretrain', _GENERIC_FLOPS, {}, end=2.6)
+        self.runs.append({
+          'method': method, 'domain': domain, 'size': size, 'seed': seed, 'run': own,
+          'kind': kind, 'generic_runs': shared, 'specialise_runs': paid,
+        })  # fmt: skip
+
+  def save(self, scale: str = 'cpu', **changes: object) -> Path:
+    """Write study.json and the data directory's part; returns the study's directory."""
+    study = {
+      'title': 'Law from general text',
+      'scale': scale,
+      'data': 'data',
+      'domains': list(self.domains),
+      'generic': 'generic',
+      'sizes': list(self.sizes),
+      'methods': [
+        {'name': m, 'label': label, 'describe': f'What {label} does.'}
+        for m, label in _LABELS.items()
+      ],
+      'runs': self.runs,
+      'params': {m: 771_000_000 if m == 'llm' else 126_000_000 for m in _LABELS},
+      'notes': ['Models are smaller than in the paper.'],
+    }
+    write(self.path / 'study.json', study | changes)
+    cost = {'clusters': {'seconds': 50.0, 'flops': 5e11}}
+    write(self.path / 'data' / 'manifest.json', {'cost': cost})
+    return self.path
+
+
+def full_study(path: Path, **kwargs) -> Path:
+  """Make a study with every method, on several domains and sizes, with clusters."""
+  maker = Maker(path, **kwargs)
+  for method, offset in _OFFSETS.items():
+    maker.add(method, offset)
+  rng, sets = np.random.default_rng(2), {}
+  for name, spread in [('generic', 9.0), *((d, 0.25) for d in maker.domains)]:
+    windows = rng.multinomial(4000, rng.dirichlet(np.full(16, spread)))
+    p = windows[windows > 0] / windows.sum()
+    entropy = float(-(p * np.log(p)).sum())
+    sets[name] = {
+      'windows': windows.tolist(), 'entropy': entropy, 'effective_clusters': math.exp(entropy),
+      'ess_fraction': 0.3, 'top_cluster': float(p.max()),
+    }  # fmt: skip
+  write(path / 'data' / 'clusters' / 'histograms.json', {'16': sets})
+  return maker.save()
+
+
+def run_main(study: Path, *flags: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, '-m', 'slm.report', f'--study={study}', *flags]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def one(
+  path: Path, offsets: dict[str, float], scale: str = 'cpu', **kwargs
+) -> comparison.Comparison:
+  maker = Maker(path, **kwargs)
+  for method, offset in offsets.items():
+    maker.add(method, offset)
+  return compare(load_study(maker.save(scale)))
+
+
+def test_golden_table(tmp_path: Path):
+  maker = Maker(tmp_path, rows=2)
+  maker.tokens['law'], base = np.array([10, 30]), np.array([[20.0, 10], [90, 30]])
+  for method, rows in (('slm', base), ('importance', base - [[0, 0], [10, 0]])):
+    write_run(tmp_path / 'runs' / method, 'finetune', 2e12, {'law/test': rows})
+    maker.runs.append({
+      'method': method, 'domain': 'law', 'size': 20_000, 'seed': 0, 'run': f'runs/{method}',
+      'kind': 'small', 'generic_runs': [], 'specialise_runs': [f'runs/{method}'],
+    })  # fmt: skip
+  c = compare(load_study(maker.save()))
+  head, rows = report.main_table(c, 20_000)
+  assert report.markdown((head, rows[:1] + rows[3:5])) == (
+    '| method | perplexity | bits/byte | nats/token above SLM | verdict | seeds | served | '
+    'generic FLOPs | FLOPs/domain | time/domain |\n'
+    '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n'
+    # exp(110 / 40) = 15.64; 110 / ln 2 / 160 bytes = 0.992
+    '| SLM | 15.64 | 0.992 | – | reference | 1 | 126M | 0 | 2.00e12 | 20 s |\n'
+    '| LLM | not run | – | – | – | – | 771M | – | – | – |\n'
+    # Drawing only the first row leaves no difference, only the second 10 / 30.
+    '| SLM-is, importance sampling | 12.18 | 0.902 | −0.250 [−0.333, +0.000] | within noise | '
+    '1 | 126M | 5.00e11 | 2.00e12 | 20 s |\n'
+  )
+
+
+def test_perplexity_is_macro_average(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'))
+  maker.tokens['news'] = maker.tokens['news'] * 50  # a large domain counts no more than a small one
+  maker.add('slm', 0.0)
+  cell = compare(load_study(maker.save())).cells['slm', 20_000]
+  rows = {d: np.load(tmp_path / f'runs/slm-{d}-20000-0/eval/{d}-test.npy') for d in maker.domains}
+  losses = [r[:, 0].sum() / r[:, 1].sum() for r in rows.values()]
+  np.testing.assert_allclose(math.exp(cell.average.value), math.exp(np.mean(losses)), rtol=1e-12)
+  assert cell.average.bpb == pytest.approx(np.mean(losses) / math.log(2) / 4)
+
+
+def test_bootstrap_agrees_with_scipy():
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(20, 256, 200).astype(float)
+  a = (3 + rng.normal(0, 0.4, 200)) * tokens
+  b = a + rng.normal(0.02, 0.1, 200) * tokens
+  found = resample(np.stack([a, b], 1), tokens, seed=0, resamples=5000)
+  ours = np.percentile(found[:, 0] - found[:, 1], [2.5, 97.5])
+  theirs = scipy.stats.bootstrap(
+    (a, b, tokens),
+    lambda a, b, t, axis=-1: (a - b).sum(axis) / t.sum(axis),
+    paired=True, n_resamples=5000, method='percentile', vectorized=True, rng=1,
+  ).confidence_interval  # fmt: skip
+  np.testing.assert_allclose(ours, theirs, atol=0.1 * (theirs.high - theirs.low))
+  # Unpaired, the difficulty of the rows would hide the difference.
+  assert ours[1] - ours[0] < 0.4 * np.diff(np.percentile(found[:, 0], [2.5, 97.5]))[0]
+
+
+def test_bootstrap_covers_the_truth():
+  rng, inside, trials = np.random.default_rng(3), 0, 200
+  for trial in range(trials):
+    tokens = rng.integers(20, 256, 150).astype(float)
+    delta = rng.normal(0.05, 0.2, (150, 1)) * tokens[:, None]
+    low, high = np.percentile(resample(delta, tokens, trial, 500), [2.5, 97.5])
+    inside += low <= 0.05 <= high
+  assert 0.89 <= inside / trials <= 0.99
+
+
+def test_bootstrap_is_seeded_and_chunking_changes_nothing_but_speed():
+  tokens = np.full(5000, 10.0)
+  nll = np.random.default_rng(0).normal(30, 3, (5000, 2))
+  found = resample(nll, tokens, seed=4)
+  assert found.shape == (comparison.RESAMPLES, 2)
+  np.testing.assert_array_equal(found, resample(nll, tokens, seed=4))
+  np.testing.assert_allclose(found.std(0), nll.std(0) / 10 / 5000**0.5, rtol=0.1)
+
+
+def test_seeds_are_averaged_and_must_agree(tmp_path: Path):
+  c = one(tmp_path, {'slm': 0.0, 'project': -0.05}, seeds=(0, 1, 2))
+  found = c.to_baseline(c.cells['project', 20_000])
+  assert len(found.seeds) == 3
+  assert found.value == pytest.approx(np.mean(found.seeds))
+  assert found.verdict == 'better'
+  disagreeing = comparison.Difference(-0.02, -0.03, -0.01, (-0.05, 0.01))
+  assert disagreeing.verdict == 'within noise'
+
+
+def test_costs(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'), seeds=(0, 1))
+  for method in ('slm', 'importance', 'distill', 'slm_nopt', 'slm_noft'):
+    maker.add(method, 0.0)
+  cells = compare(load_study(maker.save())).cells
+  get = lambda m: cells[m, 20_000]
+  slm, selected = get('slm'), get('importance')
+  # Shared by domains, averaged over seeds; held-out evaluations do not count.
+  assert slm.generic == Cost(1e7, _GENERIC_FLOPS, 1000)
+  assert slm.specialise == Cost(2e5, _TUNE_FLOPS, 20)
+  assert selected.generic == Cost(0, 5e11, 50)  # clustering only
+  assert selected.specialise.flops == _GENERIC_FLOPS + _TUNE_FLOPS
+  assert get('distill').generic.flops == 2 * _GENERIC_FLOPS
+  assert get('slm_nopt').generic == Cost() == get('slm_noft').specialise
+  for n in (1, 7, 50):
+    assert slm.total(n).flops == _GENERIC_FLOPS + n * _TUNE_FLOPS
+    assert selected.total(n).flops == 5e11 + n * (_GENERIC_FLOPS + _TUNE_FLOPS)
+  at = crossing(selected, slm)
+  assert selected.total(at).flops > slm.total(at).flops
+  assert selected.total(at - 1).flops <= slm.total(at - 1).flops
+
+
+def test_cost_is_unknown_without_the_paid_run(tmp_path: Path):
+  maker = Maker(tmp_path)
+  maker.add('slm', 0.0)
+  (tmp_path / 'runs/slm-0/ledger.json').unlink()
+  cell = compare(load_study(maker.save())).cells['slm', 20_000]
+  assert cell.generic is None and cell.total(7) is None and cell.specialise is not None
+
+
+def test_advice_plain_slm(tmp_path: Path):
+  c = one(tmp_path, {'slm': 0.0, 'project': 0.001, 'mixture': -0.001, 'distill': 0.0007})
+  advice = advise(c)
+  assert 'No difference is larger than its interval' in advice[0]
+  assert 'the plain SLM is as good as anything of its size; ship it' in advice[0]
+  assert 'no small model beats the plain SLM' in advice[1] and 'not excluded' not in advice[1]
+  assert 'with one seed' in ' '.join(advice)
+
+
+def test_advice_plain_slm_among_worse(tmp_path: Path):
+  advice = advise(one(tmp_path, {'slm': 0.0, 'slm_nopt': 1.0, 'project': 0.1}))
+  assert advice[0] == 'The plain SLM is as good as anything of its size; ship it.'
+
+
+def test_advice_importance(tmp_path: Path):
+  c = one(tmp_path, {'slm': 0.0, 'project': -0.05, 'importance': -0.08, 'slm_nopt': 1.0},
+          seeds=(0, 1))  # fmt: skip
+  text = ' '.join(advise(c))
+  label = _LABELS['importance']
+  assert text.startswith(f'Use {label}: it is the best small model with 20k tokens')
+  assert re.search(r'0\.08\d nats/token lower, 95 % interval 0\.07\d to 0\.08\d', text)
+  assert f'{label} 1.0×, 6.3×, 26×; {_LABELS["project"]} 1.6×' in text
+  assert f'but {_LABELS["project"]} is cheaper from N = 2' in text
+  assert re.search(r'keeps 6\d% of the best gain', text)
+  assert 'over 2 seeds' in text and 'LLM' not in text
+
+
+def test_advice_says_when_little_text_leaves_it_open(tmp_path: Path):
+  maker = Maker(tmp_path, rows=8)
+  maker.add('slm', 0.0)
+  rows = maker.rows('law', 2.97, 0)
+  rows[:, 0] += np.tile([0.2, -0.2], 4) * rows[:, 1]
+  write_run(tmp_path / 'runs/other', 'finetune', 1e12, {'law/test': rows})
+  maker.runs.append({**maker.runs[0], 'method': 'project', 'run': 'runs/other'})
+  advice = advise(compare(load_study(maker.save())))
+  assert 'No difference is larger than its interval' in advice[0]
+  assert re.search(r'A gain of up to 0\.[12]\d+ nats/token is not excluded', advice[1])
+
+
+def test_advice_tie(tmp_path: Path):
+  text = ' '.join(advise(one(tmp_path, {'slm': 0.0, 'mixture': -0.0803, 'importance': -0.08})))
+  assert 'no small model is better with 20k tokens of domain text' in text
+  assert 'cannot be told from it: the difference is within its interval' in text
+
+
+def test_advice_depends_on_size_and_large_model(tmp_path: Path):
+  maker = Maker(tmp_path, sizes=(20_000, 160_000))
+  for method, offset in (('slm', 0.0), ('project', -0.05), ('llm', -0.2)):
+    maker.add(method, offset, shrink=0.0 if method == 'project' else 0.6)
+  text = ' '.join(advise(compare(load_study(maker.save(scale='quick')))))
+  assert 'depends on how much domain text there is' in text
+  assert 'the plain SLM with 160k tokens' in text
+  assert 'LLM is better than the best small model with 20k tokens (0.1' in text
+  assert 'Serving it takes 6.1× the parameters (771M instead of 126M)' in text
+  assert 'quick scale' in text
+
+
+def test_advice_exception_and_worse_large_model(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'))
+  for method, offset in (('slm', 0.0), ('project', -0.1), ('llm', 0.3)):
+    maker.add(method, offset)
+  run = next(r for r in maker.runs if r['method'] == 'project' and r['domain'] == 'news')
+  write_run(tmp_path / run['run'], 'finetune', 1e12, {'news/test': maker.rows('news', 3.13, 0)})
+  text = ' '.join(advise(compare(load_study(maker.save()))))
+  assert 'the plain SLM is better on news (20k tokens)' in text
+  assert 'LLM is worse than the best small model' in text
+
+
+def test_page_is_self_contained_and_whole(tmp_path: Path):
+  study = full_study(tmp_path, domains=('law', 'news'), sizes=(20_000, 160_000), rows=60)
+  out = tmp_path / 'elsewhere'
+  report.report(study, out)
+  html = (out / 'report.html').read_text()
+  assert not re.search(r'(?:src|href|url)\s*[=(]\s*["\']?\s*(?:https?:)?//', html)
+  assert not re.search(r'<(?:script|link|img|iframe)|@import', html)
+  names = {p.stem for p in (out / 'plots').glob('*.svg')}
+  assert names == {'perplexity', 'loss-by-size', 'loss-by-cost', 'training', 'clusters'}
+  assert all(f'id="plot-{name}"' in html for name in names)
+  assert html.count('<svg') == len(names)
+  for part in (
+    'class="answer"',
+    'Comparison',
+    'Cost ledger',
+    'Environment',
+    'What differs',
+    'Runs',
+  ):
+    assert part in html
+  for label in _LABELS.values():
+    assert label in html
+  links = re.findall(r'<a href="([^"]*)"', html)
+  assert links and all((out / link).is_dir() for link in links)
+
+
+def test_csv_and_markdown(tmp_path: Path):
+  study = full_study(tmp_path, sizes=(20_000, 160_000), rows=60)
+  report.report(study)
+  rows = list(csv.DictReader((study / 'results.csv').open()))
+  assert len(rows) == len(_LABELS) * 2 * 2  # methods, sizes, average and law
+  average = {r['method']: r for r in rows if r['on'] == 'average' and r['size'] == '20000'}
+  assert float(average['llm']['ppl']) == pytest.approx(math.exp(float(average['llm']['loss'])))
+  assert average['importance']['verdict'] == 'better'
+  assert float(average['slm']['total_flops_7']) == _GENERIC_FLOPS + 7 * _TUNE_FLOPS
+  text = (study / 'table.md').read_text()
+  assert '## 160k tokens of domain text' in text and 'law/test' in text and '## Clusters' in text
+  widths = {line.count('|') for line in text.split('## Cost')[1].split('\n') if '|' in line}
+  assert widths == {12, 8}
+
+
+def test_generic_and_other_splits(tmp_path: Path):
+  maker = Maker(tmp_path)
+  for method in ('slm', 'project'):
+    maker.add(method, 0.0)
+    run = tmp_path / maker.runs[-1]['run']
+    rows = maker.rows('law', 3.5, 0)
+    write_run(run, 'finetune', 1e12, {'law/test': rows, 'law/test_ood': rows + [0.5, 0]})
+    write_run(tmp_path / f'runs/{method}-0', 'pretrain', 1e14, {'generic/test': rows})
+    maker.runs.append({**maker.runs[-1], 'domain': None, 'size': None, 'run': f'runs/{method}-0'})
+  c = compare(load_study(maker.save()))
+  assert c.tests == ('law/test',) and c.others == ('law/test_ood',)
+  assert list(c.generic) == ['slm', 'project']
+  assert c.generic['slm'].value == pytest.approx(c.cells['slm', 20_000].average.value)
+  assert report.generic_table(c)[1][0][0] == 'SLM'
+  assert report.domain_table(c, 20_000)[0] == ['method', 'law/test', 'law/test_ood']
+
+
+def test_missing_runs_say_so(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'))
+  maker.add('slm', 0.0)
+  maker.add('project', -0.05)
+  for run in maker.runs:
+    if run['method'] == 'project' and run['domain'] == 'news':
+      run['run'] = 'runs/nowhere'
+  study = maker.save()
+  report.report(study)
+  c = compare(load_study(study))
+  rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
+  assert rows[_LABELS['project']][1] == '1 of 2 domains run'
+  assert rows['LLM'][1] == 'not run'
+  assert report.domain_table(c, 20_000)[1][-1][2] == 'not run'
+  assert 'not run' in (study / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('offsets', [{'slm': 0.0}, {'project': 0.0}, {}])
+def test_any_subset_makes_a_report(tmp_path: Path, offsets: dict[str, float]):
+  c = one(tmp_path, offsets)
+  report.report(tmp_path)
+  assert (tmp_path / 'report.html').exists()
+  if 'slm' not in offsets:
+    assert advise(c) == ['There is nothing to compare yet: the plain SLM has not been run and '
+                         'evaluated.']  # fmt: skip
+
+
+def test_a_run_without_size_stands_at_every_size(tmp_path: Path):
+  maker = Maker(tmp_path, sizes=(20_000, 160_000))
+  maker.add('slm', 0.0)
+  maker.runs.append({**maker.runs[0], 'method': 'slm_noft', 'size': None})
+  cells = compare(load_study(maker.save())).cells
+  assert cells['slm_noft', 20_000].average.value == cells['slm_noft', 160_000].average.value
+
+
+def test_colors_are_fixed_and_distinct():
+  found = plots.styles([*_LABELS, 'new', 'newer'])
+  assert found['project'] == plots.styles(['project'])['project']
+  assert len(set(found.values())) == len(found)
+
+
+def test_page_escapes_text(tmp_path: Path):
+  maker = Maker(tmp_path)
+  maker.add('slm', 0.0)
+  c = compare(load_study(maker.save(title='<b>A & B</b>', notes=['1 < 2'])))
+  html = page.render(c, ['x < y'], [], '', [], [], tmp_path)
+  assert '&lt;b&gt;A &amp; B' in html and '1 &lt; 2' in html and 'x &lt; y' in html
+
+
+def _change(key: str, value: object):
+  def change(study: Path) -> None:
+    raw = json.loads((study / 'study.json').read_text())
+    raw[key] = value
+    (study / 'study.json').write_text(json.dumps(raw))
+
+  return change
+
+
+def _first_run(**changes: object):
+  def change(study: Path) -> None:
+    runs = json.loads((study / 'study.json').read_text())['runs']
+    _change('runs', [{**runs[0], **changes}, *runs[1:]])(study)
+
+  return change
+
+
+def _rows_cut(study: Path) -> None:
+  file = next(study.glob('runs/llm-law*/eval/law-test.npy'))
+  np.save(file, np.load(file)[:-1])
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (lambda s: (s / 'study.json').unlink(), 'study.json: no such file'),
+    (lambda s: (s / 'study.json').write_text('{"title"'), 'study.json: not JSON'),
+    (lambda s: (s / 'study.json').write_text('[]'), 'expected an object, found list'),
+    (lambda s: (s / 'study.json').write_text('{}'), "study.json: no key 'title'"),
+    (_change('methods', [{'name': 'slm'}]), "methods[0]: no key 'label'"),
+    (_change('sizes', []), 'sizes is []'),
+    (_first_run(method='slim'), "runs[0]: method is 'slim', expected one of"),
+    (_first_run(domain='lore'), "runs[0]: domain is 'lore'"),
+    (_first_run(run='runs/gone', finished=True), 'runs/gone: finished but has no eval.json'),
+    (lambda s: next(s.glob('runs/llm-law*/eval.json')).unlink(), 'finished but has no eval.json'),
+    (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'missing or damaged'),
+    (_rows_cut, 'law/test was evaluated on other rows than'),
+  ],
+)
+def test_errors_name_the_thing(tmp_path: Path, damage, message: str):
+  maker = Maker(tmp_path, rows=20)
+  maker.add('slm', 0.0)
+  maker.add('llm', -0.1)
+  study = maker.save()
+  damage(study)
+  with pytest.raises(ValueError) as e:
+    compare(load_study(study))
+  assert message in str(e.value)
+
+
+def test_command_line(tmp_path: Path):
+  found = run_main(tmp_path / 'none')
+  assert found.returncode == 1 and found.stderr.count('\n') == 1
+  assert found.stderr.startswith('error: ') and 'study.json: no such file' in found.stderr
+  one(tmp_path / 'study', {'slm': 0.0, 'importance': -0.1}, rows=50)
+  found = run_main(tmp_path / 'study', f'--out={tmp_path / "out"}')
+  assert found.returncode == 0, found.stderr
+  assert 'perplexity' in found.stdout and 'Use SLM-is' in found.stdout
+  assert (tmp_path / 'out' / 'report.html').exists()
