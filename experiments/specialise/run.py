@@ -1,0 +1,159 @@
+"""Run the whole study: prepare, train every row, evaluate, report. Started again, it continues.
+
+    python -m experiments.specialise.run --scale=quick --out=runs/quick
+    python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out=runs/cpu
+"""
+
+import copy
+import importlib
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.specialise import runs
+from experiments.specialise.scales import METHODS, NOTES, SCALES, Scale
+from slm import cli, data, evaluate, report, rundir, sharding, specialise, train
+from slm.data import importance, prepare
+from slm.models.decoder import DecoderConfig, num_params
+
+
+def config(path: str, overrides: dict[str, Any]) -> ConfigDict:
+  """Load configs/<x>.py and set dotted keys, as the command line would."""
+  module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+  found = module.get_config()
+  found.update_from_flattened_dict(overrides)
+  return found
+
+
+def prepare_data(scale: Scale, corpus: str, out: Path) -> None:
+  """Prepare the scale's sets below out/data."""
+  if not corpus and any(isinstance(s, dict) for s in scale.sources.values()):
+    raise ValueError('--corpus: this scale needs the directory of the corpora')
+  found = config('configs/data.py', {})
+  found.sets = {
+    name: {split: str(Path(corpus) / glob) for split, glob in source.items()}
+    if isinstance(source, dict)
+    else {prepare.ALL: source}
+    for name, source in scale.sources.items()
+  }
+  found.update_from_flattened_dict({**scale.prepare, 'sizes': scale.sizes, 'out': str(out)})
+  prepare.prepare(prepare.PrepareConfig.of(found))
+
+
+def do_train(job: dict[str, Any], root: Path) -> None:
+  """Train one job; its init and teacher are names of other jobs."""
+  overrides = copy.deepcopy(job['set'])
+  for key in ('init', 'teacher'):
+    if overrides.get(key):
+      overrides[key] = str(root / 'runs' / overrides[key])
+  train.train(config(job['config'], overrides).to_dict(), root / 'runs' / job['name'])
+
+
+def do_importance(job: dict[str, Any], root: Path) -> None:
+  """Write the index of rows that importance sampling trains on."""
+  path = root / 'data'
+  if (path / 'index' / f'{job["name"]}.json').exists():
+    return
+  context = data.manifest(path)['context']
+  importance.sample(
+    importance.Request(
+      data=str(path),
+      domain=job['domain'],
+      level=job['level'],
+      tokens=job['tokens'] * context,
+      out=job['name'],
+      seed=job['seed'],
+      domain_index=job['domain_index'],
+    )
+  )
+
+
+def do_specialise(job: dict[str, Any], root: Path) -> None:
+  """Take a specialist out of a run that holds several."""
+  name, run = root / 'runs' / job['name'], root / 'runs' / job['run']
+  specialise.specialise(run, job['domain'], name, 'frequent', job['index'])
+
+
+DO = {
+  'train': do_train,
+  'importance': do_importance,
+  'specialise': do_specialise,
+  'evaluate': lambda job, root: None,
+}
+
+
+def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> None:
+  """Evaluate a finished run on what its job lists and eval.json lacks."""
+  run = root / 'runs' / job['name']
+  path = run / 'eval.json'
+  known = rundir.read_json(path) if path.exists() else {}
+  missing = [name for name in job.get('evaluate', ()) if name not in known]
+  if missing:
+    evaluate.run(run, str(root / 'data'), missing, mesh, batch_size=32)
+
+
+def study(scale_name: str, corpus: str, root: Path) -> None:
+  """Run every job of a scale, then write the report."""
+  scale = SCALES[scale_name]
+  prepare_data(scale, corpus, root / 'data')
+  manifest = data.manifest(root / 'data')
+  vocab = manifest['tokenizer']['vocab']
+  todo = runs.jobs(scale, str(root / 'data'), manifest['context'], vocab)
+  mesh, began = sharding.make_mesh({'data': -1}), time.monotonic()
+  for i, job in enumerate(todo, 1):
+    print(f'[{i}/{len(todo)}] {job["do"]} {job["name"]}', file=sys.stderr, flush=True)
+    DO[job['do']](job, root)
+    do_evaluate(job, root, mesh)
+  print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
+  write_study(scale_name, scale, vocab, root)
+  report.report(root)
+
+
+def write_study(scale_name: str, scale: Scale, vocab: int, root: Path) -> None:
+  """Describe the finished study for slm.report."""
+  params = lambda shape: sum(num_params(DecoderConfig(vocab=vocab, **shape)).values())
+  small, large = params(scale.small), params(scale.large)
+  rundir.write_json(
+    root / 'study.json',
+    {
+      'title': scale.title,
+      'scale': scale_name,
+      'data': 'data',
+      'domains': list(scale.domains),
+      'generic': 'generic',
+      'sizes': list(scale.sizes),
+      'methods': [{'name': n, 'label': lb, 'describe': d} for n, lb, d in METHODS],
+      'runs': runs.table_rows(scale),
+      'params': {name: large if name == 'llm' else small for name, _, _ in METHODS},
+      'notes': list(NOTES),
+    },
+  )
+
+
+def main(_: list[str]) -> None:
+  """Run the study that the flags name."""
+  f = flags.FLAGS
+  if f.scale not in SCALES:
+    raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
+  cache = Path(f.cache).expanduser()
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  try:
+    study(f.scale, f.corpus, Path(f.out))
+  except train.Interrupted as e:
+    print(e)
+    raise SystemExit(128 + signal.SIGTERM) from None
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('scale', 'quick', f'One of {sorted(SCALES)}.')
+  flags.DEFINE_string('corpus', '', 'Directory of the corpora, for scales that read files.')
+  flags.DEFINE_string('out', 'runs/quick', 'Where data, runs and the report go.')
+  flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
+  cli.run(main)

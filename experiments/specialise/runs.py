@@ -1,0 +1,174 @@
+"""Every run of the study as plain data, in an order that meets their needs."""
+
+from typing import Any
+
+from experiments.specialise.scales import Scale
+from slm.models.decoder import DecoderConfig, forward_flops
+
+Job = dict[str, Any]
+
+
+def jobs(scale: Scale, data: str, context: int, vocab: int) -> list[Job]:
+  """List the jobs: {'name', 'do', ...}; `do` names the entry point that runs it.
+
+  Names are run directories below the study's. 'evaluate' lists set/split names.
+  """
+  common = {'data.path': data, **scale.train}
+  small = {f'model.{k}': v for k, v in scale.small.items()}
+  large = {f'model.{k}': v for k, v in scale.large.items()}
+  ratio = _flops(scale.large, context, vocab) / _flops(scale.small, context, vocab)
+  found: list[Job] = []
+  for seed in scale.seeds:
+    pretrain = {
+      **common,
+      'seed': seed,
+      'steps': scale.steps,
+      'data.batch_size': scale.batch_size,
+      'schedule.peak': scale.peak,
+      'schedule.warmup': scale.steps // 20,
+      'eval.every': max(scale.steps // 5, 1),
+      'checkpoint.every': max(scale.steps // 5, 1),
+    }
+    less = max(int(scale.steps / ratio), 1)
+    few = {**pretrain, 'steps': less, 'schedule.warmup': less // 20, 'eval.every': less // 4 or 1}
+    groups = {
+      'data.level': scale.clusters,
+      'reparam.clusters': scale.clusters,
+      'data.rows_per_group': scale.batch_size // scale.clusters,
+    }
+    generic = [f'generic/{s}' for s in ('test',)]
+    found += [
+      _train(f'slm-{seed}', 'pretrain', {**pretrain, **small}, generic),
+      _train(f'llm-{seed}', 'pretrain', {**few, **large, 'schedule.peak': scale.peak / 2}, generic),
+      _train(f'mixture-{seed}', 'mixture', {**pretrain, **small, **groups}, generic),
+      _train(
+        f'project-{seed}',
+        'project',
+        {**pretrain, **small, **groups, 'reparam.capacity': scale.clusters,
+         'reparam.code': scale.clusters},
+        generic,
+      ),
+    ]  # fmt: skip
+    for domain in scale.domains:
+      found += _domain_jobs(scale, domain, seed, common, pretrain, small, large)
+  return found
+
+
+def _domain_jobs(scale, domain, seed, common, pretrain, small, large) -> list[Job]:
+  smallest = f'{domain}-{scale.sizes[0]}'
+  index = f'{domain}-is-{seed}'
+  tests = [f'{domain}/{split}' for split in scale.eval_splits]
+  start = {
+    'slm': f'slm-{seed}',
+    'llm': f'llm-{seed}',
+    'importance': f'importance-{domain}-{seed}',
+    'mixture': f'mixture-{domain}-{seed}',
+    'project': f'project-{domain}-{seed}',
+    'slm_nopt': '',
+  }
+  found = [
+    {'name': f'slm-{seed}', 'do': 'evaluate', 'evaluate': tests},
+    {
+      'name': index,
+      'do': 'importance',
+      'domain': domain,
+      'level': scale.selection_level,
+      'domain_index': smallest,
+      'tokens': pretrain['steps'] * scale.batch_size,  # times the context, see run.py
+      'seed': seed,
+    },
+    _train(start['importance'], 'importance', {**pretrain, **small, 'data.index': index}, tests),
+  ]
+  for method in ('mixture', 'project'):
+    found.append(
+      {
+        'name': start[method],
+        'do': 'specialise',
+        'run': f'{method}-{seed}',
+        'domain': domain,
+        'index': smallest,
+        'evaluate': tests,
+      }
+    )
+  for i, size in enumerate(scale.sizes):
+    steps = scale.finetune_steps[i]
+    tune = {
+      **common,
+      'seed': seed,
+      'steps': steps,
+      'data.set': domain,
+      'data.index': f'{domain}-{size}',
+      'data.batch_size': scale.finetune_batch,
+      'schedule.peak': scale.peak / (3 if i == 0 else 1),
+      'schedule.warmup': min(10, steps // 2),
+      'eval.every': max(steps // 15, 1),
+      'checkpoint.every': steps,
+    }
+    for method, init in start.items():
+      shape = large if method == 'llm' else small
+      name = f'{method}-{domain}-{size}-{seed}'
+      found.append(_train(name, 'finetune', {**tune, **shape, 'init': init}, tests))
+    taught = {'init': start['slm'], 'teacher': f'llm-{domain}-{size}-{seed}'}
+    name = f'distill-{domain}-{size}-{seed}'
+    found.append(_train(name, 'distill', {**tune, **small, **taught}, tests))
+  return found
+
+
+def _train(name: str, config: str, overrides: dict[str, Any], evaluate: list[str]) -> Job:
+  return {
+    'name': name,
+    'do': 'train',
+    'config': f'configs/{config}.py',
+    'set': overrides,
+    'evaluate': evaluate,
+  }
+
+
+def _flops(shape: dict[str, int], context: int, vocab: int) -> float:
+  return forward_flops(DecoderConfig(vocab=vocab, **shape), context)
+
+
+def table_rows(scale: Scale) -> list[dict[str, Any]]:
+  """List the cells of the report: which run serves, and which runs had to be paid for."""
+  found = []
+  for seed in scale.seeds:
+    run = lambda name: f'runs/{name}'
+    found += [
+      _row('slm', None, None, seed, run(f'slm-{seed}'), [run(f'slm-{seed}')], []),
+      _row('llm', None, None, seed, run(f'llm-{seed}'), [run(f'llm-{seed}')], []),
+      _row('mixture', None, None, seed, run(f'mixture-{seed}'), [run(f'mixture-{seed}')], []),
+      _row('project', None, None, seed, run(f'project-{seed}'), [run(f'project-{seed}')], []),
+    ]
+    for domain in scale.domains:
+      for size in scale.sizes:
+        served = lambda m: run(f'{m}-{domain}-{size}-{seed}')
+        of_domain = lambda m: run(f'{m}-{domain}-{seed}')
+        slm, llm = run(f'slm-{seed}'), run(f'llm-{seed}')
+        teacher = served('llm')
+        cells = {
+          'slm': (served('slm'), [slm], [served('slm')]),
+          'slm_noft': (slm, [slm], []),
+          'slm_nopt': (served('slm_nopt'), [], [served('slm_nopt')]),
+          'importance': (
+            served('importance'), [], [of_domain('importance'), served('importance')],
+          ),
+          'distill': (served('distill'), [slm, llm], [teacher, served('distill')]),
+          'llm': (served('llm'), [llm], [served('llm')]),
+        }  # fmt: skip
+        for m in ('mixture', 'project'):
+          cells[m] = (served(m), [run(f'{m}-{seed}')], [of_domain(m), served(m)])
+        found += [_row(m, domain, size, seed, *cell) for m, cell in cells.items()]
+  return found
+
+
+def _row(method, domain, size, seed, served, generic_runs, specialise_runs) -> dict[str, Any]:
+  return {
+    'method': method,
+    'domain': domain,
+    'size': size,
+    'seed': seed,
+    'run': served,
+    'kind': 'large' if method == 'llm' else 'small',
+    'generic_runs': generic_runs,
+    'specialise_runs': specialise_runs,
+  }

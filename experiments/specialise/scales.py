@@ -1,0 +1,124 @@
+"""The study's scales as plain data: what is prepared, how large the models are, how long they run.
+
+Pretraining budgets are equal in FLOPs: every generic model gets what the SLM's steps cost, so the
+LLM sees fewer tokens and an expert of the mixture sees a cluster's share.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """One size of the study."""
+
+  title: str
+  sources: dict[str, Any]  # set -> source, or {split: glob below the corpus directory}
+  prepare: dict[str, Any]  # overrides of configs/data.py
+  domains: tuple[str, ...]
+  sizes: tuple[int, ...]  # nested specialisation sets, tokens
+  small: dict[str, int]  # the served model
+  large: dict[str, int]  # about 6 x its parameters
+  steps: int  # of the SLM's pretraining
+  batch_size: int
+  peak: float  # learning rate
+  clusters: int  # experts of the mixture and the projected network
+  selection_level: int  # clusters for importance sampling
+  finetune_steps: tuple[int, ...]  # at most, one per size
+  finetune_batch: int
+  eval_splits: tuple[str, ...] = ('test',)
+  seeds: tuple[int, ...] = (0,)
+  train: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _shape(embed: int, num_layers: int, heads: int, mlp: int) -> dict[str, int]:
+  return {
+    'embed': embed,
+    'num_layers': num_layers,
+    'num_heads': heads,
+    'num_kv_heads': heads,
+    'head_dim': embed // heads,
+    'mlp': mlp,
+  }
+
+
+QUICK = Scale(
+  title='Licence texts from Python documentation',
+  sources={'generic': 'python:docs?max_mb=8', 'licences': 'python:licences'},
+  prepare={'tokenizer.vocab': 2048, 'context': 128, 'levels': (8, 32), 'fit_windows': 8000},
+  domains=('licences',),
+  sizes=(20_000,),
+  small=_shape(128, 4, 4, 384),
+  large=_shape(320, 5, 8, 1024),
+  steps=300,
+  batch_size=32,
+  peak=3e-3,
+  clusters=8,
+  selection_level=32,
+  finetune_steps=(120,),
+  finetune_batch=8,
+)
+
+_PLAIN = ('train', 'validation', 'test')
+_DOMAIN = (*_PLAIN, 'test_ood')
+
+CPU = Scale(
+  title='Biomedical, law and news from general text',
+  sources={
+    'generic': {s: f'general/{s}.jsonl.gz' for s in _PLAIN},
+    **{d: {s: f'{d}/{s}.jsonl.gz' for s in _DOMAIN} for d in ('biomedical', 'law', 'news')},
+  },
+  prepare={'tokenizer.vocab': 4096, 'context': 256, 'levels': (16, 128), 'fit_windows': 40_000},
+  domains=('biomedical', 'law', 'news'),
+  sizes=(20_000, 160_000, 1_280_000),
+  small=_shape(128, 4, 4, 448),
+  large=_shape(320, 7, 8, 1024),
+  steps=1500,
+  batch_size=32,
+  peak=3e-3,
+  clusters=16,
+  selection_level=128,
+  finetune_steps=(150, 300, 600),
+  finetune_batch=16,
+  eval_splits=('test', 'test_ood'),
+)
+
+SCALES = {'quick': QUICK, 'cpu': CPU}
+
+METHODS = (
+  ('slm', 'SLM', 'A small model trained on generic text, then fine-tuned on the domain.'),
+  ('slm_noft', 'SLM, no fine-tuning', 'The same small model before it has seen the domain.'),
+  ('slm_nopt', 'SLM, no pretraining', 'The small model trained on the domain text alone.'),
+  (
+    'importance',
+    'SLM-is, importance sampling',
+    'A small model trained on generic text resampled to look like the domain, then fine-tuned.',
+  ),
+  (
+    'distill',
+    'SLM-d, distillation',
+    'The small model, fine-tuned to imitate the fine-tuned large model.',
+  ),
+  (
+    'mixture',
+    'SLM-mix, hard mixture',
+    'One small model per cluster of generic text; the one nearest the domain is fine-tuned.',
+  ),
+  (
+    'project',
+    'SLM-pn, projected network',
+    'One large network that projects to a small model per cluster; the nearest is fine-tuned.',
+  ),
+  ('llm', 'LLM', 'A model about six times larger, trained and fine-tuned the same way.'),
+)
+
+NOTES = (
+  'Models, corpora and budgets are orders of magnitude smaller than the paper (126M and 771M '
+  'parameters, C4 and the Pile, 10 to 650 A100-hours).',
+  'TF-IDF + SVD embeddings instead of Sentence-BERT; coarse clusters are k-means over the fine '
+  "clusters' centroids, so that levels nest.",
+  'Pretraining budgets are equal in FLOPs, not GPU-hours; the mixture and the projected network '
+  'share the budget of one SLM.',
+  'The cluster histogram and the choice of expert use the smallest specialisation set for all '
+  'sizes.',
+)
