@@ -13,8 +13,8 @@ policies = ocp.training.preservation_policies
 class Checkpoints:
   """The checkpoints of one run; as a context manager it waits for pending saves."""
 
-  def __init__(self, directory: str | Path, keep: int = 1):
-    """Keep the latest `keep` and the one with the lowest loss."""
+  def __init__(self, directory: str | Path, keep: int = 0):
+    """Keep the latest `keep` and the one with the lowest loss; keep=0 opens them to read only."""
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
@@ -22,7 +22,8 @@ class Checkpoints:
       Path(directory).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
-      cleanup_tmp_directories=True,
+      # Only the owner may clean up: to a reader, another process's unfinished save looks the same.
+      cleanup_tmp_directories=bool(keep),
     )
 
   def __enter__(self) -> 'Checkpoints':

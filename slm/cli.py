@@ -8,7 +8,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
-from absl import app, flags
+from absl import app, flags, logging
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
 
@@ -17,6 +17,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
   """Run an absl main; bad input becomes one line on stderr and exit status 1."""
 
   def guarded(argv: list[str]) -> Any:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # libraries log every checkpoint at INFO
     with one_line_errors():
       return main(argv)
 
@@ -24,9 +26,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  # A config file can refuse its arguments too, and does so while flags are parsed.
   with one_line_errors():
-    return app.parse_flags_with_usage(argv)
+    try:
+      return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as e:  # ml_collections, for a key the config lacks
+      raise ValueError(e.args[0]) from None
 
 
 @contextlib.contextmanager
@@ -37,7 +41,10 @@ def one_line_errors() -> Iterator[None]:
   except (ValueError, OSError, FloatingPointError, flags.Error) as e:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
       raise
-    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+    text = str(e)
+    if 'Traceback' in text:  # ml_collections wraps what a config file raised
+      text = text.strip().splitlines()[-1]
+    print(f'error: {" ".join(text.split())}', file=sys.stderr)
     raise SystemExit(1) from None
 
 

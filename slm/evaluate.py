@@ -1,4 +1,7 @@
-"""Held-out losses: per row, so that models are compared on identical windows."""
+"""Held-out losses: per row, so that models are compared on identical windows.
+
+python -m slm.evaluate --run=RUN --on=generic/test --on=law/test
+"""
 
 import math
 from collections.abc import Callable

@@ -116,7 +116,7 @@ def complete(
   seed: int,
 ) -> list[str]:
   """Continue text prompts; returns the continuations without the prompts."""
-  ids = [[tok.bos, *tok.encode(p)] for p in prompts]
+  ids = [[tok.ids.bos, *tok.encode(p)] for p in prompts]
   longest = max(map(len, ids))
   padded = np.array([[0] * (longest - len(i)) + i for i in ids], np.int32)
   mask = np.array([[0] * (longest - len(i)) + [1] * len(i) for i in ids], np.int32)
@@ -129,10 +129,10 @@ def complete(
     jax.random.key(seed),
     max_tokens=max_tokens,
     sampler=sampler,
-    end=tok.eos,
+    end=tok.ids.eos,
   )
   kept = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), out.lengths, strict=True)]
-  return [tok.decode([i for i in row if i != tok.eos]) for row in kept]
+  return [tok.decode([i for i in row if i != tok.ids.eos]) for row in kept]
 
 
 def main(_: list[str]) -> None:

@@ -150,7 +150,7 @@ def _combine_bwd(residuals, g):
   coefficients, basis = residuals
   free = tuple(range(2, g.ndim))
   return (
-    jax.lax.dot_general(g, basis, ((free, free), ((0,), (0,)))),
+    jax.lax.dot_general(basis, g, ((free, free), ((0,), (0,)))).swapaxes(1, 2),
     jax.lax.dot_general(coefficients, g, (((1,), (1,)), ((0,), (0,)))),
   )
 

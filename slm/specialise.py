@@ -88,7 +88,7 @@ def specialise(
       'specialist': {'of': str(run), 'domain': domain, 'rule': rule, 'index': index},
     }
     rundir.open_run(workdir, dense)
-    with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    with checkpoint.Checkpoints(workdir / 'checkpoints', keep=1) as saved:
       if saved.latest is None:
         saved.save(0, loaded.params(cluster))
   flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])

@@ -10,13 +10,14 @@ import pytest
 
 from slm import models, objectives, optim, sharding
 from slm.models.decoder import forward_flops, init_cache, num_params, unembed
+from slm.models.layers import attention
 from slm.step import init_state, make_train_step
 
 SMALL = {
   'name': 'decoder',
   'vocab': 96,
   'embed': 32,
-  'num_layers': 3,
+  'num_layers': 2,
   'num_heads': 4,
   'num_kv_heads': 4,
   'head_dim': 8,
@@ -35,8 +36,13 @@ VARIANTS = {
 
 def make(**changes):
   """Return a model and weights in which norms, biases and scales are not at their start."""
-  model = models.build({**SMALL, **changes})
-  params = model.init(jax.random.key(0))
+  return _make(tuple(changes.items()))
+
+
+@functools.cache
+def _make(changes):
+  model = models.build({**SMALL, **dict(changes)})
+  params = jax.jit(model.init)(jax.random.key(0))
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -51,8 +57,9 @@ def make_batch(rows=2, t=12, vocab=96, seed=0):
   return {'inputs': inputs, 'positions': positions, 'segments': ones}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, batch):
-  return jax.jit(lambda p, b: unembed(p, model.forward(p, b).hidden))(params, batch)
+  return unembed(params, model.forward(params, batch).hidden)
 
 
 def hugging_face(cfg, params):
@@ -82,7 +89,7 @@ def hugging_face(cfg, params):
     'lm_head.weight': np.asarray(params['embedding' if cfg.tied else 'lm_head']),
   }
   for i in range(cfg.num_layers):
-    block = jax.tree.map(lambda x: x[i], params['blocks'])
+    block = jax.tree.map(lambda x, i=i: x[i], params['blocks'])
     attn, mlp, at = block['attn'], block['mlp'], f'model.layers.{i}.'
     weights[at + 'input_layernorm.weight'] = flat(block['attn_norm']['scale'])
     weights[at + 'post_attention_layernorm.weight'] = flat(block['mlp_norm']['scale'])
@@ -100,18 +107,18 @@ def hugging_face(cfg, params):
   return lambda ids: model(torch.tensor(ids).long()).logits.detach().numpy()
 
 
-@pytest.mark.parametrize('t', [3, 600])
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_logits_equal_those_of_transformers(variant, t):
+def test_logits_equal_those_of_transformers(variant):
   model, params = make(**VARIANTS[variant])
   reference = hugging_face(model.cfg, params)
-  batch = make_batch(t=t)
-  ours = logits_of(model, params, batch)
-  assert np.abs(ours).max() > 1
-  np.testing.assert_allclose(ours, reference(batch['inputs']), atol=1e-4)
+  for t in (3, 600):
+    batch = make_batch(rows=1, t=t)
+    ours = logits_of(model, params, batch)
+    assert np.abs(ours).max() > 1
+    np.testing.assert_allclose(ours, reference(batch['inputs']), atol=1e-4)
 
 
-@pytest.mark.parametrize('t', [24, 600])
+@pytest.mark.parametrize('t', [24, 300])
 def test_documents_of_a_packed_row_do_not_see_each_other(t):
   model, params = make()
   cut = t // 3
@@ -131,7 +138,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(t):
   np.testing.assert_allclose(before[:, cut:], logits_of(model, params, alone), atol=1e-5)
 
 
-@pytest.mark.parametrize('t', [12, 300])
+@pytest.mark.parametrize('t', [24, 300])
 def test_no_query_sees_a_later_key(t):
   model, params = make()
   batch = make_batch(rows=1, t=t)
@@ -149,7 +156,7 @@ def loss_and_gradient(model, params, batch):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize('changes', [{'unroll': 3}, {'remat': 'full'}, {'remat': 'dots'}])
+@pytest.mark.parametrize('changes', [{'unroll': 2}, {'remat': 'full'}, {'remat': 'dots'}])
 def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
   model, params = make(**VARIANTS['grouped'])
   other = models.build(
@@ -163,8 +170,6 @@ def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('t', [12, 300])
 def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):
-  from slm.models.layers import attention
-
   keys = jax.random.split(jax.random.key(0), 4)
   q = jax.random.normal(keys[0], (2, 4, t, 8))
   k, v = (jax.random.normal(key, (2, kv_heads, t, 8)) for key in keys[1:3])
@@ -189,7 +194,7 @@ def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):
 def test_prefill_and_decoding_from_a_cache_equal_the_full_pass(variant):
   model, params = make(**VARIANTS[variant])
   batch = make_batch(t=10)
-  full = model.forward(params, batch).hidden
+  full = jax.jit(model.forward)(params, batch).hidden
   cache = init_cache(model.cfg, 2, 16, jnp.float32)  # longer than the row
   forward = jax.jit(model.forward)
   part = lambda start, end: {name: x[:, start:end] for name, x in batch.items()}
@@ -207,10 +212,10 @@ def test_padding_gives_finite_values_and_leaves_the_text_alone(t):
   model, params = make()
   batch = make_batch(t=t)
   batch['segments'] = np.where(np.arange(t) < t // 2, 1, 0)[None].repeat(2, 0).astype(np.int32)
-  hidden = model.forward(params, batch).hidden
-  assert np.isfinite(hidden).all()
+  logits = logits_of(model, params, batch)
+  assert np.isfinite(logits).all()
   text = {name: x[:, : t // 2] for name, x in batch.items()}
-  np.testing.assert_allclose(hidden[:, : t // 2], model.forward(params, text).hidden, atol=1e-5)
+  np.testing.assert_allclose(logits[:, : t // 2], logits_of(model, params, text), atol=1e-5)
   _, gradient = loss_and_gradient(model, params, batch)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
@@ -219,13 +224,14 @@ def test_padding_on_the_left_of_a_cached_prompt_is_finite():
   model, params = make()
   batch = make_batch(t=6)
   batch['segments'] = np.array([[0, 0, 1, 1, 1, 1], [1] * 6], np.int32)
-  hidden, _ = model.forward(params, batch, init_cache(model.cfg, 2, 9, jnp.float32))
+  hidden, _ = jax.jit(model.forward)(params, batch, init_cache(model.cfg, 2, 9, jnp.float32))
   assert np.isfinite(hidden).all()
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_axis_table_and_parameter_count_cover_every_leaf(variant):
-  model, params = make(**VARIANTS[variant])
+  model = models.build({**SMALL, **VARIANTS[variant]})
+  params = jax.eval_shape(model.init, jax.random.key(0))
   names = sharding.axes(params)
   c = model.cfg
   sizes = {
@@ -264,7 +270,6 @@ def test_flops_agree_with_the_compiler(t):
 def test_train_step_flops_are_three_forwards():
   model = models.build({**SMALL, **WIDE})
   t = 64
-  objective = objectives.build({'name': 'next_token', 'chunk': t}, {'student': model.forward})
   hyper = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
   tx = optim.build(hyper, lambda step: 1e-3, False)
   params = jax.eval_shape(model.init, jax.random.key(0))

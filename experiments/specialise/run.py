@@ -1,7 +1,7 @@
 """Run the whole study: prepare, train every row, evaluate, report. Started again, it continues.
 
-    python -m experiments.specialise.run --scale=quick --out=runs/quick
-    python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out=runs/cpu
+python -m experiments.specialise.run --scale=quick --out=runs/quick
+python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out=runs/cpu
 """
 
 import copy

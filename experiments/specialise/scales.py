@@ -42,20 +42,23 @@ def _shape(embed: int, num_layers: int, heads: int, mlp: int) -> dict[str, int]:
   }
 
 
+# 0.39M and 2.3M parameters at a vocabulary of 2,048: a ratio of 6, half of the SLM in its MLPs.
+_SMALL, _LARGE = _shape(64, 4, 2, 256), _shape(192, 4, 6, 576)
+
 QUICK = Scale(
   title='Licence texts from Python documentation',
   sources={'generic': 'python:docs?max_mb=8', 'licences': 'python:licences'},
   prepare={'tokenizer.vocab': 2048, 'context': 128, 'levels': (8, 32), 'fit_windows': 8000},
   domains=('licences',),
-  sizes=(20_000,),
-  small=_shape(128, 4, 4, 384),
-  large=_shape(320, 5, 8, 1024),
-  steps=300,
-  batch_size=32,
-  peak=3e-3,
+  sizes=(20_000, 80_000),
+  small=_SMALL,
+  large=_LARGE,
+  steps=400,
+  batch_size=16,
+  peak=5e-3,
   clusters=8,
   selection_level=32,
-  finetune_steps=(120,),
+  finetune_steps=(100, 200),
   finetune_batch=8,
 )
 
@@ -68,18 +71,18 @@ CPU = Scale(
     'generic': {s: f'general/{s}.jsonl.gz' for s in _PLAIN},
     **{d: {s: f'{d}/{s}.jsonl.gz' for s in _DOMAIN} for d in ('biomedical', 'law', 'news')},
   },
-  prepare={'tokenizer.vocab': 4096, 'context': 256, 'levels': (16, 128), 'fit_windows': 40_000},
+  prepare={'tokenizer.vocab': 2048, 'context': 256, 'levels': (16, 128), 'fit_windows': 40_000},
   domains=('biomedical', 'law', 'news'),
   sizes=(20_000, 160_000, 1_280_000),
-  small=_shape(128, 4, 4, 448),
-  large=_shape(320, 7, 8, 1024),
-  steps=1500,
-  batch_size=32,
-  peak=3e-3,
+  small=_SMALL,
+  large=_LARGE,
+  steps=1200,
+  batch_size=16,
+  peak=5e-3,
   clusters=16,
   selection_level=128,
-  finetune_steps=(150, 300, 600),
-  finetune_batch=16,
+  finetune_steps=(60, 120, 240),
+  finetune_batch=8,
   eval_splits=('test', 'test_ood'),
 )
 

@@ -76,13 +76,13 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, tables, mask, cache, index):
-    """Map x [b,t,d] and this layer's cache to the next x and cache."""
+    """Map x [b,t,d] and this layer's cache to the next x and the cache's new entries."""
     c = self.cfg
     h = layers.rms_norm(x, Scale(c.embed, name='attn_norm')(), c.norm_eps)
-    attended, cache = Attention(c, name='attn')(h, tables, mask, cache, index)
+    attended, new = Attention(c, name='attn')(h, tables, mask, cache, index)
     x = x + attended
     h = layers.rms_norm(x, Scale(c.embed, name='mlp_norm')(), c.norm_eps)
-    return x + Mlp(c, name='mlp')(h), cache
+    return x + Mlp(c, name='mlp')(h), new
 
 
 class Scale(nn.Module):
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, tables, mask, cache, index):
-    """Map x [b,t,d] to [b,t,d]; write this call's keys and values into the cache at index."""
+    """Map x [b,t,d] to [b,t,d]; return this call's keys and values, if there is a cache."""
     c = self.cfg
     shape = {
       'embed': c.embed,
@@ -134,14 +134,16 @@ class Attention(nn.Module):
     q = constrain(q, 'batch', 'heads', None, None)
     k = constrain(k, 'batch', 'kv_heads', None, None)
     v = constrain(v, 'batch', 'kv_heads', None, None)
+    new = None
     if cache is not None:
-      k = jax.lax.dynamic_update_slice(cache['k'], k, (0, 0, index, 0))
-      v = jax.lax.dynamic_update_slice(cache['v'], v, (0, 0, index, 0))
-      cache = {'k': k, 'v': v}
+      # Return the new entries alone: the whole cache as an output of the scan over layers would
+      # be copied for every token.
+      new = {'k': k, 'v': v}
+      k, v = (jax.lax.dynamic_update_slice(cache[n], x, (0, 0, index, 0)) for n, x in new.items())
     out = layers.attention(q, k, v, mask)
     wo = param('wo', _init('wo', (2 * c.num_layers) ** -0.5))
     out = out.swapaxes(1, 2).reshape(x.shape[:2] + (-1,))
-    return layers.linear(out, wo.reshape(-1, c.embed)), cache
+    return layers.linear(out, wo.reshape(-1, c.embed)), new
 
 
 class Mlp(nn.Module):
@@ -202,10 +204,11 @@ class Decoder(nn.Module):
       length=c.num_layers,
       unroll=c.unroll,
     )
-    x, kv = stack(c, name='blocks')(x, tables, mask, kv, index)
+    x, new = stack(c, name='blocks')(x, tables, mask, kv, index)
     hidden = layers.rms_norm(x, Scale(c.embed, name='final_norm')(), c.norm_eps)
     if cache is not None:
-      cache = {**kv, 'segments': keys, 'index': index + t}
+      put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
+      cache = {**jax.tree.map(put, kv, new), 'segments': keys, 'index': index + t}
     return Output(hidden, cache)
 
 

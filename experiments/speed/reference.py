@@ -1,0 +1,100 @@
+"""The other contestants: the same shapes in torch eager with `transformers` (test extras)."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+
+def _model(cfg: dict[str, Any], dtype: str) -> Any:
+  """Return a LlamaForCausalLM of slm's shape, tied embeddings, sdpa attention."""
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(
+    vocab_size=cfg['vocab'],
+    hidden_size=cfg['embed'],
+    intermediate_size=cfg['mlp'],
+    num_hidden_layers=cfg['num_layers'],
+    num_attention_heads=cfg['num_heads'],
+    num_key_value_heads=cfg['num_kv_heads'],
+    head_dim=cfg['head_dim'],
+    tie_word_embeddings=True,
+    attn_implementation='sdpa',
+    eos_token_id=None,
+    bos_token_id=None,
+    pad_token_id=0,
+  )
+  return transformers.LlamaForCausalLM(config).to(_device(), getattr(torch, dtype))
+
+
+def _device() -> str:
+  return 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
+
+
+def _wait() -> None:
+  if _device() == 'cuda':
+    torch.cuda.synchronize()
+
+
+def train_step(
+  cfg: dict[str, Any], batch: dict[str, np.ndarray], dtype: str
+) -> tuple[Callable[[], None], dict[str, Any]]:
+  """Return one eager step: loss, backward, clipping, AdamW; float32 weights, autocast if bf16."""
+  model = _model(cfg, 'float32').train()
+  tx = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+  context = batch['inputs'].shape[-1]
+  inputs, targets = (
+    torch.tensor(batch[name].reshape(-1, context)).long().to(_device())
+    for name in ('inputs', 'targets')
+  )
+
+  def run() -> None:
+    with torch.autocast(_device(), getattr(torch, dtype), enabled=dtype != 'float32'):
+      logits = model(input_ids=inputs, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    tx.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    tx.step()
+    _wait()
+
+  return run, {'tokens': inputs.numel()}
+
+
+def decode(
+  cfg: dict[str, Any], rows: int, prompt: int, new_tokens: int, dtype: str
+) -> Callable[[], None]:
+  """Return greedy `generate` with a cache."""
+  model = _model(cfg, dtype).eval()
+  inputs = torch.randint(0, cfg['vocab'], (rows, prompt), device=_device())
+  mask = torch.ones_like(inputs)
+
+  def run() -> None:
+    with torch.inference_mode():
+      out = model.generate(
+        inputs,
+        attention_mask=mask,
+        do_sample=False,
+        use_cache=True,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+      )
+    _wait()
+    if out.shape[1] != prompt + new_tokens:
+      raise ValueError(f'transformers generated {out.shape[1] - prompt} of {new_tokens} tokens')
+
+  return run
+
+
+def versions() -> dict[str, str]:
+  """Name the versions of the contestants."""
+  threads = len(os.sched_getaffinity(0))
+  return {
+    'jax': jax.__version__,
+    'torch': f'{torch.__version__}, {threads} threads',
+    'transformers': transformers.__version__,
+  }

@@ -1,0 +1,132 @@
+"""Cached generation against full forward passes; sampling; the entry point."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm import generate, models, train
+from slm.models.decoder import unembed
+
+MODEL = models.build(
+  {
+    'name': 'decoder', 'vocab': 29, 'embed': 16, 'num_layers': 2, 'num_heads': 4,
+    'num_kv_heads': 2, 'head_dim': 4, 'mlp': 24,
+  }
+)  # fmt: skip
+KEY = jax.random.key(1)
+PARAMS = MODEL.init(KEY)
+
+
+def slow_greedy(prompt, n):
+  """Recompute the whole prefix for every token."""
+  ids = list(prompt)
+  for _ in range(n):
+    row = jnp.array([ids])
+    batch = {'inputs': row, 'positions': jnp.arange(len(ids))[None], 'segments': row * 0 + 1}
+    ids.append(int(unembed(PARAMS, MODEL.forward(PARAMS, batch).hidden)[0, -1].argmax()))
+  return ids[len(prompt) :]
+
+
+def test_cached_greedy_equals_recomputing_even_when_padded():
+  prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8]]
+  padded = np.array([[0] * (5 - len(p)) + p for p in prompts])
+  mask = np.array([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
+  out = generate.generate(MODEL, PARAMS, padded, mask, KEY, max_tokens=7)
+  for row, prompt in zip(np.asarray(out.tokens), prompts, strict=True):
+    assert row.tolist() == slow_greedy(prompt, 7)
+  assert out.lengths.tolist() == [7, 7, 7]
+
+
+def test_logprobs_are_the_models():
+  prompt = jnp.array([[3, 1, 4]])
+  out = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=4)
+  ids = jnp.concatenate([prompt, out.tokens], axis=1)
+  batch = {'inputs': ids, 'positions': jnp.arange(7)[None], 'segments': ids * 0 + 1}
+  logits = unembed(PARAMS, MODEL.forward(PARAMS, batch).hidden)
+  want = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, 2:6], out.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(out.logprobs, want, atol=1e-5)
+
+
+def test_a_row_stops_at_the_end_id():
+  prompt = jnp.array([[3, 1, 4]])
+  free = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8)
+  tokens = free.tokens[0].tolist()
+  end = tokens[3]
+  out = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, end=end)
+  first = tokens.index(end)
+  assert out.lengths[0] == first + 1
+  assert out.tokens[0].tolist() == tokens[: first + 1] + [end] * (7 - first)
+
+
+def test_top_k_and_top_p_cut_the_distribution():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+  draw = lambda **kw: {
+    int(generate.sampled(logits, jax.random.key(i), **kw)[0]) for i in range(200)
+  }
+  assert draw(temperature=1.0, top_k=2, top_p=1.0) == {0, 1}
+  assert draw(temperature=1.0, top_k=0, top_p=0.75) == {0, 1}
+  assert draw(temperature=1.0, top_k=0, top_p=0.4) == {0}
+  assert draw(temperature=1.0, top_k=0, top_p=1.0) == {0, 1, 2, 3}
+  assert draw(temperature=0.01, top_k=0, top_p=1.0) == {0}
+
+
+def test_samples_follow_the_softmax():
+  logits = jnp.tile(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), (4000, 1))
+  sampler = functools.partial(generate.sampled, temperature=1.0, top_k=0, top_p=1.0)
+  counts = np.bincount(sampler(logits, KEY), minlength=3) / 4000
+  np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.04)  # 5 standard errors
+
+
+def test_entry_point_shows_every_run(tiny_config, tmp_path):
+  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  command = [sys.executable, '-m', 'slm.generate', f'--run={tmp_path / "run"}']
+  done = subprocess.run(
+    [*command, '--prompt=the party', '--max_tokens=5'], capture_output=True, text=True, check=True
+  )
+  assert 'the party' in done.stdout
+  bad = subprocess.run([*command, '--cluster=3', '--prompt=x'], capture_output=True, text=True)
+  assert bad.returncode == 1
+  assert bad.stderr.splitlines()[-1].startswith('error: ')
+  assert 'holds one dense model' in bad.stderr
+
+
+def test_greedy_equals_transformers():
+  """Random Llama weights, greedy, cached, batch of two prompts."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  c = MODEL.cfg
+  config = transformers.LlamaConfig(
+    vocab_size=c.vocab, hidden_size=c.embed, intermediate_size=c.mlp,
+    num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+    num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+    tie_word_embeddings=True, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+    pad_token_id=0,
+  )  # fmt: skip
+  other = transformers.LlamaForCausalLM(config).eval()
+  tensor = lambda x: torch.tensor(np.asarray(x))
+  with torch.no_grad():
+    other.model.embed_tokens.weight.copy_(tensor(PARAMS['embedding']))
+    other.model.norm.weight.copy_(tensor(PARAMS['final_norm']['scale']))
+    for i, layer in enumerate(other.model.layers):
+      p = jax.tree.map(lambda x, i=i: x[i], PARAMS['blocks'])
+      flat = lambda w: tensor(w).reshape(c.embed, -1).T
+      layer.self_attn.q_proj.weight.copy_(flat(p['attn']['wq']))
+      layer.self_attn.k_proj.weight.copy_(flat(p['attn']['wk']))
+      layer.self_attn.v_proj.weight.copy_(flat(p['attn']['wv']))
+      layer.self_attn.o_proj.weight.copy_(tensor(p['attn']['wo']).reshape(-1, c.embed).T)
+      layer.mlp.gate_proj.weight.copy_(tensor(p['mlp']['w_gate']).T)
+      layer.mlp.up_proj.weight.copy_(tensor(p['mlp']['w_up']).T)
+      layer.mlp.down_proj.weight.copy_(tensor(p['mlp']['w_down']).T)
+      layer.input_layernorm.weight.copy_(tensor(p['attn_norm']['scale']))
+      layer.post_attention_layernorm.weight.copy_(tensor(p['mlp_norm']['scale']))
+  prompts = np.array([[3, 1, 4, 1], [9, 2, 6, 5]])
+  want = other.generate(
+    torch.tensor(prompts), max_new_tokens=20, do_sample=False, attention_mask=torch.ones(2, 4)
+  )
+  out = generate.generate(MODEL, PARAMS, prompts, prompts * 0 + 1, KEY, max_tokens=20)
+  np.testing.assert_array_equal(out.tokens, want[:, 4:].numpy())

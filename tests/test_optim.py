@@ -1,0 +1,74 @@
+"""Schedules, weight decay by axes, clipping of independent models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm import models, optim
+
+CFG = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0}
+
+
+@pytest.mark.parametrize('cfg', [
+  {'name': 'constant', 'peak': 2.0, 'warmup': 4},
+  {'name': 'cosine', 'peak': 2.0, 'warmup': 4, 'final': 0.1},
+  {'name': 'wsd', 'peak': 2.0, 'warmup': 4, 'decay': 0.25, 'final': 0.1},
+])  # fmt: skip
+def test_schedules(cfg):
+  rate = optim.schedule(cfg, 20)
+  values = np.array([rate(i) for i in range(21)])
+  assert values[0] == pytest.approx(2.0 / 5)  # the first step already learns
+  assert values[4] == pytest.approx(2.0)
+  assert (np.diff(values[:5]) > 0).all()
+  assert (np.diff(values[4:]) <= 1e-6).all()
+  assert values[20] == pytest.approx(2.0 if cfg['name'] == 'constant' else 0.2)
+  if cfg['name'] == 'wsd':
+    assert values[15] == pytest.approx(2.0)
+    assert values[16] < 2.0
+
+
+@pytest.mark.parametrize('name', ['constant', 'cosine', 'wsd'])
+def test_no_warmup_starts_at_the_peak(name):
+  rest = {'constant': {}, 'cosine': {'final': 0.0}, 'wsd': {'decay': 0.5, 'final': 0.0}}[name]
+  assert optim.schedule({'name': name, 'peak': 1.0, 'warmup': 0, **rest}, 10)(0) == 1.0
+
+
+def test_unknown_schedule():
+  with pytest.raises(ValueError, match="found 'linear'"):
+    optim.schedule({'name': 'linear', 'peak': 1.0, 'warmup': 0}, 10)
+
+
+def test_decay_spares_embeddings_norms_and_biases():
+  cfg = {
+    'name': 'decoder', 'vocab': 11, 'embed': 8, 'num_layers': 2, 'num_heads': 2,
+    'num_kv_heads': 2, 'head_dim': 4, 'mlp': 12, 'qkv_bias': True, 'qk_norm': True, 'tied': False,
+  }  # fmt: skip
+  params = models.build(cfg).init(jax.random.key(0))
+  mask = optim.decay_mask(params)
+  flat = jax.tree_util.tree_leaves_with_path(mask)
+  decayed = {path[-1].key for path, value in flat if value}
+  assert decayed == {'wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down'}
+
+
+def test_equals_plain_adamw_without_clipping():
+  params = {'w_up': jnp.arange(6.0).reshape(2, 3)}
+  grads = {'w_up': jnp.full((2, 3), 1e-3)}
+  tx = optim.build(CFG, lambda _: 0.1, independent=False)
+  want = optax.adamw(0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+  a, _ = tx.update(grads, tx.init(params), params)
+  b, _ = want.update(grads, want.init(params), params)
+  np.testing.assert_allclose(a['w_up'], b['w_up'], rtol=1e-6)
+
+
+def test_independent_models_are_clipped_by_their_own_norm():
+  tx = optim.build({**CFG, 'eps': 1.0}, lambda _: 1.0, independent=True)
+  alone = optim.build({**CFG, 'eps': 1.0}, lambda _: 1.0, independent=False)
+  params = {'w_up': jnp.ones((2, 3, 4))}
+  grads = {'w_up': jnp.stack([jnp.full((3, 4), 100.0), jnp.full((3, 4), 0.01)])}
+  together, _ = tx.update(grads, tx.init(params), params)
+  for i in range(2):
+    one = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
+    want, _ = alone.update(one(grads), alone.init(one(params)), one(params))
+    np.testing.assert_allclose(together['w_up'][i], want['w_up'], rtol=1e-6)

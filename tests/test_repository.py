@@ -1,0 +1,160 @@
+"""Rules about the code itself: configs build, imports point one way, errors are one line."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from experiments.specialise import runs, scales
+from slm import load, objectives, optim
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(
+  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'data')
+)
+
+# Part of slm -> the parts it may import from; the arrow never points back.
+ALLOWED = {
+  'sharding': set(),
+  'optim': {'sharding'},
+  'step': set(),
+  'checkpoint': set(),
+  'objectives': {'models'},
+  'models': {'models', 'sharding'},
+  'reparam': {'sharding'},
+  'data': {'data', 'cli', 'files'},
+  'cli': set(),
+  'files': set(),
+}
+# Library -> the only parts of slm that may import it.
+ONLY = {
+  'flax.linen': {'models'},
+  'orbax': {'checkpoint'},
+  'grain': {'data'},
+  'sentencepiece': {'data'},
+  'tokenizers': {'data'},
+  'sklearn': {'data'},
+  'optax': {'optim', 'step'},
+  'matplotlib': {'plots', 'data'},
+}
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (a.name for a in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module
+      yield from (f'{node.module}.{a.name}' for a in node.names)
+
+
+def part(path):
+  return path.relative_to(ROOT / 'slm').parts[0].removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'slm').rglob('*.py')), ids=str)
+def test_imports_point_one_way(path):
+  mine, found = part(path), set(imports(path))
+  assert not {n for n in found if n.split('.')[0] in ('configs', 'experiments')}
+  if mine in ALLOWED:
+    parts = {n.split('.')[1] for n in found if n.startswith('slm.')}
+    assert parts <= ALLOWED[mine] | {mine}
+  for library, places in ONLY.items():
+    if any(n == library or n.startswith(library + '.') for n in found):
+      assert mine in places, f'{library} is imported by slm.{mine}'
+
+
+def test_no_pickle_and_no_swallowed_failures():
+  for path in (ROOT / 'slm').rglob('*.py'):
+    tree = ast.parse(path.read_text())
+    assert not {'pickle', 'cloudpickle', 'joblib', 'dill'} & set(imports(path)), path
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ExceptHandler):
+        broad = node.type is None or getattr(node.type, 'id', '') == 'Exception'
+        assert not broad or isinstance(node.body[-1], ast.Raise), path
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_builds_and_adds_no_unknown_key(name):
+  config = importlib.import_module(f'configs.{name}').get_config().to_dict()
+  assert set(config) == set(base.get_config().to_dict())
+  for key in ('data', 'eval', 'optim', 'checkpoint', 'mesh', 'model'):
+    assert set(config[key]) == set(base.get_config()[key])
+  config['model']['vocab'] = 100
+  load.build(config)
+  objectives.build(config['objective'], {})
+  optim.schedule(config['schedule'], config['steps'])
+  lines = (ROOT / 'configs' / f'{name}.py').read_text().splitlines()
+  assert name == 'base' or len(lines) <= 40
+
+
+@pytest.mark.parametrize('name', sorted(scales.SCALES))
+def test_study_jobs_come_after_what_they_need_and_cover_the_table(name):
+  scale = scales.SCALES[name]
+  jobs = runs.jobs(scale, 'data', 256, scale.prepare['tokenizer.vocab'])
+  seen = set()
+  for job in jobs:
+    settings = job.get('set', {})
+    for needed in (settings.get('init'), settings.get('teacher'), job.get('run')):
+      assert not needed or needed in seen, job
+    if settings.get('data.index') and settings.get('data.set', 'generic') == 'generic':
+      assert settings['data.index'] in seen
+    seen.add(job['name'])
+  for row in runs.table_rows(scale):
+    for run in (row['run'], *row['generic_runs'], *row['specialise_runs']):
+      assert run.removeprefix('runs/') in seen
+
+
+@pytest.mark.parametrize('name', sorted(scales.SCALES))
+def test_study_keeps_the_papers_ratios(name):
+  """The LLM has about six times the parameters, and the MLP holds about half of the SLM's."""
+  from slm.models.decoder import DecoderConfig, num_params
+
+  scale = scales.SCALES[name]
+  count = lambda shape: num_params(DecoderConfig(vocab=scale.prepare['tokenizer.vocab'], **shape))
+  small, large = count(scale.small), count(scale.large)
+  assert 5.5 < sum(large.values()) / sum(small.values()) < 6.5
+  assert 0.42 < small['mlp'] / sum(small.values()) < 0.52
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['slm.train', '--config=configs/base.py', '--config.nope=1', '--workdir=x'], 'nope'),
+    (['slm.train', '--config=configs/base.py'], '--workdir'),
+    (['slm.train', '--config=configs/none.py', '--workdir=x'], 'none.py'),
+    (['slm.train', '--config=configs/base.py', '--config.data.path=/nowhere', '--workdir=x'],
+     '/nowhere/manifest.json'),
+    (['slm.data.prepare', '--config=configs/data.py:generic=/no/*.txt', '--out=x'], '/no/*.txt'),
+    (['slm.data.prepare', '--config=configs/data.py:nonsense', '--out=x'], 'nonsense'),
+    (['slm.evaluate', '--run=/nowhere'], '/nowhere'),
+    (['slm.report', '--study=/nowhere'], '/nowhere'),
+    (['slm.specialise'], '--run'),
+  ],
+)  # fmt: skip
+def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
+  arguments = [a.replace('configs/', f'{ROOT}/configs/') for a in arguments]
+  done = subprocess.run(
+    [sys.executable, '-m', *arguments], capture_output=True, text=True, cwd=tmp_path,
+    env={'PYTHONPATH': str(ROOT), 'PATH': ''},
+  )  # fmt: skip
+  assert done.returncode != 0
+  assert 'Traceback' not in done.stderr
+  assert done.stderr.strip().splitlines()[-1].startswith('error: ')
+  assert message in done.stderr.strip().splitlines()[-1]
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize(
+  'module',
+  ['train', 'evaluate', 'generate', 'specialise', 'report', 'data.prepare', 'data.importance'],
+)
+def test_help(module):
+  done = subprocess.run(
+    [sys.executable, '-m', f'slm.{module}', '--help'], capture_output=True, text=True, cwd=ROOT
+  )
+  assert 'python -m slm' in done.stdout + done.stderr
