@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slm import rundir
+from slm import files, rundir
 
 BASELINE = 'slm'
 TEST = 'test'  # the split that is averaged
@@ -185,7 +185,7 @@ def load_study(path: Path) -> Study:
   file = path / 'study.json'
   if not file.exists():
     raise ValueError(f'{file}: no such file; --study expects the directory an experiment wrote')
-  raw = rundir.read_json(file)
+  raw = files.read_json(file)
   _require(raw, _STUDY_KEYS, str(file))
   for key in ('methods', 'sizes', 'domains'):
     if not raw[key] or not isinstance(raw[key], list):
@@ -277,8 +277,8 @@ def compare(study: Study) -> Comparison:
 
 def _sets(study: Study, domain: str) -> list[str]:
   """List the test set of a domain and whatever else of the domain its runs were evaluated on."""
-  files = {study.path / r['run'] / 'eval.json' for r in study.runs if r['domain'] == domain}
-  names = {name for f in files if f.exists() for name in rundir.read_json(f)}
+  found = {study.path / r['run'] / 'eval.json' for r in study.runs if r['domain'] == domain}
+  names = {name for f in found if f.exists() for name in files.read_json(f)}
   mine = {n for n in names if n.startswith(f'{domain}/')} - {f'{domain}/{TEST}'}
   return [f'{domain}/{TEST}', *sorted(mine)]
 
@@ -326,7 +326,7 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
         f'{path}: finished but has no eval.json; python -m slm.evaluate --run={path} --on={name}'
       )
     return None
-  results = rundir.read_json(path / 'eval.json')
+  results = files.read_json(path / 'eval.json')
   if name not in results:
     if finished and name.endswith(f'/{TEST}'):
       raise ValueError(f'{path}/eval.json: no {name!r}; it has {", ".join(sorted(results))}')
@@ -374,5 +374,5 @@ def _clustering(study: Study) -> Cost:
   path = study.data_path / 'manifest.json'
   if not path.exists():
     return Cost()
-  stage = rundir.read_json(path)['cost']['clusters']
+  stage = files.read_json(path)['cost']['clusters']
   return Cost(0, stage['flops'], stage['seconds'])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from slm import cli, data, load, objectives, reparam, rundir, sharding
+from slm import cli, data, files, load, objectives, reparam, sharding
 
 Params = dict[str, Any]
 
@@ -90,16 +90,16 @@ def run(
   cfg = loaded.cfg
   row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'])
   results_path = workdir / 'eval.json'
-  results = rundir.read_json(results_path) if results_path.exists() else {}
+  results = files.read_json(results_path) if results_path.exists() else {}
   with jax.set_mesh(mesh):
     for name in sets:
       data_set, _, split = name.partition('/')
       level = loaded.reparam.clusters
       specialist = (lambda c: loaded.params(c)) if level else (lambda c: loaded.theta)
       values = rows(row_losses, specialist, mesh, path, data_set, split, batch_size, level)
-      rundir.write_array(workdir / 'eval' / f'{data_set}-{split}.npy', values)
+      files.write_npy(workdir / 'eval' / f'{data_set}-{split}.npy', values)
       results[name] = summary(values, manifest['sets'][data_set][split]['bytes'])
-      rundir.write_json(results_path, results)
+      files.write_json(results_path, results)
   return results
 
 
@@ -110,7 +110,7 @@ def main(_: list[str]) -> None:
   mesh = sharding.make_mesh({'data': -1})
   print(f'{"run":40s} {"on":24s} {"loss":>8s} {"ppl":>9s} {"bits/byte":>9s}')
   for path in flags.FLAGS.run:
-    data_path = flags.FLAGS.data or rundir.read_json(Path(path) / 'config.json')['data']['path']
+    data_path = flags.FLAGS.data or files.read_json(Path(path) / 'config.json')['data']['path']
     for name, r in run(path, data_path, flags.FLAGS.on, mesh, flags.FLAGS.batch_size).items():
       if name in flags.FLAGS.on:
         print(f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} {r["ppl"]:9.3f} {r["bpb"]:9.4f}')

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from slm import checkpoint, models, reparam, rundir, sharding
+from slm import checkpoint, files, models, reparam, sharding
 
 Params = dict[str, Any]
 
@@ -58,7 +58,7 @@ def load(run: str | Path, mesh: jax.sharding.Mesh) -> Loaded:
     ValueError: if the directory holds no run or no checkpoint.
   """
   run = Path(run)
-  cfg = rundir.read_json(run / 'config.json')
+  cfg = files.read_json(run / 'config.json')
   model, rep = build(cfg)
   shapes, where = theta_shardings(rep, mesh)
   directory = run / 'checkpoints'

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slm import rundir
+from slm import files
 from slm.comparison import Comparison
 from slm.plots import INK, Plot, styles
 
@@ -163,7 +163,7 @@ def _environment(c: Comparison) -> Table:
   for path in _paths(c):
     file = c.study.path / path / 'env.json'
     if file.exists():
-      environment = rundir.read_json(file)
+      environment = files.read_json(file)
       found[repr(sorted(environment.items()))] = environment
   rows = []
   for environment in found.values():

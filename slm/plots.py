@@ -15,7 +15,7 @@ from matplotlib import lines, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slm import rundir
+from slm import files, rundir
 from slm.advice import NUM_DOMAINS, count, perplexity
 from slm.comparison import BASELINE, Cell, Comparison
 
@@ -285,7 +285,7 @@ def _pretraining(c: Comparison) -> dict[str, str]:
   for run in c.study.runs:
     for name in (*run['generic_runs'], *run['specialise_runs']):
       path = c.study.path / name / 'config.json'
-      if name not in found and path.exists() and rundir.read_json(path)['phase'] == 'pretrain':
+      if name not in found and path.exists() and files.read_json(path)['phase'] == 'pretrain':
         found[name] = run['method']
   order = list(c.study.methods)
   return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
@@ -347,7 +347,7 @@ def histograms(c: Comparison) -> dict[str, dict[str, dict[str, Any]]]:
   """Read {clusters: {set: facts}} of the data directory, for the study's sets; {} if absent."""
   path = c.study.data_path / 'clusters' / 'histograms.json'
   wanted = (c.study.generic, *c.study.domains)
-  levels = rundir.read_json(path) if path.exists() else {}
+  levels = files.read_json(path) if path.exists() else {}
   return {
     level: {s: sets[s] for s in wanted if s in sets}
     for level, sets in sorted(levels.items(), key=lambda item: int(item[0]))

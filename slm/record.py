@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import tensorboardX
 
-from slm import cli, rundir
+from slm import cli, files, rundir
 
 
 class Recorder:
@@ -33,7 +33,7 @@ class Recorder:
     path = workdir / 'metrics.jsonl'
     lines = rundir.read_metrics(workdir) if path.exists() else []
     lines = [line for line in lines if line['step'] <= start]
-    rundir.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+    files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
     last = lines[-1] if lines else {}
     zero = {'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'eval_tokens': 0, 'eval_seconds': 0.0}
     self._total = {name: last.get(name, value) for name, value in zero.items()}

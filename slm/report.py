@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from slm import cli, comparison, page, plots, rundir
+from slm import cli, comparison, files, page, plots
 from slm.advice import NUM_DOMAINS, advise, count, perplexity
 from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss, Study
 
@@ -257,9 +257,9 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
   c = comparison.compare(study)
   advice, drawn = advise(c), plots.plots(c)
   for plot in drawn:
-    rundir.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
-  rundir.write_text(out / 'results.csv', results_csv(c))
-  rundir.write_text(out / 'table.md', table_md(c, advice))
+    files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
+  files.write_text(out / 'results.csv', results_csv(c))
+  files.write_text(out / 'table.md', table_md(c, advice))
   sections = [
     ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
     ('Generic text', 'Held-out generic text, before any specialisation.', generic_table(c)),
@@ -267,7 +267,7 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
   ]
   main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
   html = page.render(c, advice, main_tables, DOMAIN_NOTE, drawn, sections, out)
-  rundir.write_text(out / 'report.html', html)
+  files.write_text(out / 'report.html', html)
   show(c, advice)
   print(f'wrote {out / "report.html"}, table.md, results.csv and plots/')
   return advice

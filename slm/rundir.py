@@ -11,50 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+
+from slm import files
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-
-
-def write_text(path: Path, text: str) -> None:
-  """Write a file whole or not at all: under a temporary name, then renamed."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    temporary.write_text(text)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def write_array(path: Path, value: np.ndarray) -> None:
-  """Write an .npy file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-  try:
-    np.save(temporary, value, allow_pickle=False)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Write JSON whole or not at all."""
-  write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
-
-
-def read_json(path: Path) -> Any:
-  """Read JSON.
-
-  Raises:
-    ValueError: naming the file, if it is missing or broken.
-  """
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise ValueError(f'{path}: no such file; is {path.parent} a finished run?') from None
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{path}: not JSON ({e})') from None
 
 
 def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
@@ -66,15 +26,15 @@ def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
   resolved = json.loads(json.dumps(config))
   path = workdir / 'config.json'
   if path.exists():
-    difference = _difference(read_json(path), resolved)
+    difference = _difference(files.read_json(path), resolved)
     if difference:
       raise ValueError(f'{workdir} holds another run: {difference}; choose another --workdir')
     return True
   if workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith('.')):
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
-  write_text(workdir / 'git.txt', _git())
-  write_json(workdir / 'env.json', environment())
-  write_json(path, resolved)
+  files.write_text(workdir / 'git.txt', _git())
+  files.write_json(workdir / 'env.json', environment())
+  files.write_json(path, resolved)
   return False
 
 
@@ -131,11 +91,11 @@ def _lines(path: Path):
 def read_ledger(workdir: Path) -> dict[str, Any]:
   """Read the cost ledger: {'phases': [...], 'ancestors': [...]}."""
   path = workdir / 'ledger.json'
-  return read_json(path) if path.exists() else {'phases': [], 'ancestors': []}
+  return files.read_json(path) if path.exists() else {'phases': [], 'ancestors': []}
 
 
 def write_ledger(workdir: Path, phases: list[dict[str, Any]], ancestors: list[str]) -> None:
   """Set these phases' entries in the ledger; entries of other phases stay."""
   mine = {p['phase'] for p in phases}
   others = [p for p in read_ledger(workdir)['phases'] if p['phase'] not in mine]
-  write_json(workdir / 'ledger.json', {'phases': others + phases, 'ancestors': ancestors})
+  files.write_json(workdir / 'ledger.json', {'phases': others + phases, 'ancestors': ancestors})

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from slm import checkpoint, cli, data, evaluate, load, rundir, sharding
+from slm import checkpoint, cli, data, evaluate, files, load, rundir, sharding
 from slm.models.decoder import forward_flops
 from slm.record import phase_entry
 
@@ -68,7 +68,7 @@ def specialise(
     raise ValueError(f'--rule: expected one of {sorted(RULES)}, found {rule!r}')
   workdir, mesh = Path(workdir), sharding.make_mesh({'data': -1})
   if (workdir / 'result.json').exists():
-    return rundir.read_json(workdir / 'result.json')['cluster']
+    return files.read_json(workdir / 'result.json')['cluster']
   loaded = load.load(run, mesh)
   if not loaded.reparam.clusters:
     raise ValueError(f'{run} holds one dense model: there is no specialist to take out')
@@ -94,7 +94,7 @@ def specialise(
   flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])
   entry = phase_entry('select', tokens, flops, time.monotonic() - began)
   rundir.write_ledger(workdir, [entry], [str(run)])
-  rundir.write_json(workdir / 'result.json', {'cluster': cluster, 'rule': rule, 'steps': 0})
+  files.write_json(workdir / 'result.json', {'cluster': cluster, 'rule': rule, 'steps': 0})
   return cluster
 
 

@@ -20,7 +20,19 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from slm import checkpoint, cli, data, evaluate, load, objectives, optim, reparam, rundir, sharding
+from slm import (
+  checkpoint,
+  cli,
+  data,
+  evaluate,
+  files,
+  load,
+  objectives,
+  optim,
+  reparam,
+  rundir,
+  sharding,
+)
 from slm.models.decoder import forward_flops
 from slm.record import Recorder
 from slm.step import State, init_state, make_train_step
@@ -84,7 +96,7 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   cfg = resolve(config)
   rundir.open_run(workdir, cfg)
   if (workdir / 'result.json').exists():
-    return rundir.read_json(workdir / 'result.json')
+    return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(cfg['mesh'])
   with jax.set_mesh(mesh):
     return _Run(cfg, workdir, mesh).loop()
@@ -242,7 +254,7 @@ class _Run:
     if stop and not final:
       raise Interrupted(f'{self.workdir}: saved step {step}, the same command continues')
     result = record.result()
-    rundir.write_json(self.workdir / 'result.json', result)
+    files.write_json(self.workdir / 'result.json', result)
     return result
 
   def recorder(self, start: int) -> Recorder:

@@ -12,8 +12,8 @@ import pytest
 import toy
 import zstandard
 
-from slm import data
-from slm.data import documents, files, installed, prepare, rows, sources
+from slm import data, files
+from slm.data import documents, installed, prepare, rows, sources
 
 
 def state(out: str) -> dict[str, str]:
@@ -89,7 +89,7 @@ def test_lost_and_cut_files_are_made_again(cfg):
 
 def test_complete_directory_is_left_alone(cfg, monkeypatch):
   prepare.prepare(cfg)
-  monkeypatch.setattr(files, 'run', None)  # no stage may run
+  monkeypatch.setattr(work, 'run', None)  # no stage may run
   assert prepare.prepare(cfg) == data.manifest(cfg.out)
 
 

@@ -483,7 +483,7 @@ def _rows_cut(study: Path) -> None:
   ('damage', 'message'),
   [
     (lambda s: (s / 'study.json').unlink(), 'study.json: no such file'),
-    (lambda s: (s / 'study.json').write_text('{"title"'), 'study.json: not JSON'),
+    (lambda s: (s / 'study.json').write_text('{"title"'), 'study.json: truncated or damaged'),
     (lambda s: (s / 'study.json').write_text('[]'), 'expected an object, found list'),
     (lambda s: (s / 'study.json').write_text('{}'), "study.json: no key 'title'"),
     (_change('methods', [{'name': 'slm'}]), "methods[0]: no key 'label'"),

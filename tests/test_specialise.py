@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import data, evaluate, load, objectives, rundir, sharding, specialise, train
+from slm import data, evaluate, files, load, objectives, rundir, sharding, specialise, train
 from slm.models.decoder import forward_flops, unembed
 
 MESH = lambda: sharding.make_mesh({'data': 1}, jax.devices()[:1])
@@ -147,7 +147,7 @@ def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
 
 
 def test_projection_flops_are_counted(trained):
-  cfg = rundir.read_json(trained / 'config.json')
+  cfg = files.read_json(trained / 'config.json')
   model, rep = load.build(cfg)
   flops = {p['phase']: p for p in rundir.read_ledger(trained)['phases']}['pretrain']['flops']
   dense = 4 * 8 * 32 * 3 * forward_flops(model.cfg, 32)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from slm import checkpoint, data, load, reparam, rundir, sharding, train
+from slm import checkpoint, data, files, load, reparam, rundir, sharding, train
 from slm.record import Recorder
 
 
@@ -65,7 +65,7 @@ def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypat
   assert metrics(whole) == metrics(halves)
   assert metrics(whole, 'eval_loss') == metrics(halves, 'eval_loss')
   assert equal(theta(whole), theta(halves))
-  counts = lambda run: rundir.read_json(run / 'result.json')['tokens']
+  counts = lambda run: files.read_json(run / 'result.json')['tokens']
   assert counts(whole) == counts(halves)
 
 
@@ -120,7 +120,7 @@ def test_continues_on_another_mesh(tiny_config, tmp_path, monkeypatch):
       train.train(c.to_dict(), tmp_path / 'two')
   c.mesh.update(data=2, fsdp=2, tensor=2)
   path = tmp_path / 'two' / 'config.json'
-  path.write_text(json.dumps({**rundir.read_json(path), 'mesh': c.mesh.to_dict()}))
+  path.write_text(json.dumps({**files.read_json(path), 'mesh': c.mesh.to_dict()}))
   train.train(c.to_dict(), tmp_path / 'two')
   np.testing.assert_allclose(metrics(tmp_path / 'one'), metrics(tmp_path / 'two'), rtol=1e-5)
 
@@ -295,7 +295,7 @@ def test_bad_input_is_one_clear_line(change, message, tiny_config, tmp_path):
 def test_tokenizer_mismatch_is_refused(tiny_config, tmp_path):
   train.train(tiny_config.to_dict(), tmp_path / 'slm')
   path = tmp_path / 'slm' / 'config.json'
-  path.write_text(json.dumps({**rundir.read_json(path), 'tokenizer': 'f' * 64}))
+  path.write_text(json.dumps({**files.read_json(path), 'tokenizer': 'f' * 64}))
   tiny_config.init = str(tmp_path / 'slm')
   with pytest.raises(ValueError, match='was trained with tokenizer ffffffffffff'):
     train.train(tiny_config.to_dict(), tmp_path / 'run')

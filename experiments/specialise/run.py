@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments.specialise import runs
 from experiments.specialise.scales import METHODS, NOTES, SCALES, Scale
-from slm import cli, data, evaluate, report, rundir, sharding, specialise, train
+from slm import cli, data, evaluate, files, report, sharding, specialise, train
 from slm.data import importance, prepare
 from slm.models.decoder import DecoderConfig, num_params
 
@@ -92,7 +92,7 @@ def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> Non
   """Evaluate a finished run on what its job lists and eval.json lacks."""
   run = root / 'runs' / job['name']
   path = run / 'eval.json'
-  known = rundir.read_json(path) if path.exists() else {}
+  known = files.read_json(path) if path.exists() else {}
   missing = [name for name in job.get('evaluate', ()) if name not in known]
   if missing:
     evaluate.run(run, str(root / 'data'), missing, mesh, batch_size=32)
@@ -119,7 +119,7 @@ def write_study(scale_name: str, scale: Scale, vocab: int, root: Path) -> None:
   """Describe the finished study for slm.report."""
   params = lambda shape: sum(num_params(DecoderConfig(vocab=vocab, **shape)).values())
   small, large = params(scale.small), params(scale.large)
-  rundir.write_json(
+  files.write_json(
     root / 'study.json',
     {
       'title': scale.title,

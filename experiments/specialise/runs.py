@@ -132,33 +132,31 @@ def table_rows(scale: Scale) -> list[dict[str, Any]]:
   """List the cells of the report: which run serves, and which runs had to be paid for."""
   found = []
   for seed in scale.seeds:
-    run = lambda name: f'runs/{name}'
-    found += [
-      _row('slm', None, None, seed, run(f'slm-{seed}'), [run(f'slm-{seed}')], []),
-      _row('llm', None, None, seed, run(f'llm-{seed}'), [run(f'llm-{seed}')], []),
-      _row('mixture', None, None, seed, run(f'mixture-{seed}'), [run(f'mixture-{seed}')], []),
-      _row('project', None, None, seed, run(f'project-{seed}'), [run(f'project-{seed}')], []),
-    ]
+    for method in ('slm', 'llm', 'mixture', 'project'):
+      run = f'runs/{method}-{seed}'
+      found.append(_row(method, None, None, seed, run, [run], []))
     for domain in scale.domains:
       for size in scale.sizes:
-        served = lambda m: run(f'{m}-{domain}-{size}-{seed}')
-        of_domain = lambda m: run(f'{m}-{domain}-{seed}')
-        slm, llm = run(f'slm-{seed}'), run(f'llm-{seed}')
-        teacher = served('llm')
-        cells = {
-          'slm': (served('slm'), [slm], [served('slm')]),
-          'slm_noft': (slm, [slm], []),
-          'slm_nopt': (served('slm_nopt'), [], [served('slm_nopt')]),
-          'importance': (
-            served('importance'), [], [of_domain('importance'), served('importance')],
-          ),
-          'distill': (served('distill'), [slm, llm], [teacher, served('distill')]),
-          'llm': (served('llm'), [llm], [served('llm')]),
-        }  # fmt: skip
-        for m in ('mixture', 'project'):
-          cells[m] = (served(m), [run(f'{m}-{seed}')], [of_domain(m), served(m)])
+        cells = _cells(domain, size, seed)
         found += [_row(m, domain, size, seed, *cell) for m, cell in cells.items()]
   return found
+
+
+def _cells(domain: str, size: int, seed: int) -> dict[str, tuple[str, list[str], list[str]]]:
+  """Map each method to its served run, the runs paid before the domain is known, and after."""
+  served = lambda method: f'runs/{method}-{domain}-{size}-{seed}'
+  of_domain = lambda method: f'runs/{method}-{domain}-{seed}'
+  slm, llm, mixture, project = (f'runs/{m}-{seed}' for m in ('slm', 'llm', 'mixture', 'project'))
+  return {
+    'slm': (served('slm'), [slm], [served('slm')]),
+    'slm_noft': (slm, [slm], []),
+    'slm_nopt': (served('slm_nopt'), [], [served('slm_nopt')]),
+    'importance': (served('importance'), [], [of_domain('importance'), served('importance')]),
+    'distill': (served('distill'), [slm, llm], [served('llm'), served('distill')]),
+    'mixture': (served('mixture'), [mixture], [of_domain('mixture'), served('mixture')]),
+    'project': (served('project'), [project], [of_domain('project'), served('project')]),
+    'llm': (served('llm'), [llm], [served('llm')]),
+  }
 
 
 def _row(method, domain, size, seed, served, generic_runs, specialise_runs) -> dict[str, Any]:

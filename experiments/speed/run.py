@@ -20,7 +20,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments.speed import reference
-from slm import cli, generate, models, objectives, optim, reparam, rundir, train
+from slm import cli, files, generate, models, objectives, optim, reparam, train
 from slm.models.decoder import forward_flops, num_params
 from slm.step import init_state, make_train_step
 
@@ -293,8 +293,8 @@ def main(_: list[str]) -> None:
   entries = measure_training(scale, rounds)
   entries |= measure_decoding(scale, rounds) | measure_large(scale, rounds)
   result |= {'entries': entries, 'ratios': ratios(entries)}
-  rundir.write_text(out / f'{name}.json', json.dumps(result, indent=2) + '\n')
-  rundir.write_text(out / f'{name}.md', table(result))
+  files.write_text(out / f'{name}.json', json.dumps(result, indent=2) + '\n')
+  files.write_text(out / f'{name}.md', table(result))
   plot(result, out / f'{name}.png')
   print(table(result))
 

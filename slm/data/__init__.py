@@ -15,7 +15,8 @@ import safetensors
 from grain.experimental import index_shuffle
 from grain.sources import ArrayRecordDataSource
 
-from slm.data import files, rows
+from slm import files
+from slm.data import rows
 
 VERSION = 1
 ORDERS = ('proportional', 'every')

@@ -15,7 +15,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-from slm.data import documents, files
+from slm import files
+from slm.data import documents
 
 Path = pathlib.Path
 _FEATURES = 1 << 16

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from slm.data import files, installed, sources, tokenizer
+from slm import files
+from slm.data import installed, sources, tokenizer, work
 
 Path = pathlib.Path
 _TASK = 32 << 20  # bytes of source files read by one task
@@ -59,7 +60,7 @@ def read(task: Read, parallel_map: installed.Map = map) -> dict[str, Any]:
   documents = ((text, id) for text, id in documents if text.strip())
   for number, first in enumerate(documents):
     name = f'{task.name}-{number:05d}'
-    with files.record_writer(task.out / f'{name}.array_record') as writer:
+    with work.record_writer(task.out / f'{name}.array_record') as writer:
       keys = list(_write(writer, itertools.chain([first], documents), task))
     keys = np.array(keys, np.uint64).reshape(-1, 3)
     files.write_npy(task.out / f'{name}.npy', keys[np.lexsort(keys.T[::-1])])
@@ -158,7 +159,7 @@ def kept(task: Cut) -> Iterator[tuple[str, int]]:
   split = np.empty(n, np.int64)
   split[(hashes[:, 2] & np.uint64(2**48 - 1)).astype(np.int64)] = hashes[:, 2] >> np.uint64(48)
   keep = files.read_npy(task.keep, mmap='r')[task.start : task.start + n]
-  records = files.read_records(task.folder / f'{task.shard}.array_record')
+  records = work.read_records(task.folder / f'{task.shard}.array_record')
   for data, s, k in zip(records, split, keep, strict=True):
     if k:
       yield data.decode(), int(s)

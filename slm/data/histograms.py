@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from slm import data as loader
-from slm.data import files, importance
+from slm import files
+from slm.data import importance
 
 Path = pathlib.Path
 _COLUMNS = ('entropy', 'effective_clusters', 'ess_fraction', 'top_cluster')

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from slm import cli
+from slm import cli, files
 from slm import data as loader
-from slm.data import files
 
 
 def target(

@@ -19,9 +19,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from slm import cli
+from slm import cli, files
 from slm import data as loader
-from slm.data import documents, files, histograms, importance, rows, sources, tokenizer
+from slm.data import documents, histograms, importance, rows, sources, tokenizer, work
 
 Path = pathlib.Path
 _SAMPLE = 10 << 20  # characters a tokenizer is trained on
@@ -114,7 +114,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
   done = _readable_manifest(out)
   paths = _sources(cfg, out, bool(done))
   if not done:
-    with files.Pool(cfg.workers, documents.use_tokenizer, out / 'tokenizer') as pool:
+    with work.Pool(cfg.workers, documents.use_tokenizer, out / 'tokenizer') as pool:
       _make(cfg, out, paths, pool)
   if not (out / 'clusters' / 'histograms.json').exists():
     histograms.write(out)
@@ -159,7 +159,7 @@ def _flat(paths: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, int]]:
   return [item for splits in paths.values() for p in splits.values() for item in p.items()]
 
 
-def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: files.Pool) -> None:
+def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool) -> None:
   shards, cost = {}, {}
   read = [_read(cfg, out, name, paths[name], pool) for name in cfg.sets]
   for name, (found, summaries) in zip(cfg.sets, read, strict=True):
@@ -167,7 +167,7 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: files.Pool
     _add(cost, 'documents', summaries)
   _add(cost, 'tokenizer', _tokenizer(cfg, out, shards['generic']))
   tasks = {c.out / f'{c.shard}.json': c for cuts in shards.values() for c in cuts}
-  done = files.run(pool, 'tokens and windows', documents.cut, tasks)
+  done = work.run(pool, 'tokens and windows', documents.cut, tasks)
   _add(cost, 'windows', done)
   summaries = dict(zip((c for cuts in shards.values() for c in cuts), done, strict=True))
   facts = _facts(cfg, shards, summaries)
@@ -197,7 +197,7 @@ def _add(cost: dict[str, Any], stage: str, summaries: list[dict[str, Any]]) -> N
 
 
 def _read(
-  cfg: PrepareConfig, out: Path, name: str, paths: dict[str, Any], pool: files.Pool
+  cfg: PrepareConfig, out: Path, name: str, paths: dict[str, Any], pool: work.Pool
 ) -> tuple[list[documents.Cut], list[dict[str, Any]]]:
   """Read a set's documents and mark duplicates; return the tokenising tasks and summaries."""
   folder = out / 'windows' / 'documents' / name
@@ -212,7 +212,7 @@ def _read(
   # The installed packages are scanned by the pool itself, so that task runs in this process.
   python = any(p.startswith('python:') for found in paths.values() for p in found)
   read = functools.partial(documents.read, parallel_map=pool.map) if python else documents.read
-  done = files.run(files.Pool(1) if python else pool, f'documents of {name}', read, tasks)
+  done = work.run(work.Pool(1) if python else pool, f'documents of {name}', read, tasks)
   shards = [shard for summary in done for shard in summary['shards']]
   counts = [n for summary in done for n in summary['documents']]
   if not shards:
@@ -237,7 +237,7 @@ def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list
     tokenizer.build(c.name, c.vocab, c.path, sample, folder)
     return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
 
-  return files.run(files.Pool(1), 'tokenizer', build, {folder / 'stage.json': cfg.tokenizer})
+  return work.run(work.Pool(1), 'tokenizer', build, {folder / 'stage.json': cfg.tokenizer})
 
 
 def _facts(
@@ -270,7 +270,7 @@ def _clusters(
   out: Path,
   shards: dict[str, list[documents.Cut]],
   summaries: dict[documents.Cut, dict[str, Any]],
-  pool: files.Pool,
+  pool: work.Pool,
 ) -> list[dict[str, Any]]:
   from slm.data import cluster  # scikit-learn takes a second to import; few workers need it
 
@@ -284,12 +284,10 @@ def _clusters(
     cluster.save(model, path)
     return {'files': [path.name], 'flops': flops}
 
-  done = files.run(
-    files.Pool(1), 'clusters', fit, {path.with_name('stage.json'): shards['generic']}
-  )
+  done = work.run(work.Pool(1), 'clusters', fit, {path.with_name('stage.json'): shards['generic']})
   windows = [c.out / f'{c.shard}.npz' for cuts in shards.values() for c in cuts]
   tasks = {p.with_suffix('.clusters.json'): (path, p) for p in windows}
-  return done + files.run(pool, 'windows to clusters', cluster.assign_shard, tasks)
+  return done + work.run(pool, 'windows to clusters', cluster.assign_shard, tasks)
 
 
 def _rows(
@@ -297,7 +295,7 @@ def _rows(
   out: Path,
   shards: dict[str, list[documents.Cut]],
   facts: dict[str, Any],
-  pool: files.Pool,
+  pool: work.Pool,
 ) -> list[dict[str, Any]]:
   """Pack every split's rows and complete its facts."""
   tasks: dict[Path, rows.Pack] = {}
@@ -309,7 +307,7 @@ def _rows(
         stem = f'rows-{i:05d}-of-{len(groups):05d}'
         task = rows.Pack(out / name / split, stem, tuple(group), number, cfg.context)
         tasks[task.out / f'{stem}.json'] = task
-  done = files.run(pool, 'rows', rows.write, tasks)
+  done = work.run(pool, 'rows', rows.write, tasks)
   for name in shards:
     for _, split in cfg.made(name):
       mine = [

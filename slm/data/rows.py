@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from slm.data import documents, files
+from slm import files
+from slm.data import documents, work
 
 Path = pathlib.Path
 _OPEN = 16  # rows kept open per cluster
@@ -74,7 +75,7 @@ class Pack:
 def write(task: Pack) -> dict[str, Any]:
   """Write a row shard (`.array_record`) and int32 [rows, 3] of cluster, windows, tokens (npy)."""
   table, digest = [], hashlib.sha256()
-  with files.record_writer(task.out / f'{task.name}.array_record') as writer:
+  with work.record_writer(task.out / f'{task.name}.array_record') as writer:
     for cluster, held in pack(_windows(task), task.context):
       record = encode_row(held, task.context)
       writer.write(record)

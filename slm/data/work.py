@@ -1,9 +1,7 @@
-"""Files that appear whole or not at all, and a pool of workers that resumes by file."""
+"""Record files, and a pool of workers that resumes by file."""
 
 import concurrent.futures
 import contextlib
-import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
@@ -11,55 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from slm import cli
+from slm.files import read_json, replacing, write_json
 
 Path = pathlib.Path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-  """Give a temporary path beside `path`, renamed to it when the block succeeds."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  yield temporary
-  temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Write JSON with sorted keys."""
-  with replacing(path) as temporary:
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
-
-
-def read_json(path: Path) -> Any:
-  """Read JSON; a damaged file is refused by name."""
-  try:
-    return json.loads(path.read_text())
-  except ValueError as e:
-    raise ValueError(f'{path}: truncated or damaged ({e})') from None
-
-
-def write_npy(path: Path, array: np.ndarray) -> None:
-  """Write one array, never pickled."""
-  with replacing(path) as temporary, temporary.open('wb') as f:
-    np.save(f, array, allow_pickle=False)
-
-
-def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
-  """Read one array; a damaged file is refused by name."""
-  try:
-    return np.load(path, mmap_mode=mmap, allow_pickle=False)
-  except (ValueError, EOFError) as e:
-    raise ValueError(f'{path}: truncated or damaged ({e})') from None
-
-
-def sha256(path: Path) -> str:
-  """Hash a file's bytes."""
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, and refusals by name of damaged ones."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """Give a temporary path beside `path`, renamed to it when the block succeeds."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+  """Write text whole or not at all."""
+  with replacing(path) as temporary:
+    temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Write JSON with sorted keys."""
+  write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
+
+
+def read_json(path: Path) -> Any:
+  """Read JSON; a missing or damaged file is refused by name."""
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise FileNotFoundError(f'{path}: no such file') from None
+  except ValueError as e:
+    raise ValueError(f'{path}: truncated or damaged ({e})') from None
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+  """Write one array, never pickled."""
+  with replacing(path) as temporary, temporary.open('wb') as f:
+    np.save(f, array, allow_pickle=False)
+
+
+def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
+  """Read one array; a damaged file is refused by name."""
+  try:
+    return np.load(path, mmap_mode=mmap, allow_pickle=False)
+  except (ValueError, EOFError) as e:
+    raise ValueError(f'{path}: truncated or damaged ({e})') from None
+
+
+def sha256(path: Path) -> str:
+  """Hash a file's bytes."""
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Prepare, train 20 steps, kill -9 in the middle, resume, specialise, evaluate, generate, report.
+#   bash tests/smoke.sh PYTHON
+set -euo pipefail
+cd "$(dirname "$0")/.."
+py=${1:-python3}
+root=$(mktemp -d)
+trap 'rm -rf "$root"' EXIT
+data=$root/data
+
+"$py" - "$root" <<'EOF'
+import json, pathlib, random, sys
+root, rng = pathlib.Path(sys.argv[1]), random.Random(0)
+topics = {
+  'generic': ['river water mill boat willow trees drift under grey sky',
+              'shares traders bonds bank forecast oil prices fell as rates rose',
+              'cells protein sample measured incubated temperature assay buffer',
+              'party licensor indemnify claim agreement term notice shall any'],
+  'law': ['party licensor indemnify claim agreement term notice shall any'],
+}
+for name, texts in topics.items():
+  with (root / f'{name}.jsonl').open('w') as f:
+    for i in range(400):
+      words = texts[i % len(texts)].split()
+      f.write(json.dumps({'text': ' '.join(rng.choice(words) for _ in range(80))}) + '\n')
+EOF
+
+echo '== prepare'
+"$py" -m slm.data.prepare --out="$data" \
+  --config="configs/data.py:generic=$root/generic.jsonl,law=$root/law.jsonl" \
+  --config.tokenizer.name=bytes --config.context=64 --config.levels='(4,)' \
+  --config.fit_windows=500 --config.dims=8 --config.sizes='(5000,)'
+
+model=(--config.model.embed=32 --config.model.num_layers=2 --config.model.num_heads=2
+       --config.model.num_kv_heads=2 --config.model.head_dim=16 --config.model.mlp=64
+       --config.data.path="$data" --config.tensorboard=False --config.log_every=1)
+pretrain=(--config=configs/project.py "${model[@]}" --config.steps=20 --config.schedule.warmup=2
+          --config.reparam.clusters=4 --config.reparam.capacity=4 --config.reparam.code=4
+          --config.data.level=4 --config.data.batch_size=16 --config.data.rows_per_group=4
+          --config.eval.every=5 --config.checkpoint.every=5 --workdir="$root/project")
+
+echo '== train, kill -9 after step 8, resume'
+"$py" -m slm.train "${pretrain[@]}" & pid=$!
+until grep -q '"step": 8' "$root/project/metrics.jsonl" 2>/dev/null; do
+  kill -0 $pid 2>/dev/null || { echo 'the run ended before it could be killed' >&2; exit 1; }
+  sleep 0.05
+done
+kill -9 $pid 2>/dev/null || true
+wait $pid 2>/dev/null || true
+test ! -e "$root/project/result.json"
+"$py" -m slm.train "${pretrain[@]}"
+steps=$(grep -c . "$root/project/metrics.jsonl")
+test "$steps" = 20 || { echo "expected 20 lines of metrics after resuming, found $steps" >&2; exit 1; }
+
+echo '== specialise, tune, evaluate, generate'
+"$py" -m slm.specialise --run="$root/project" --domain=law --index=law-5000 --workdir="$root/law"
+"$py" -m slm.train --config=configs/finetune.py "${model[@]}" --config.steps=20 \
+  --config.init="$root/law" --config.data.set=law --config.data.index=law-5000 \
+  --config.data.batch_size=8 --config.eval.every=5 --workdir="$root/tuned"
+"$py" -m slm.evaluate --run="$root/law" --run="$root/tuned" --on=law/test
+"$py" -m slm.generate --run="$root/tuned" --prompt='the party' --max_tokens=16
+
+echo '== report'
+cat > "$root/study.json" <<EOF
+{"title": "smoke", "scale": "quick", "data": "data", "domains": ["law"], "generic": "generic",
+ "sizes": [5000], "params": {"slm": 1, "project": 1}, "notes": [],
+ "methods": [{"name": "slm", "label": "untuned", "describe": "The specialist as it is."},
+             {"name": "project", "label": "tuned", "describe": "The specialist, fine-tuned."}],
+ "runs": [{"method": "slm", "domain": "law", "size": 5000, "seed": 0, "run": "law", "kind": "small",
+           "generic_runs": ["project"], "specialise_runs": []},
+          {"method": "project", "domain": "law", "size": 5000, "seed": 0, "run": "tuned",
+           "kind": "small", "generic_runs": ["project"], "specialise_runs": ["law", "tuned"]}]}
+EOF
+"$py" -m slm.report --study="$root"
+test -s "$root/report.html"
+echo 'smoke: passed'
