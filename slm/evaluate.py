@@ -18,15 +18,21 @@ from slm import cli, data, files, load, objectives, reparam, sharding
 Params = dict[str, Any]
 
 
-def make_row_losses(forward: Callable, dtype: str, chunk: int) -> Callable[..., jax.Array]:
-  """Make jitted f(params, batch [b,t]) -> [b,2]: each row's summed NLL (nats) and tokens."""
+def make_row_losses(
+  forward: Callable, dtype: str, chunk: int, mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+  """Make jitted f(params, batch [b,t]) -> [b,2]: each row's summed NLL (nats) and tokens.
+
+  The result lies whole on every device, so that every process can read it.
+  """
 
   def row_losses(params, batch):
     params = reparam.cast(params, jnp.dtype(dtype))
     nll = objectives.token_losses(forward, params, batch, chunk)
     return jnp.stack([nll.sum(-1), batch['weights'].sum(-1)], axis=-1)
 
-  return jax.jit(row_losses)
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(row_losses, out_shardings=everywhere)
 
 
 def rows(
@@ -88,7 +94,7 @@ def run(
   manifest = data.manifest(path)
   load.same_tokenizer(loaded, manifest['tokenizer']['fingerprint'])
   cfg = loaded.cfg
-  row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'])
+  row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh)
   results_path = workdir / 'eval.json'
   results = files.read_json(results_path) if results_path.exists() else {}
   with jax.set_mesh(mesh):

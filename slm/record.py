@@ -15,7 +15,10 @@ from slm import cli, files, rundir
 
 
 class Recorder:
-  """Receives each step's metrics while the next step runs; cumulative counts survive restarts."""
+  """Receives each step's metrics while the next step runs; cumulative counts survive restarts.
+
+  Every process counts alike, so that all stop together; process 0 alone writes.
+  """
 
   def __init__(
     self,
@@ -33,7 +36,9 @@ class Recorder:
     path = workdir / 'metrics.jsonl'
     lines = rundir.read_metrics(workdir) if path.exists() else []
     lines = [line for line in lines if line['step'] <= start]
-    files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+    self._main = jax.process_index() == 0
+    if self._main:
+      files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
     last = lines[-1] if lines else {}
     zero = {'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'eval_tokens': 0, 'eval_seconds': 0.0}
     self._total = {name: last.get(name, value) for name, value in zero.items()}
@@ -45,15 +50,16 @@ class Recorder:
     self._due = False
 
   def __enter__(self) -> 'Recorder':
-    self._file = (self._workdir / 'metrics.jsonl').open('a')
+    self._file = (self._workdir / 'metrics.jsonl').open('a') if self._main else None
     self._board = None
-    if self._cfg['tensorboard']:
+    if self._cfg['tensorboard'] and self._main:
       board = str(self._workdir / 'tb')
       self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
     positions = self._cfg['data']['batch_size'] * self._cfg['context']
     name = f'{self._cfg["phase"]} {self._workdir.name}'
     self._positions = positions
-    self._progress = cli.progress(name, self._cfg['steps'] * positions, 'tokens').__enter__()
+    total = self._cfg['steps'] * positions
+    self._progress = cli.progress(name, total, 'tokens', show=self._main).__enter__()
     self._progress.skip(self._start * positions)
     return self
 
@@ -61,7 +67,8 @@ class Recorder:
     self._progress.__exit__(*error)
     if self._due:
       self.write()
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._board:
       self._board.close()
 
@@ -128,6 +135,8 @@ class Recorder:
     if self._line['step'] == self._written:
       return
     self._written, self._due = self._line['step'], False
+    if not self._main:
+      return
     self._file.write(json.dumps(self._line | self._total) + '\n')
     self._file.flush()
     if self._board:

@@ -2,7 +2,7 @@
 
 The optimiser sees theta, the model sees params. A condition picks a specialist: an int cluster id
 gives ordinary dense params; a vector of ids, one per group of rows, gives params whose varying
-leaves lead with a group axis. Leaves that do not depend on the condition are shared, not copied.
+leaves have a group axis. Leaves that do not depend on the condition are shared, not copied.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm.sharding import AXES, Params, constrain
+from slm.models.decoder import Output
+from slm.sharding import AXES, Params, constrain, leaf_axes, vmap_groups
 
 Init = Callable[[jax.Array], Params]
 
@@ -27,6 +28,7 @@ class Reparam:
     materialize: (theta, frozen, condition) -> params.
     clusters: how many specialists theta holds; 0 means one model, the condition is ignored.
     varies: names of the leaves that depend on the condition; '*' means every leaf.
+    group_axis: where a varying leaf made for a vector of conditions has its group axis.
     independent: whether groups share nothing, so that each is normalised and clipped alone.
   """
 
@@ -34,6 +36,7 @@ class Reparam:
   materialize: Callable[[Params, Params, jax.Array | int | None], Params]
   clusters: int = 0
   varies: tuple[str, ...] = ()
+  group_axis: int = 0
   independent: bool = False
 
 
@@ -128,14 +131,11 @@ def project(
       mix = bases[('mix',) if shared_mix else (path[-1], 'mix')]
       # Form each cluster's matrix before the matmul: h products with x would cost h forwards.
       weight = _combine(jnp.einsum('gm,lmr->lgr', codes, mix), basis)
-      if grouped:
-        weight = constrain(weight.swapaxes(0, 1), 'batch', 'layers', *AXES[path[-1]])
-      else:
-        weight = weight[:, 0]
+      weight = constrain(weight, 'layers', 'batch', *AXES[path[-1]]) if grouped else weight[:, 0]
       blocks[tuple(n for n in path if n != 'bases')] = weight
     return {**theta['shared'], 'blocks': _unflatten(blocks)}
 
-  return Reparam(new, materialize, clusters, varies=tuple(leaves))
+  return Reparam(new, materialize, clusters, varies=tuple(leaves), group_axis=1)
 
 
 @jax.custom_vjp
@@ -174,9 +174,39 @@ def group_axes(reparam: Reparam, params: Params) -> Params:
   """Return, for each leaf of params, the axis vmap maps over groups: 0, or None if shared."""
 
   def axis(path, leaf):
-    return 0 if '*' in reparam.varies or path[-1].key in reparam.varies else None
+    varies = '*' in reparam.varies or path[-1].key in reparam.varies
+    return reparam.group_axis if varies else None
 
   return jax.tree_util.tree_map_with_path(axis, params)
+
+
+def map_groups(reparam: Reparam, forward: Callable[..., Output]) -> Callable[..., Output]:
+  """Let forward(params, batch [rows,t]) take params with group axes: rows come group by group.
+
+  Only the forward pass is mapped, not the loss: with a shared head, a mapped loss would hold the
+  logits and the head's gradient once per group.
+  """
+
+  def mapped(params, batch):
+    axes = group_axes(reparam, params)
+    found = jax.tree_util.tree_leaves_with_path(params)
+    sizes = {
+      leaf.shape[reparam.group_axis]
+      for (path, leaf), axis in zip(found, _leaves(axes), strict=True)
+      if axis is not None and leaf.ndim > len(leaf_axes(path))
+    }
+    if not sizes:
+      return forward(params, batch)
+    (groups,) = sizes
+    rows = jax.tree.map(lambda x: x.reshape((groups, -1) + x.shape[1:]), batch)
+    out = vmap_groups(forward, (axes, 0))(params, rows)
+    return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), out)
+
+  return mapped
+
+
+def _leaves(axes: Params) -> list[int | None]:
+  return jax.tree.leaves(axes, is_leaf=lambda x: x is None)
 
 
 def cast(params: Params, dtype: Any) -> Params:

@@ -18,7 +18,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'num
 
 
 def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
-  """Create or re-open a run directory; returns whether it existed.
+  """Create or re-open a run directory; returns whether it existed. Process 0 alone writes.
 
   Raises:
     ValueError: if the directory holds a run of another config, naming the first difference.
@@ -30,6 +30,8 @@ def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
     if difference:
       raise ValueError(f'{workdir} holds another run: {difference}; choose another --workdir')
     return True
+  if jax.process_index():
+    return False
   if workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith('.')):
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
   files.write_text(workdir / 'git.txt', _git())

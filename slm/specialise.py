@@ -31,7 +31,9 @@ def frequent(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any)
 def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
   """Choose the specialist with the lowest loss on the domain's set before any fine-tuning."""
   cfg = loaded.cfg
-  losses = evaluate.make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'])
+  losses = evaluate.make_row_losses(
+    loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh
+  )
   found, tokens = [], 0
   with cli.progress('choose specialist', loaded.reparam.clusters, 'models') as progress:
     for cluster in range(loaded.reparam.clusters):

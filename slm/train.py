@@ -67,19 +67,22 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 def make_sums(
   objective: Callable, rep: reparam.Reparam, dtype: str
 ) -> Callable[[Params, Params, dict[str, jax.Array]], objectives.Sums]:
-  """Make sums(theta, frozen, batch [groups,rows,t]): materialise, cast, map over groups."""
+  """Make sums(theta, frozen, batch [groups,rows,t]): materialise, cast, apply the objective.
+
+  The objective's student must be reparam.map_groups(rep, forward). Independent models have a loss
+  each, so the objective itself is mapped over groups and the sums are per group.
+  """
 
   def sums(theta, frozen, batch):
-    condition = batch['condition']
     rows = {name: x for name, x in batch.items() if name != 'condition'}
-    frozen = reparam.cast(frozen, jnp.dtype(dtype))
-    if not rep.clusters:
-      params = reparam.cast(rep.materialize(theta, frozen, None), jnp.dtype(dtype))
-      rows = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), rows)
-      return objective(params, frozen, rows)
+    condition = batch['condition'] if rep.clusters else None
     params = reparam.cast(rep.materialize(theta, frozen, condition), jnp.dtype(dtype))
-    in_axes = (reparam.group_axes(rep, params), None, 0)
-    return sharding.vmap_groups(objective, in_axes)(params, frozen, rows)
+    frozen = reparam.cast(frozen, jnp.dtype(dtype))
+    if rep.independent:
+      in_axes = (reparam.group_axes(rep, params), None, 0)
+      return sharding.vmap_groups(objective, in_axes)(params, frozen, rows)
+    rows = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), rows)
+    return objective(params, frozen, rows)
 
   return sums
 
@@ -109,7 +112,8 @@ class _Run:
     self.cfg, self.workdir, self.mesh = cfg, workdir, mesh
     self.model, self.reparam = load.build(cfg)
     self.shapes, self.where = load.theta_shardings(self.reparam, mesh)
-    self.frozen, forwards, self.ancestors = {}, {'student': self.model.forward}, []
+    self.frozen, forwards, self.ancestors = {}, {}, []
+    forwards['student'] = reparam.map_groups(self.reparam, self.model.forward)
     teacher_flops = 0.0
     if cfg['teacher']:
       teacher = load.load(cfg['teacher'], mesh)
@@ -138,7 +142,7 @@ class _Run:
     ) + 3 * reparam.materialize_flops(self.reparam, self.shapes, groups)
     self.materialize = jax.jit(self.reparam.materialize)
     self.row_losses = evaluate.make_row_losses(
-      self.model.forward, cfg['dtype'], cfg['objective']['chunk']
+      self.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh
     )
 
   def _check_groups(self) -> None:
@@ -254,7 +258,8 @@ class _Run:
     if stop and not final:
       raise Interrupted(f'{self.workdir}: saved step {step}, the same command continues')
     result = record.result()
-    files.write_json(self.workdir / 'result.json', result)
+    if jax.process_index() == 0:
+      files.write_json(self.workdir / 'result.json', result)
     return result
 
   def recorder(self, start: int) -> Recorder:

@@ -12,8 +12,8 @@ import pytest
 import toy
 import zstandard
 
-from slm import data, files
-from slm.data import documents, installed, prepare, rows, sources
+from slm import data
+from slm.data import documents, installed, prepare, rows, sources, work
 
 
 def state(out: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ ALLOWED = {
   'checkpoint': set(),
   'objectives': {'models'},
   'models': {'models', 'sharding'},
-  'reparam': {'sharding'},
+  'reparam': {'models', 'sharding'},
   'data': {'data', 'cli', 'files'},
   'cli': set(),
   'files': set(),

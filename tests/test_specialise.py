@@ -61,7 +61,7 @@ def test_specialist_is_an_ordinary_dense_run(trained, tmp_path, tiny_data):
 def test_best_rule_takes_the_lowest_loss_and_counts_its_cost(trained, tmp_path, tiny_data):
   cluster = specialise.specialise(trained, 'court', tmp_path / 'one', 'best', 'court-2000')
   many = load.load(trained, MESH())
-  losses = evaluate.make_row_losses(many.model.forward, 'float32', 64)
+  losses = evaluate.make_row_losses(many.model.forward, 'float32', 64, MESH())
   found = []
   for c in range(2):
     values = evaluate.rows(
@@ -166,5 +166,5 @@ def test_objective_is_the_one_evaluated(tiny_config, tmp_path, tiny_data):
     lambda x: x[0].reshape(-1, x.shape[-1]), {**batch, 'condition': batch['weights']}
   )
   value, weight = objectives.next_token({'student': model.forward}, 64)(params, {}, rows)['loss']
-  per_row = evaluate.make_row_losses(model.forward, 'float32', 64)(params, rows)
+  per_row = evaluate.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
   np.testing.assert_allclose(per_row.sum(0), [value, weight], rtol=1e-5)

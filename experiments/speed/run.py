@@ -96,7 +96,8 @@ def train_step(
   """Return a compiled training step of slm as a function of nothing, and facts about it."""
   model = models.build(cfg)
   rep = reparam.build(rep_cfg, model.init)
-  objective = objectives.build({'name': 'next_token', 'chunk': 512}, {'student': model.forward})
+  forward = {'student': reparam.map_groups(rep, model.forward)}
+  objective = objectives.build({'name': 'next_token', 'chunk': 512}, forward)
   tx = optim.build(HYPER, lambda step: 1e-3, rep.independent)
   step = make_train_step(train.make_sums(objective, rep, scale.dtype), tx, rep.independent)
   theta = jax.jit(rep.init)(jax.random.key(0))
@@ -150,13 +151,18 @@ def decode(params: Any, model: models.Model, scale: Scale, rows: int) -> Callabl
 
 
 def interleave(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-  """Run every contestant once per round, after one warm-up each; returns seconds."""
+  """Run every contestant once per round, after one warm-up each; returns seconds.
+
+  The order is drawn anew each round: what ran before (its threads, its memory) costs a contestant
+  up to a second.
+  """
   seconds: dict[str, list[float]] = {name: [] for name in contestants}
+  rng, names = np.random.default_rng(0), list(contestants)
   with cli.progress('measure', (rounds + 1) * len(contestants), 'runs') as progress:
     for i in range(rounds + 1):
-      for name, run in contestants.items():
+      for name in rng.permutation(names).tolist():
         began = time.perf_counter()
-        run()
+        contestants[name]()
         if i:
           seconds[name].append(time.perf_counter() - began)
         progress.update(1, contestant=name)
@@ -170,9 +176,9 @@ def measure_training(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
   batch = make_batch(scale.model['vocab'], scale.rows, scale.context)
   entries = {
     'train: slm': train_step(scale.model, dense, scale, scale.rows),
-    'train: torch': reference.train_step(scale.model, batch, scale.dtype),
     'train: slm, projected k=16': train_step(scale.model, project, scale, scale.rows),
     "train: slm, projected's specialist": specialist_step(scale.model, scale),
+    'train: torch': reference.train_step(scale.model, batch, scale.dtype),
   }
   for shape in scale.gemms:
     entries[f'gemm {"x".join(map(str, shape))}'] = gemm(*shape, scale.dtype)
