@@ -11,7 +11,14 @@ def get_config() -> ConfigDict:
   c.steps = 1000
   c.dtype = 'float32'  # compute dtype; weights and optimiser state stay float32
   c.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1}  # -1: the devices that are left
-  c.distributed = False  # call jax.distributed.initialize() first (several processes)
+  c.distributed = ConfigDict(
+    {
+      'enable': False,  # several processes: the same command on each
+      'coordinator': '',  # host:port of process 0; '' is found out on Slurm, TPU, Kubernetes, MPI
+      'num_processes': 0,  # 0: found out likewise
+      'process_id': -1,  # -1: found out likewise
+    }
+  )
 
   c.model = ConfigDict(
     {
@@ -33,7 +40,7 @@ def get_config() -> ConfigDict:
     }
   )
   c.reparam = ConfigDict({'name': 'full'})  # full | mixture | project, see slm/reparam.py
-  c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # chunk: tokens of logits at once
+  c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # tokens' logits at once, a device
   c.teacher = ''  # run directory of the distillation teacher
   c.init = ''  # run directory whose (dense) weights to start from; '' is random
 

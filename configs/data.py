@@ -3,7 +3,8 @@
 SETS is `name=source,...` with one set named generic. A source is a glob of .jsonl or .txt files
 (.gz or .zst too), `python:docs` or `python:licences`, optionally with `?max_mb=NUMBER`.
 `name=source` is split by a hash of the document; `name.train=source,name.test=source` is not.
-Without SETS: docstrings of the installed Python packages, and their licences as the domain.
+A training document whose exact text is held out, in any set, is dropped; near-duplicates are kept.
+Without SETS: docstrings of Python and of what slm requires, and their licences as the domain.
 """
 
 from ml_collections import config_dict
@@ -22,14 +23,14 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     path='',  # a .model or tokenizer.json to use instead of training
   )
   c.context = 256  # tokens in a row
-  c.levels = (8, 64)  # numbers of clusters; coarser ones are unions of finer ones
+  c.levels = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
   c.fit_windows = 20_000  # windows of generic/train that the clusters are fitted on
   c.dims = 64  # of a window's embedding
   c.sizes = (20_000, 80_000)  # tokens of the nested specialisation sets of each domain
   c.text_field = 'text'  # field of a JSON line that holds the document
   c.id_field = ''  # field whose hash chooses the split; '' = the text's hash
   c.heldout = (0.05, 0.1)  # shares of documents for validation and test
-  c.workers = 0  # processes; 0 = one per core
+  c.workers = 0  # processes; 0 = one per usable core
   c.seed = 0  # of samples, clusters and nested sets
   return c
 

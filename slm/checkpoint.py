@@ -42,7 +42,7 @@ class Checkpoints:
   def best(self) -> int | None:
     """Return the step with the lowest loss among those that recorded one, else the latest."""
     scored = [c for c in self._checkpointer.checkpoints if c.metrics]
-    return min(scored, key=lambda c: c.metrics['loss']).step if scored else self.latest
+    return min(scored, key=lambda c: (c.metrics['loss'], -c.step)).step if scored else self.latest
 
   def save(
     self,

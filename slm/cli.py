@@ -30,7 +30,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
       return flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:  # ml_collections, for a key the config lacks
-      raise ValueError(e.args[0]) from None
+      raise ValueError(f'the config has no key {e.args[0]}') from None
 
 
 @contextlib.contextmanager

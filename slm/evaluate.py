@@ -52,6 +52,8 @@ def rows(
   Rows are in file order, so that arrays of different models align. With level 0 the specialist is
   asked for once, with cluster 0.
   """
+  devices = sharding.batch_devices(mesh)
+  batch_size = -(-batch_size // devices) * devices
   found: dict[int, np.ndarray] = {}
   where = sharding.batch_sharding(mesh)
   cluster, params = None, None
@@ -63,6 +65,8 @@ def rows(
       cluster, params = condition, specialist(condition)
     values = np.asarray(row_losses(params, jax.device_put(batch, where)), np.float64)
     found.update((i, v) for i, v in zip(ids.tolist(), values, strict=True) if i >= 0)
+  if not found:
+    raise ValueError(f'{path}: {data_set}/{split} has no rows to evaluate on')
   return np.stack([found[i] for i in sorted(found)])
 
 
@@ -74,7 +78,7 @@ def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:
     'tokens': int(tokens),
     'rows': len(values),
     'loss': float(nll / tokens),
-    'ppl': math.exp(nll / tokens),
+    'ppl': float(np.exp(nll / tokens)),
   }
   if num_bytes:
     result |= {'bytes': num_bytes, 'bpb': float(nll / math.log(2) / num_bytes)}
@@ -86,7 +90,7 @@ def run(
 ) -> dict[str, dict[str, float]]:
   """Evaluate a run on 'set/split' names; write eval.json and eval/<set>-<split>.npy.
 
-  What eval.json already holds for the same data is kept. A run that holds specialists routes every
+  What eval.json holds for other names stays. A run that holds specialists routes every
   row to its own cluster's.
   """
   workdir = Path(workdir)
@@ -104,7 +108,9 @@ def run(
       specialist = (lambda c: loaded.params(c)) if level else (lambda c: loaded.theta)
       values = rows(row_losses, specialist, mesh, path, data_set, split, batch_size, level)
       files.write_npy(workdir / 'eval' / f'{data_set}-{split}.npy', values)
-      results[name] = summary(values, manifest['sets'][data_set][split]['bytes'])
+      facts = manifest['sets'][data_set][split]
+      origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
+      results[name] = summary(values, facts['bytes']) | origin
       files.write_json(results_path, results)
   return results
 

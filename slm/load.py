@@ -51,14 +51,17 @@ def theta_shardings(rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> tuple[Para
   return shapes, sharding.shardings(shapes, mesh)
 
 
-def load(run: str | Path, mesh: jax.sharding.Mesh) -> Loaded:
-  """Load the best checkpoint of a run directory onto the mesh.
+def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Loaded:
+  """Load the best checkpoint of a run directory onto the mesh; `finished` refuses others.
 
   Raises:
-    ValueError: if the directory holds no run or no checkpoint.
+    ValueError: if the directory holds no run or no checkpoint, or the run must be finished and
+      is not.
   """
   run = Path(run)
   cfg = files.read_json(run / 'config.json')
+  if finished and not (run / 'result.json').exists():
+    raise ValueError(f'{run}: has not finished; the command that started it continues it')
   model, rep = build(cfg)
   shapes, where = theta_shardings(rep, mesh)
   directory = run / 'checkpoints'

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm import factory
 from slm.models.decoder import head
+from slm.sharding import batch_shards, constrain
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -40,7 +42,7 @@ def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
 def _chunked(fn, chunk, weight, hidden, constants, rows):
   """Sum fn(weight, hidden[chunk], constants, rows[chunk]) -> {name: sum} over chunks of tokens.
 
-  weight [v,d], hidden [n,d], rows: arrays [n,...]; full logits [n,v] never exist. 'loss' is
+  weight [v,d], hidden [b,t,d], rows: arrays [b,t,...]; full logits [b,t,v] never exist. 'loss' is
   differentiable with respect to weight and hidden.
   """
   split = functools.partial(_split, chunk)
@@ -64,7 +66,7 @@ def _chunked_fwd(fn, chunk, weight, hidden, constants, rows):
 
   start = jnp.zeros(weight.shape, jnp.float32)
   d_weight, (sums, d_hidden) = jax.lax.scan(one, start, (split(hidden), jax.tree.map(split, rows)))
-  d_hidden = d_hidden.reshape((-1,) + d_hidden.shape[2:])[: hidden.shape[0]]
+  d_hidden = _join(d_hidden, hidden.shape[1])
   sums = jax.tree.map(lambda x: x.sum(0), sums)
   return sums, (d_weight.astype(weight.dtype), d_hidden)
 
@@ -80,19 +82,25 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def _split(chunk: int, x: jax.Array) -> jax.Array:
-  """Reshape [n,...] to [n/chunk,chunk,...], padded with zeros."""
-  chunk = min(chunk, x.shape[0])
-  pad = -x.shape[0] % chunk
-  x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
-  return x.reshape((-1, chunk) + x.shape[1:])
+  """Cut x [b,t,...] along t into pieces [n,b,c,...] of about `chunk` tokens a device, zero-padded.
+
+  Rows stay whole along b: that axis lies on the mesh, and a scan over it would gather them all.
+  """
+  b, t = x.shape[:2]
+  size = min(max(chunk * batch_shards() // b, 1), t)
+  x = jnp.pad(x, ((0, 0), (0, -t % size)) + ((0, 0),) * (x.ndim - 2))
+  x = x.reshape((b, -1, size) + x.shape[2:]).swapaxes(0, 1)
+  return constrain(x, None, 'batch', *(None,) * (x.ndim - 2))
+
+
+def _join(x: jax.Array, t: int) -> jax.Array:
+  """Undo `_split`: [n,b,c,...] -> [b,t,...]."""
+  x = x.swapaxes(0, 1)
+  return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :t]
 
 
 def _logits(weight: jax.Array, hidden: jax.Array) -> jax.Array:
-  return jnp.einsum('nd,vd->nv', hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _flat(x: jax.Array) -> jax.Array:
-  return x.reshape((-1,) + x.shape[2:])
+  return jnp.einsum('bcd,vd->bcv', hidden, weight, preferred_element_type=jnp.float32)
 
 
 def next_token(forward: Mapping[str, Callable], chunk: int) -> Callable[..., Sums]:
@@ -104,8 +112,8 @@ def next_token(forward: Mapping[str, Callable], chunk: int) -> Callable[..., Sum
 
   def objective(params: Params, frozen: Params, batch: Batch) -> Sums:
     hidden = forward['student'](params, batch).hidden
-    rows = {'targets': _flat(batch['targets']), 'weights': _flat(batch['weights'])}
-    sums = _chunked(fn, chunk, head(params), _flat(hidden), (), rows)
+    rows = {'targets': batch['targets'], 'weights': batch['weights']}
+    sums = _chunked(fn, chunk, head(params), hidden, (), rows)
     return {'loss': (sums['loss'], rows['weights'].sum())}
 
   return objective
@@ -142,11 +150,11 @@ def distill(
     hidden = forward['student'](params, batch).hidden
     teacher = jax.lax.stop_gradient(forward['teacher'](frozen['teacher'], batch).hidden)
     rows = {
-      'targets': _flat(batch['targets']),
-      'weights': _flat(batch['weights']),
-      'teacher': _flat(teacher),
+      'targets': batch['targets'],
+      'weights': batch['weights'],
+      'teacher': teacher,
     }
-    sums = _chunked(fn, chunk, head(params), _flat(hidden), head(frozen['teacher']), rows)
+    sums = _chunked(fn, chunk, head(params), hidden, head(frozen['teacher']), rows)
     weight = rows['weights'].sum()
     return {name: (value, weight) for name, value in sums.items()}
 
@@ -158,18 +166,13 @@ OBJECTIVES = {'next_token': next_token, 'distill': distill}
 
 def build(cfg: Mapping[str, Any], forward: Mapping[str, Callable]) -> Callable[..., Sums]:
   """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
-  rest = dict(cfg)
-  name = rest.pop('name')
-  if name not in OBJECTIVES:
-    raise ValueError(f'objective.name: expected one of {sorted(OBJECTIVES)}, found {name!r}')
-  return OBJECTIVES[name](forward, **rest)
+  return factory.build('objective', OBJECTIVES, cfg, forward)
 
 
 def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
   """Return the weighted next-token loss of every position, [b,t] float32, without gradients."""
   hidden = forward(params, batch).hidden
   split = functools.partial(_split, chunk)
-  rows = (split(_flat(hidden)), split(_flat(batch['targets'])))
+  rows = (split(hidden), split(batch['targets']))
   nll = jax.lax.map(lambda x: cross_entropy(_logits(head(params), x[0]), x[1]), rows)
-  nll = nll.reshape(-1)[: batch['targets'].size].reshape(batch['targets'].shape)
-  return nll * batch['weights']
+  return _join(nll, hidden.shape[1]) * batch['weights']

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from slm import factory
 from slm.sharding import INPUTS, Params
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -43,13 +44,9 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
   Raises:
     ValueError: if the name is unknown or the warm-up does not fit in the steps.
   """
-  rest = dict(cfg)
-  name = rest.pop('name')
-  if name not in SCHEDULES:
-    raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {name!r}')
-  if not 0 <= rest['warmup'] < max(steps, 1):
-    raise ValueError(f'schedule.warmup={rest["warmup"]}: expected less than steps={steps}')
-  return SCHEDULES[name](steps=steps, **rest)
+  if 'warmup' in cfg and not 0 <= cfg['warmup'] < steps:
+    raise ValueError(f'schedule.warmup={cfg["warmup"]}: expected less than steps={steps}')
+  return factory.build('schedule', SCHEDULES, cfg, steps=steps)
 
 
 def build(

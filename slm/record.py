@@ -13,6 +13,9 @@ import tensorboardX
 
 from slm import cli, files, rundir
 
+# Counted over all restarts of a run.
+TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
+
 
 class Recorder:
   """Receives each step's metrics while the next step runs; cumulative counts survive restarts.
@@ -27,12 +30,14 @@ class Recorder:
     start: int,
     leaves: list[str],
     step_flops: float,
+    token_flops: float,
     schedule: Callable[[int], float],
     ancestors: list[str],
   ):
     """Open the records of a run at a step; lines after it were lost with their process."""
     self._cfg, self._workdir, self._leaves = cfg, workdir, leaves
-    self._step_flops, self._schedule, self._ancestors = step_flops, schedule, ancestors
+    self._step_flops, self._token_flops = step_flops, token_flops
+    self._schedule, self._ancestors = schedule, ancestors
     path = workdir / 'metrics.jsonl'
     lines = rundir.read_metrics(workdir) if path.exists() else []
     lines = [line for line in lines if line['step'] <= start]
@@ -40,8 +45,7 @@ class Recorder:
     if self._main:
       files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
     last = lines[-1] if lines else {}
-    zero = {'tokens': 0, 'flops': 0.0, 'seconds': 0.0, 'eval_tokens': 0, 'eval_seconds': 0.0}
-    self._total = {name: last.get(name, value) for name, value in zero.items()}
+    self._total = {name: last.get(name, 0) for name in TOTALS}
     self._evals = [(line['step'], line['eval_loss']) for line in lines if 'eval_loss' in line]
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._clock: float | None = None
@@ -94,6 +98,7 @@ class Recorder:
     if self._clock is not None:
       now = time.monotonic()
       self._total['seconds'] += now - self._clock
+      self._total['device_seconds'] += (now - self._clock) * jax.device_count()
       self._clock = now
 
   def _finish(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -124,7 +129,7 @@ class Recorder:
   def evaluated(self, step: int, summary: Mapping[str, float], seconds: float) -> None:
     """Record a held-out loss."""
     self._total['eval_tokens'] += int(summary['tokens'])
-    self._total['eval_seconds'] += seconds
+    self._total['eval_device_seconds'] += seconds * jax.device_count()
     self._evals.append((step, summary['loss']))
     self._line |= {'step': step, 'eval_loss': summary['loss'], 'eval_ppl': summary['ppl']}
     self._due = True
@@ -142,12 +147,17 @@ class Recorder:
     if self._board:
       for name, value in (self._line | self._total).items():
         self._board.add_scalar(name, value, self._line['step'])
-    t, forward = self._total, self._step_flops / (3 * self._positions)
+    t = self._total
     rundir.write_ledger(
       self._workdir,
       [
-        phase_entry(self._cfg['phase'], t['tokens'], t['flops'], t['seconds']),
-        phase_entry('evaluate', t['eval_tokens'], forward * t['eval_tokens'], t['eval_seconds']),
+        phase_entry(self._cfg['phase'], t['tokens'], t['flops'], t['device_seconds']),
+        phase_entry(
+          'evaluate',
+          t['eval_tokens'],
+          self._token_flops * t['eval_tokens'],
+          t['eval_device_seconds'],
+        ),
       ],
       self._ancestors,
     )
@@ -155,7 +165,8 @@ class Recorder:
   @property
   def best_step(self) -> int | None:
     """Return the step of the lowest held-out loss so far."""
-    return min(self._evals, key=lambda e: e[1])[0] if self._evals else None
+    # Of equal losses the latest, as the checkpoints keep it.
+    return min(self._evals, key=lambda e: (e[1], -e[0]))[0] if self._evals else None
 
   def eval_loss(self, step: int) -> float | None:
     """Return the held-out loss measured at a step, if one was."""
@@ -179,7 +190,7 @@ class Recorder:
     }
 
 
-def phase_entry(phase: str, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
+def phase_entry(phase: str, tokens: int, flops: float, device_seconds: float) -> dict[str, Any]:
   """Make a ledger entry; device_seconds counts every device for the whole time."""
   stats = jax.local_devices()[0].memory_stats() or {}
   # CPU devices report no statistics: the process's high-water mark stands in.
@@ -188,7 +199,7 @@ def phase_entry(phase: str, tokens: int, flops: float, seconds: float) -> dict[s
     'phase': phase,
     'tokens': tokens,
     'flops': flops,
-    'device_seconds': seconds * jax.device_count(),
+    'device_seconds': device_seconds,
     'peak_memory_bytes': stats['peak_bytes_in_use'] if stats else host,
     'devices': jax.device_count(),
     'kind': jax.devices()[0].device_kind,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm import factory
 from slm.models.decoder import Output
 from slm.sharding import AXES, Params, constrain, leaf_axes, vmap_groups
 
@@ -163,11 +164,7 @@ REPARAMS = {'full': full, 'mixture': mixture, 'project': project}
 
 def build(cfg: Mapping[str, Any], init: Init) -> Reparam:
   """Build the reparameterisation that `cfg['name']` selects over a model's init(key)."""
-  rest = dict(cfg)
-  name = rest.pop('name')
-  if name not in REPARAMS:
-    raise ValueError(f'reparam.name: expected one of {sorted(REPARAMS)}, found {name!r}')
-  return REPARAMS[name](init, **rest)
+  return factory.build('reparam', REPARAMS, cfg, init)
 
 
 def group_axes(reparam: Reparam, params: Params) -> Params:

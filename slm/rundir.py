@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,32 +13,41 @@ from typing import Any
 
 import jax
 
-from slm import files
+from slm import __version__, files
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def open_run(workdir: Path, config: Mapping[str, Any]) -> bool:
-  """Create or re-open a run directory; returns whether it existed. Process 0 alone writes.
+# Keys that say where and how often, not what is computed: they may change between restarts.
+OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
+
+
+def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Refuse a directory that holds something else.
 
   Raises:
-    ValueError: if the directory holds a run of another config, naming the first difference.
+    ValueError: if it holds a run of another config, naming the first difference, or other files.
   """
-  resolved = json.loads(json.dumps(config))
   path = workdir / 'config.json'
   if path.exists():
-    difference = _difference(files.read_json(path), resolved)
+    what = lambda c: {k: v for k, v in c.items() if k not in OPERATIONAL}
+    difference = _difference(what(files.read_json(path)), what(_plain(config)))
     if difference:
       raise ValueError(f'{workdir} holds another run: {difference}; choose another --workdir')
-    return True
-  if jax.process_index():
-    return False
-  if workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith('.')):
+  elif workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
-  files.write_text(workdir / 'git.txt', _git())
-  files.write_json(workdir / 'env.json', environment())
-  files.write_json(path, resolved)
-  return False
+
+
+def write_run(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Record what runs, with which code, where; process 0 alone writes."""
+  if jax.process_index() == 0:
+    files.write_json(workdir / 'config.json', _plain(config))  # first: it marks the directory
+    files.write_text(workdir / 'git.txt', _git())
+    files.write_json(workdir / 'env.json', environment())
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(config))
 
 
 def _difference(old: Any, new: Any, key: str = '') -> str:
@@ -72,8 +82,8 @@ def _git() -> str:
     command = ['git', '-C', str(root), *args]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
-  if not (root / '.git').exists():
-    return f'slm {importlib.metadata.version("slm")}, not a git checkout\n'
+  if not (root / '.git').exists() or not shutil.which('git'):
+    return f'slm {__version__}, not a git checkout\n'
   return git('rev-parse', 'HEAD') + git('diff', 'HEAD')
 
 

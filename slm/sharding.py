@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -87,8 +86,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
       f'found {len(devices)}'
     )
   # Explicit is JAX's default and rejects ordinary operations; see CONTRIBUTING.
-  return Mesh(
-    np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)
+  return jax.make_mesh(
+    tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
   )
 
 
@@ -168,6 +167,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 # Mesh axes that an enclosing vmap_groups has taken for its group axis.
 _grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
+
+
+def batch_shards() -> int:
+  """Count the devices that the batch axis of the code being traced is split over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty or _grouped.get() else batch_devices(mesh)
 
 
 def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:

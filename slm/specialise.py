@@ -69,8 +69,6 @@ def specialise(
   if rule not in RULES:
     raise ValueError(f'--rule: expected one of {sorted(RULES)}, found {rule!r}')
   workdir, mesh = Path(workdir), sharding.make_mesh({'data': -1})
-  if (workdir / 'result.json').exists():
-    return files.read_json(workdir / 'result.json')['cluster']
   loaded = load.load(run, mesh)
   if not loaded.reparam.clusters:
     raise ValueError(f'{run} holds one dense model: there is no specialist to take out')
@@ -78,23 +76,26 @@ def specialise(
   path = cfg['data']['path']
   if domain not in data.manifest(path)['sets']:
     raise ValueError(f'--domain: {path} has no set {domain!r}')
+  dense = {
+    **cfg,
+    'phase': 'select',
+    'reparam': {'name': 'full'},
+    'init': '',
+    'teacher': '',
+    'data': {**cfg['data'], 'level': 0, 'order': 'proportional', 'rows_per_group': 1},
+    'specialist': {'of': str(run), 'domain': domain, 'rule': rule, 'index': index},
+  }
+  rundir.check_run(workdir, dense)
+  if (workdir / 'result.json').exists():
+    return files.read_json(workdir / 'result.json')['cluster']
   with jax.set_mesh(mesh):
     cluster, tokens = RULES[rule](loaded, path, domain, index, mesh)
-    dense = {
-      **cfg,
-      'phase': 'select',
-      'reparam': {'name': 'full'},
-      'init': '',
-      'teacher': '',
-      'data': {**cfg['data'], 'level': 0, 'order': 'proportional', 'rows_per_group': 1},
-      'specialist': {'of': str(run), 'domain': domain, 'rule': rule, 'index': index},
-    }
-    rundir.open_run(workdir, dense)
+    rundir.write_run(workdir, dense)
     with checkpoint.Checkpoints(workdir / 'checkpoints', keep=1) as saved:
       if saved.latest is None:
         saved.save(0, loaded.params(cluster))
   flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])
-  entry = phase_entry('select', tokens, flops, time.monotonic() - began)
+  entry = phase_entry('select', tokens, flops, (time.monotonic() - began) * jax.device_count())
   rundir.write_ledger(workdir, [entry], [str(run)])
   files.write_json(workdir / 'result.json', {'cluster': cluster, 'rule': rule, 'steps': 0})
   return cluster

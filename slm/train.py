@@ -5,6 +5,7 @@
 Started again with the same arguments it continues from its last checkpoint.
 """
 
+import dataclasses
 import json
 import signal
 import threading
@@ -38,6 +39,7 @@ from slm.record import Recorder
 from slm.step import State, init_state, make_train_step
 
 Params = dict[str, Any]
+DTYPES = ('float32', 'bfloat16')
 
 
 class Interrupted(Exception):
@@ -45,14 +47,25 @@ class Interrupted(Exception):
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Fill in what the data decide (vocabulary, tokenizer, context) and check the rest.
+  """Fill in what the data decide (vocabulary, tokenizer, context) and make paths absolute.
 
   Raises:
-    ValueError: if the model cannot hold the tokenizer's ids.
+    ValueError: if a value is impossible or two do not fit together.
   """
   cfg = json.loads(json.dumps(config))
   if not cfg['data']['path']:
     raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
+  if cfg['steps'] < 1:
+    raise ValueError(f'steps: expected at least 1, found {cfg["steps"]}')
+  if cfg['dtype'] not in DTYPES:
+    raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, found {cfg["dtype"]!r}')
+  if bool(cfg['teacher']) != (cfg['objective']['name'] == 'distill'):
+    raise ValueError(
+      f'teacher={cfg["teacher"]!r}: objective {cfg["objective"]["name"]!r} '
+      f'{"takes none" if cfg["teacher"] else "needs one"}'
+    )
+  for section, key in ((cfg['data'], 'path'), (cfg, 'init'), (cfg, 'teacher')):
+    section[key] = section[key] and str(Path(section[key]).resolve())
   manifest = data.manifest(cfg['data']['path'])
   vocab = manifest['tokenizer']['vocab']
   cfg['tokenizer'] = manifest['tokenizer']['fingerprint']
@@ -97,7 +110,7 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   """
   workdir = Path(workdir)
   cfg = resolve(config)
-  rundir.open_run(workdir, cfg)
+  rundir.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(cfg['mesh'])
@@ -116,7 +129,7 @@ class _Run:
     forwards['student'] = reparam.map_groups(self.reparam, self.model.forward)
     teacher_flops = 0.0
     if cfg['teacher']:
-      teacher = load.load(cfg['teacher'], mesh)
+      teacher = load.load(cfg['teacher'], mesh, finished=True)
       load.same_tokenizer(teacher, cfg['tokenizer'])
       self.frozen['teacher'] = teacher.params()
       forwards['teacher'] = teacher.model.forward
@@ -127,16 +140,11 @@ class _Run:
     self.tx = optim.build(cfg['optim'], self.schedule, self.reparam.independent)
     sums = make_sums(objective, self.reparam, cfg['dtype'])
     self.step = make_train_step(sums, self.tx, self.reparam.independent)
-    self.batches = data.build(
-      data.DataConfig(seed=cfg['seed'], **cfg['data']),
-      tokenizer=cfg['tokenizer'],
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
     self._check_groups()
     d = cfg['data']
-    positions = d['batch_size'] * cfg['context']
     groups = d['batch_size'] // d['rows_per_group']
+    self.batches = self._open_data(groups // d['accum'])
+    positions = d['batch_size'] * cfg['context']
     self.step_flops = positions * (
       3 * forward_flops(self.model.cfg, cfg['context']) + teacher_flops
     ) + 3 * reparam.materialize_flops(self.reparam, self.shapes, groups)
@@ -152,6 +160,8 @@ class _Run:
         f'reparam.clusters={self.reparam.clusters} needs rows grouped by as many clusters: '
         f'set data.level to it, found {d["level"]}'
       )
+    if self.reparam.independent and d['order'] != 'every':
+      raise ValueError(f'data.order={d["order"]!r}: independent models need "every"')
     groups = d['batch_size'] // (d['accum'] * d['rows_per_group'])
     if groups % devices:
       raise ValueError(
@@ -159,15 +169,29 @@ class _Run:
         f'do not divide over {devices} devices of the batch axes'
       )
 
+  def _open_data(self, groups: int) -> data.Loader:
+    """Open the batches of the groups that lie on this process's devices."""
+    cfg = self.cfg
+    where = sharding.batch_sharding(self.mesh).addressable_devices_indices_map((groups,))
+    starts = [s.indices(groups) for (s,) in where.values()]
+    start, stop = min(s[0] for s in starts), max(s[1] for s in starts)
+    return data.build(
+      data.DataConfig(seed=cfg['seed'], **cfg['data']),
+      tokenizer=cfg['tokenizer'],
+      process_index=start // (stop - start),
+      process_count=groups // (stop - start),
+    )
+
   def initial_state(self) -> State:
     """Draw theta, or take the weights of cfg.init, laid out on the mesh."""
     cfg = self.cfg
     if cfg['init']:
-      start = load.load(cfg['init'], self.mesh)
+      start = load.load(cfg['init'], self.mesh, finished=True)
       load.same_tokenizer(start, cfg['tokenizer'])
       if self.reparam.clusters:
         raise ValueError('init: only reparam "full" starts from the weights of another run')
-      if start.model.cfg != self.model.cfg:
+      how = {'remat': self.model.cfg.remat, 'unroll': self.model.cfg.unroll}
+      if dataclasses.replace(start.model.cfg, **how) != self.model.cfg:
         raise ValueError(f'init: {cfg["init"]} is {start.model.cfg}, the config {self.model.cfg}')
       theta = start.params()
       self.ancestors.insert(0, str(cfg['init']))
@@ -229,8 +253,12 @@ class _Run:
     """Train, record, evaluate, save; returns the result."""
     cfg = self.cfg
     due = lambda every: every and step % every == 0
+    # A new run is recorded once its first state exists: until then the config may be wrong.
+    began = (self.workdir / 'config.json').exists()
+    state = None if began else self.initial_state()
+    rundir.write_run(self.workdir, cfg)
     with checkpoint.Checkpoints(self.workdir / 'checkpoints', cfg['checkpoint']['keep']) as saved:
-      state = self.restore(saved)
+      state = self.restore(saved) if began else state
       start, compiled, stop = int(state.step), None, False
       with self.recorder(start) as record, _StopSignal() as asked:
         for step in range(start + 1, cfg['steps'] + 1):
@@ -248,11 +276,14 @@ class _Run:
             record.flush()
             record.evaluated(step, *self.evaluate(state))
           final |= record.exhausted
-          if final or stop or due(cfg['checkpoint']['every']) or record.best_step == step:
+          best = cfg['eval']['patience'] and record.best_step == step
+          if final or stop or best or due(cfg['checkpoint']['every']):
             record.flush()
             record.write()
             next_batch = self.batches.get_state()
-            saved.save(step, state.theta, state.opt_state, next_batch, record.eval_loss(step))
+            # A loss makes a checkpoint a candidate for the best, which only early stopping wants.
+            loss = record.eval_loss(step) if cfg['eval']['patience'] else None
+            saved.save(step, state.theta, state.opt_state, next_batch, loss)
           if stop and not final:
             break
     if stop and not final:
@@ -266,17 +297,28 @@ class _Run:
     """Open the metrics and ledger of this run at a step."""
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(self.shapes)]
     return Recorder(
-      self.cfg, self.workdir, start, names, self.step_flops, self.schedule, self.ancestors
+      self.cfg,
+      self.workdir,
+      start,
+      names,
+      self.step_flops,
+      forward_flops(self.model.cfg, self.cfg['context']),
+      self.schedule,
+      self.ancestors,
     )
 
 
 class _StopSignal:
-  """Notes SIGTERM and SIGINT so that the loop can save first; the same answer on every host."""
+  """Notes SIGTERM and SIGINT so that the loop can save first; the same answer on every host.
+
+  With several processes JAX's own handler notes SIGTERM, and they agree on the step.
+  """
 
   def __enter__(self) -> '_StopSignal':
     self._asked = False
     self._before = {}
-    if threading.current_thread() is threading.main_thread():
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and jax.process_count() == 1:
       for s in (signal.SIGTERM, signal.SIGINT):
         self._before[s] = signal.signal(s, self._note)
     return self
@@ -299,14 +341,21 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS.workdir:
     raise ValueError('--workdir: name the run directory')
   config = flags.FLAGS.config
-  if config.distributed:
-    jax.distributed.initialize()
+  d = config.distributed
+  if d.enable:
+    # What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata.
+    jax.distributed.initialize(
+      d.coordinator or None,
+      d.num_processes if d.num_processes > 0 else None,
+      d.process_id if d.process_id >= 0 else None,
+    )
   try:
     result = train(config.to_dict(), flags.FLAGS.workdir)
   except Interrupted as e:
     print(e)
     raise SystemExit(128 + signal.SIGTERM) from None
-  print(json.dumps(result))
+  if jax.process_index() == 0:
+    print(json.dumps(result))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from slm import data
-from slm.data import documents, rows, tokenizer
+from slm.data import documents, prepare, rows, tokenizer
 
 SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
 
@@ -38,13 +38,54 @@ def test_windows_cover_the_text_exactly(n):
 def test_rows_hold_every_window_once_with_one_cluster():
   rng = np.random.default_rng(0)
   windows = [(int(rng.integers(5)), rng.integers(3, 99, rng.integers(2, 33))) for _ in range(2000)]
-  packed = list(rows.pack(iter(windows), 32))
+  numbered = ((cluster, i, window) for i, (cluster, window) in enumerate(windows))
+  packed = [(c, [w for _, w in held]) for c, held in rows.pack(numbered, 32)]
   key = lambda cluster, window: (cluster, window.tobytes())  # noqa: E731
   found = sorted(key(c, w) for c, held in packed for w in held)
   assert found == sorted(key(c, w) for c, w in windows)
   used = sum(len(w) for _, w in windows)
   assert used / (32 * len(packed)) > 0.9
   assert all(sum(map(len, held)) <= 32 for _, held in packed)
+
+
+def test_main_document_of_a_row():
+  window = lambda n: np.zeros(n, np.int32)  # noqa: E731
+  assert rows.main_document([(4, window(5)), (2, window(9)), (4, window(6))]) == 4
+  assert rows.main_document([(7, window(5)), (2, window(5))]) == 7
+  # 4 predicted tokens in one window against 3 in two windows of as many tokens in all
+  assert rows.main_document([(2, window(2)), (2, window(3)), (9, window(5))]) == 9
+
+
+def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, '_SHARD', 400)
+  monkeypatch.setattr(prepare, '_SHARDS_PER_ROWS', 2)
+  # One letter per document, so that a row shows whose tokens it holds.
+  texts = [chr(ord('a') + i) * (30 + 17 * i) for i in range(20)]
+  generic = toy.write_jsonl(tmp_path / 'generic.jsonl', texts[:12])
+  law = toy.write_jsonl(tmp_path / 'law.jsonl', texts[12:])
+  test = toy.write_jsonl(tmp_path / 'test.jsonl', ['A' * 100])
+  sets = {
+    'generic': {'train': str(generic)},
+    'law': {'train': str(law), 'test': str(test)},
+  }
+  changes = dict(levels=(1, 2), fit_windows=30, sizes=())
+  manifest = prepare.prepare(toy.config(tmp_path, sets, **changes))
+  path, offset = str(tmp_path / 'out'), ord('a') + 3
+  for set, first in (('generic', 0), ('law', 12)):
+    found = data.document_ids(path, set, 'train')
+    facts = manifest['sets'][set]['train']
+    assert found.dtype == np.int32 and len(found) == facts['rows']
+    assert len(facts['shards']) > 1  # documents are numbered through them
+    assert found.min() >= 0 and found.max() < facts['documents'] and len(np.unique(found)) > 3
+    for _, ids, batch in data.evaluation_batches(path, set, 'train', 4):
+      for id, inputs, targets, weights in zip(
+        ids, batch['inputs'], batch['targets'], batch['weights'], strict=True
+      ):
+        letters = targets[(weights > 0) & (targets >= offset)] - offset - first
+        if id >= 0:
+          held = np.bincount(letters, minlength=20)
+          assert held[found[id]] >= held.max() - 1, inputs  # EOS may decide
+  assert (data.document_ids(path, 'law', 'test') == 0).all()
 
 
 def test_row_fields():
@@ -206,11 +247,16 @@ def test_damaged_directories_are_refused(tmp_path):
   with pytest.raises(ValueError, match='manifest.json: truncated or damaged'):
     data.manifest(path)
   (path / 'manifest.json').write_text(json.dumps(json.loads(text) | {'version': 99}))
-  with pytest.raises(ValueError, match='expected version 1, found 99'):
+  with pytest.raises(ValueError, match='expected version 2, found 99'):
     data.manifest(path)
   (path / 'manifest.json').write_text(text)
   clusters = path / 'generic/train/clusters.npy'
   np.save(clusters, np.load(clusters)[:-1])
+  with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
+    data.build(cfg(path=str(path)))
+  shutil.copy(pathlib.Path(toy.prepared()) / 'generic/train/clusters.npy', clusters)
+  owners = path / 'generic/train/documents.npy'
+  np.save(owners, np.load(owners)[:-1])
   with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
     data.build(cfg(path=str(path)))
   index = path / 'index/law-500.npy'

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -79,7 +80,7 @@ def test_a_killed_run_continues_to_the_same_bytes(cfg, tmp_path, monkeypatch, mo
 def test_lost_and_cut_files_are_made_again(cfg):
   prepare.prepare(cfg)
   before, out = state(cfg.out), pathlib.Path(cfg.out)
-  (out / 'manifest.json').write_text('{"version": 1, "cont')
+  (out / 'manifest.json').write_text('{"version": 2, "cont')
   (out / 'generic/train/rows-00000-of-00001.array_record').unlink()
   (out / 'law/test/rows-00000-of-00001.npy').write_bytes(b'cut')
   next((out / 'windows/tokens/generic').glob('*.npz')).unlink()
@@ -117,6 +118,24 @@ def test_duplicates_leave_training_first(tmp_path, monkeypatch):
   assert (found['test']['documents'], found['test']['duplicates']) == (11, 1)
 
 
+def test_held_out_text_of_any_set_leaves_training(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, '_BUCKET', 8)
+  texts = toy.documents(list(toy.TOPICS), 80, 0)
+  parts = {
+    'generic.train': texts[:40],
+    'generic.test': [*texts[40:50], texts[70]],  # 70 is held out twice: kept in both
+    'law.train': [*texts[45:60], *texts[:5], texts[70]],  # 45..49, 70 are held out; 0..4 trained on
+    'law.test': [*texts[60:72], *texts[35:40]],  # 35..39 are in generic.train
+  }
+  sets: dict = {'generic': {}, 'law': {}}
+  for key, part in parts.items():
+    name, split = key.split('.')
+    sets[name][split] = str(toy.write_jsonl(tmp_path / f'{key}.jsonl', part))
+  found = prepare.prepare(toy.config(tmp_path, sets))['sets']
+  counts = {f'{s}.{k}': found[s][k]['documents'] for s in sets for k in sets[s]}
+  assert counts == {'generic.train': 35, 'generic.test': 11, 'law.train': 15, 'law.test': 17}
+
+
 def test_split_depends_on_the_document_alone():
   digests = [hashlib.blake2b(str(i).encode(), digest_size=16).digest() for i in range(5000)]
   splits = np.array([documents.hash_split(d, (0.1, 0.2)) for d in digests])
@@ -148,6 +167,24 @@ def test_formats_read_alike(tmp_path):
     assert list(sources.read(str(path), 'text', '')) == expected
   (tmp_path / 'b.txt').write_text('first\n\nstill first\n')
   assert list(sources.read(str(tmp_path / 'b.txt'), '', '')) == [('first\n\nstill first\n', '')]
+
+
+def test_text_without_blank_lines_or_lines_is_cut(tmp_path, monkeypatch):
+  for name, value in {'_TEXT_DOCUMENT': 100, '_LONGEST': 200, '_PIECE': 64}.items():
+    monkeypatch.setattr(sources, name, value)
+  for suffix, pack in {'': bytes, '.gz': gzip.compress, '.zst': zstandard.compress}.items():
+    path = tmp_path / f'a.txt{suffix}'
+    for text in ('a line é\n' * 200, 'é€𝄞x' * 500, 'short\n', 'a\n\n' * 300, '\n'):
+      path.write_bytes(pack(text.encode()))
+      found = [t for t, _ in sources.read(str(path), '', '')]
+      assert ''.join(found) == text and max(map(len, found)) <= 264
+      assert all(t.endswith('\n') for t in found) or '\n' not in text
+    path.write_bytes(pack('é'.encode() * 400 + b'\nsecond\xff'))
+    with pytest.raises(ValueError, match=f'a.txt{suffix}:2: not UTF-8'):
+      list(sources.read(str(path), '', ''))
+    path.write_bytes(pack(b'cut inside \xe2\x82'))
+    with pytest.raises(ValueError, match=f'a.txt{suffix}:1: not UTF-8'):
+      list(sources.read(str(path), '', ''))
 
 
 def test_bad_sources(tmp_path):
@@ -205,6 +242,46 @@ def test_installed_docstrings(monkeypatch):
   assert 100_000 < sum(map(len, texts)) <= 400_000
   assert any(t.startswith('pytest\n\n') for t in texts)  # the description
   assert all(t.strip() for t in texts)
+
+
+def test_installed_text_is_of_what_slm_requires(monkeypatch):
+  found = installed._distributions()
+  assert {'jax', 'numpy', 'grain', 'packaging'} <= set(found)  # packaging: of a requirement
+  assert not {'slm', 'torch', 'transformers', 'pre_commit', 'ruff', 'pip'} & set(found)
+  assert found == installed.closure(installed._requirements()[::-1])
+
+  class Distribution:
+    def __init__(self, name):
+      self.metadata, self.requires = {'Name': name}, requires[name]
+
+  requires = {
+    'A_b': ['C.d>=1; python_version > "3"', 'e; extra == "x"', 'e; python_version < "3"', 'gone'],
+    'C.d': ['a-b[x]==2'],
+    'e': None,
+  }
+  known = {'a-b': 'A_b', 'C.d': 'C.d', 'e': 'e'}
+
+  def distribution(name):
+    if name not in known:
+      raise importlib.metadata.PackageNotFoundError(name)
+    return Distribution(known[name])
+
+  monkeypatch.setattr(importlib.metadata, 'distribution', distribution)
+  assert installed.closure(['a-b==1.0', 'e; extra == "test"']) == ['A_b', 'C.d']
+  assert installed.closure(['e']) == ['e']
+
+
+def test_requirements_are_those_installed_or_the_file(monkeypatch):
+  monkeypatch.setattr(importlib.metadata, 'requires', lambda name: [f'needs-{name}'])
+  assert installed._requirements() == ['needs-slm']
+
+  def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, 'requires', missing)
+  found = installed._requirements()
+  assert any(line.startswith('jax==') for line in found)
+  assert not any(line.startswith('#') for line in found)
 
 
 def test_shares_fill_the_limit():

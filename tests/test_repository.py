@@ -20,14 +20,15 @@ CONFIGS = sorted(
 # Part of slm -> the parts it may import from; the arrow never points back.
 ALLOWED = {
   'sharding': set(),
-  'optim': {'sharding'},
+  'optim': {'factory', 'sharding'},
   'step': set(),
   'checkpoint': set(),
-  'objectives': {'models'},
+  'objectives': {'factory', 'models', 'sharding'},
   'models': {'models', 'sharding'},
-  'reparam': {'models', 'sharding'},
+  'reparam': {'factory', 'models', 'sharding'},
   'data': {'data', 'cli', 'files'},
   'cli': set(),
+  'factory': set(),
   'files': set(),
 }
 # Library -> the only parts of slm that may import it.
@@ -107,6 +108,23 @@ def test_study_jobs_come_after_what_they_need_and_cover_the_table(name):
   for row in runs.table_rows(scale):
     for run in (row['run'], *row['generic_runs'], *row['specialise_runs']):
       assert run.removeprefix('runs/') in seen
+
+
+def test_every_run_a_method_needs_is_paid_for():
+  rows = {r['method']: r for r in runs.table_rows(scales.QUICK) if r['size'] == 20_000}
+  paid = {m: (r['generic_runs'], r['specialise_runs']) for m, r in rows.items()}
+  names = lambda *found: [f'runs/{n}-0' for n in found]
+  tuned = lambda m: f'{m}-licences-20000'
+  assert paid == {
+    'slm': (names('slm'), names(tuned('slm'))),
+    'slm_noft': (names('slm'), []),
+    'slm_nopt': ([], names(tuned('slm_nopt'))),
+    'importance': ([], names('importance-licences', tuned('importance'))),
+    'distill': (names('slm', 'llm'), names(tuned('llm'), tuned('distill'))),
+    'mixture': (names('mixture'), names('mixture-licences', tuned('mixture'))),
+    'project': (names('project'), names('project-licences', tuned('project'))),
+    'llm': (names('llm'), names(tuned('llm'))),
+  }
 
 
 @pytest.mark.parametrize('name', sorted(scales.SCALES))

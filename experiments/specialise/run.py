@@ -5,6 +5,7 @@ python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out
 """
 
 import copy
+import dataclasses
 import importlib
 import signal
 import sys
@@ -58,20 +59,20 @@ def do_train(job: dict[str, Any], root: Path) -> None:
 def do_importance(job: dict[str, Any], root: Path) -> None:
   """Write the index of rows that importance sampling trains on."""
   path = root / 'data'
-  if (path / 'index' / f'{job["name"]}.json').exists():
-    return
-  context = data.manifest(path)['context']
-  importance.sample(
-    importance.Request(
-      data=str(path),
-      domain=job['domain'],
-      level=job['level'],
-      tokens=job['tokens'] * context,
-      out=job['name'],
-      seed=job['seed'],
-      domain_index=job['domain_index'],
-    )
+  request = importance.Request(
+    data=str(path),
+    domain=job['domain'],
+    level=job['level'],
+    tokens=job['tokens'] * data.manifest(path)['context'],
+    out=job['name'],
+    seed=job['seed'],
+    domain_index=job['domain_index'],
   )
+  known = path / 'index' / f'{job["name"]}.json'
+  asked = dataclasses.asdict(request)
+  del asked['data']  # the directory may move
+  if not known.exists() or asked.items() - files.read_json(known)['made'].items():
+    importance.sample(request)
 
 
 def do_specialise(job: dict[str, Any], root: Path) -> None:

@@ -31,6 +31,7 @@ def jobs(scale: Scale, data: str, context: int, vocab: int) -> list[Job]:
     }
     less = max(int(scale.steps / ratio), 1)
     few = {**pretrain, 'steps': less, 'schedule.warmup': less // 20, 'eval.every': less // 4 or 1}
+    few['schedule.peak'] = scale.large_peak
     groups = {
       'data.level': scale.clusters,
       'reparam.clusters': scale.clusters,
@@ -39,7 +40,7 @@ def jobs(scale: Scale, data: str, context: int, vocab: int) -> list[Job]:
     generic = [f'generic/{s}' for s in ('test',)]
     found += [
       _train(f'slm-{seed}', 'pretrain', {**pretrain, **small}, generic),
-      _train(f'llm-{seed}', 'pretrain', {**few, **large, 'schedule.peak': scale.peak / 2}, generic),
+      _train(f'llm-{seed}', 'pretrain', {**few, **large}, generic),
       _train(f'mixture-{seed}', 'mixture', {**pretrain, **small, **groups}, generic),
       _train(
         f'project-{seed}',
@@ -99,16 +100,20 @@ def _domain_jobs(scale, domain, seed, common, pretrain, small, large) -> list[Jo
       'data.set': domain,
       'data.index': f'{domain}-{size}',
       'data.batch_size': scale.finetune_batch,
-      'schedule.peak': scale.peak / (3 if i == 0 else 1),
       'schedule.warmup': min(10, steps // 2),
       'eval.every': max(steps // 15, 1),
       'checkpoint.every': steps,
     }
     for method, init in start.items():
-      shape = large if method == 'llm' else small
+      own = {**small, 'schedule.peak': scale.peak}
+      if method == 'llm':
+        own = {**large, 'schedule.peak': scale.large_peak}
+      # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
+      own['schedule.peak'] /= 3 if i == 0 else 1
       name = f'{method}-{domain}-{size}-{seed}'
-      found.append(_train(name, 'finetune', {**tune, **shape, 'init': init}, tests))
+      found.append(_train(name, 'finetune', {**tune, **own, 'init': init}, tests))
     taught = {'init': start['slm'], 'teacher': f'llm-{domain}-{size}-{seed}'}
+    taught['schedule.peak'] = scale.peak / (3 if i == 0 else 1)
     name = f'distill-{domain}-{size}-{seed}'
     found.append(_train(name, 'distill', {**tune, **small, **taught}, tests))
   return found

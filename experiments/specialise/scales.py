@@ -21,7 +21,8 @@ class Scale:
   large: dict[str, int]  # about 6 x its parameters
   steps: int  # of the SLM's pretraining
   batch_size: int
-  peak: float  # learning rate
+  peak: float  # learning rate of the small models' pretraining; fine-tuning uses it too
+  large_peak: float  # of the large model's
   clusters: int  # experts of the mixture and the projected network
   selection_level: int  # clusters for importance sampling
   finetune_steps: tuple[int, ...]  # at most, one per size
@@ -56,9 +57,10 @@ QUICK = Scale(
   steps=400,
   batch_size=16,
   peak=5e-3,
+  large_peak=2.5e-3,
   clusters=8,
   selection_level=32,
-  finetune_steps=(100, 200),
+  finetune_steps=(100, 300),
   finetune_batch=8,
 )
 
@@ -76,12 +78,13 @@ CPU = Scale(
   sizes=(20_000, 160_000, 1_280_000),
   small=_SMALL,
   large=_LARGE,
-  steps=1200,
+  steps=2400,
   batch_size=16,
   peak=5e-3,
+  large_peak=2.5e-3,
   clusters=16,
   selection_level=128,
-  finetune_steps=(60, 120, 240),
+  finetune_steps=(100, 400, 1000),
   finetune_batch=8,
   eval_splits=('test', 'test_ood'),
 )
@@ -112,7 +115,11 @@ METHODS = (
     'SLM-pn, projected network',
     'One large network that projects to a small model per cluster; the nearest is fine-tuned.',
   ),
-  ('llm', 'LLM', 'A model about six times larger, trained and fine-tuned the same way.'),
+  (
+    'llm',
+    'LLM',
+    'A model about six times larger, given the same FLOPs (so fewer tokens), then fine-tuned.',
+  ),
 )
 
 NOTES = (
@@ -122,6 +129,7 @@ NOTES = (
   "clusters' centroids, so that levels nest.",
   'Pretraining budgets are equal in FLOPs, not GPU-hours; the mixture and the projected network '
   'share the budget of one SLM.',
+  'Validation text, used to stop fine-tuning, comes on top of the stated set sizes.',
   'The cluster histogram and the choice of expert use the smallest specialisation set for all '
   'sizes.',
 )

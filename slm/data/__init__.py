@@ -18,7 +18,7 @@ from grain.sources import ArrayRecordDataSource
 from slm import files
 from slm.data import rows
 
-VERSION = 1
+VERSION = 2
 ORDERS = ('proportional', 'every')
 _ROUNDS = 4  # of the pseudo-random permutation
 _STEPS = 2**40  # batches in the endless stream
@@ -67,7 +67,7 @@ def manifest(path: str | Path) -> dict[str, Any]:
   found = files.read_json(path)
   version = found.get('version') if isinstance(found, dict) else None
   if version != VERSION:
-    raise ValueError(f'{path}: expected version {VERSION}, found {version}')
+    raise ValueError(f'{path}: expected version {VERSION}, found {version}; prepare it again')
   missing = {'context', 'tokenizer', 'levels', 'sets'} - set(found)
   if missing:
     raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
@@ -84,7 +84,9 @@ class Split:
     self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
     self.counts = files.read_npy(folder / 'counts.npy')
-    if not len(self.source) == len(self.clusters) == len(self.counts) == self.facts['rows']:
+    self.documents = files.read_npy(folder / 'documents.npy')
+    parts = (self.source, self.clusters, self.counts, self.documents)
+    if {len(part) for part in parts} != {self.facts['rows']}:
       raise ValueError(f'{folder}: {self.facts["rows"]} rows in the manifest, other files differ')
     if level:
       self.clusters = parents(path, level)[self.clusters]
@@ -130,6 +132,14 @@ def parents(path: str | Path, level: int) -> np.ndarray:
     raise ValueError(f'{path}: no level {level}; there are: {", ".join(map(str, levels))}')
   with safetensors.safe_open(Path(path) / 'clusters' / 'model.safetensors', 'np') as f:
     return f.get_tensor(f'parents_{level}')
+
+
+def document_ids(path: str, set: str, split: str) -> np.ndarray:
+  """Return the document that holds most predicted tokens of each row: int32 [rows].
+
+  Documents of a split are numbered from 0; rows of one document are not independent.
+  """
+  return Split(path, set, split).documents
 
 
 def window_counts(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:

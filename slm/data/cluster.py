@@ -144,7 +144,7 @@ def assign_shard(task: tuple[Path, Path]) -> dict[str, Any]:
   """Write int32 [windows] of finest clusters beside a shard's windows (npz -> npy)."""
   model_path, windows_path = task
   model, tok = _load_once(model_path), documents.get_tokenizer()
-  tokens, offsets, _ = documents.load_windows(windows_path)
+  tokens, offsets, _, _ = documents.load_windows(windows_path)
   clusters, flops = [np.zeros(0, np.int32)], 0.0
   for start in range(0, len(offsets) - 1, _CHUNK):
     edges = offsets[start : start + _CHUNK + 1]

@@ -94,32 +94,42 @@ def hash_split(digest: bytes, heldout: tuple[float, float]) -> int:
   return 1 if unit < validation else 2 if unit < validation + test else 0
 
 
-def duplicates(folder: Path, shards: Sequence[str], counts: Sequence[int], out: Path) -> None:
-  """Write a bool per document of the set: whether it is the one kept of its copies.
+def duplicates(shards: dict[Path, int], others: dict[Path, int], out: Path) -> None:
+  """Write a bool per document of a set: whether it is the one kept of its copies.
 
-  Held-out splits (index > 0) win over training, then the first in source order. Hashes are
-  compared one range of values at a time, so memory stays bounded: the shards are sorted.
+  `shards` maps the set's shards to their numbers of documents, `others` those of the other sets.
+  Held-out splits (index > 0) win over training, those of other sets too; then the first in source
+  order does. Hashes are compared one range of values at a time, so memory stays bounded: the
+  shards are sorted.
   """
-  starts = np.cumsum([0, *counts])
+  starts = np.cumsum([0, *shards.values()]).tolist()
+  own = list(zip(shards, starts, strict=False))
   with files.replacing(out) as temporary:
-    keep = np.lib.format.open_memmap(temporary, 'w+', np.bool_, (int(starts[-1]),))
+    keep = np.lib.format.open_memmap(temporary, 'w+', np.bool_, (starts[-1],))
     keep[:] = True
-    num_buckets = int(starts[-1]) // _BUCKET + 1
+    num_buckets = (starts[-1] + sum(others.values())) // _BUCKET + 1
     edges = [b * 2**64 // num_buckets for b in range(num_buckets + 1)]
     for low, high in itertools.pairwise(edges):
-      parts, offsets = [], []
-      for shard, start in zip(shards, starts, strict=False):
-        h = files.read_npy(folder / f'{shard}.npy', mmap='r')
+      parts, positions = [], []  # position -1: a held-out document of another set
+      for shard, start in [*own, *((shard, -1) for shard in others)]:
+        h = files.read_npy(shard.with_name(f'{shard.name}.npy'), mmap='r')
         first = np.searchsorted(h[:, 0], np.uint64(low), 'left')
         last = np.searchsorted(h[:, 0], np.uint64(high - 1), 'right')
-        parts.append(h[first:last])
-        offsets.append(np.full(last - first, start, np.int64))
-      found = np.concatenate(parts)
-      split = found[:, 2] >> np.uint64(48)
-      position = np.concatenate(offsets) + (found[:, 2] & np.uint64(2**48 - 1)).astype(np.int64)
-      order = np.lexsort((position, split == 0, found[:, 1], found[:, 0]))
-      same = (found[order[1:], :2] == found[order[:-1], :2]).all(axis=1)
-      keep[position[order[1:][same]]] = False
+        part = h[first:last]
+        if start < 0:
+          part = part[part[:, 2] >> np.uint64(48) > 0]
+          positions.append(np.full(len(part), -1, np.int64))
+        else:
+          positions.append(start + (part[:, 2] & np.uint64(2**48 - 1)).astype(np.int64))
+        parts.append(part)
+      found, position = np.concatenate(parts), np.concatenate(positions)
+      train = found[:, 2] >> np.uint64(48) == 0
+      # Among copies: other sets' held-out documents, this set's, its training documents.
+      order = np.lexsort((position, train, position >= 0, found[:, 1], found[:, 0]))
+      found, position, train = found[order], position[order], train[order]
+      same = (found[1:, :2] == found[:-1, :2]).all(axis=1)
+      lost = same & (position[1:] >= 0) & ((position[:-1] >= 0) | train[1:])
+      keep[position[1:][lost]] = False
     keep.flush()
 
 
@@ -166,13 +176,15 @@ def kept(task: Cut) -> Iterator[tuple[str, int]]:
 
 
 def cut(task: Cut) -> dict[str, Any]:
-  """Encode a shard's documents and write its windows: tokens, lengths and splits (npz).
+  """Encode a shard's documents and write its windows: tokens, lengths, splits, documents (npz).
+
+  A window's document is counted within its split from the start of the shard.
 
   A window is [BOS] and up to context - 1 tokens; EOS follows the last token of a document. So
   every token of the text and every EOS is predicted exactly once.
   """
   tok, columns = get_tokenizer(), task.num_splits
-  tokens, lengths, splits = [], [], []
+  tokens, lengths, splits, owners = [], [], [], []
   documents, size, targets = (np.zeros(columns, np.int64) for _ in range(3))
   total = np.zeros(columns, np.int64)
   hashes = files.read_npy(task.folder / f'{task.shard}.npy', mmap='r')
@@ -182,6 +194,7 @@ def cut(task: Cut) -> dict[str, Any]:
       tokens.append(window)
       lengths.append(len(window))
       splits.append(split)
+      owners.append(documents[split])
       targets[split] += len(window) - 1
     documents[split] += 1
     size[split] += len(text.encode())
@@ -191,6 +204,7 @@ def cut(task: Cut) -> dict[str, Any]:
       tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
       lengths=np.array(lengths, np.int32),
       splits=np.array(splits, np.int32),
+      documents=np.array(owners, np.int32),
     )
   return {
     'files': [f'{task.shard}.npz'],
@@ -209,11 +223,11 @@ def windows(ids: Sequence[int], context: int, special: tokenizer.Ids) -> Iterato
     yield np.concatenate([[special.bos], stream[start : start + context - 1]], dtype=np.int32)
 
 
-def load_windows(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Read a shard's windows: flat tokens, offsets [windows + 1] and splits [windows]."""
+def load_windows(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Read a shard's windows: flat tokens, offsets [windows + 1], splits, documents [windows]."""
   with np.load(path, allow_pickle=False) as data:
     offsets = np.concatenate([[0], np.cumsum(data['lengths'], dtype=np.int64)])
-    return data['tokens'], offsets, data['splits']
+    return data['tokens'], offsets, data['splits'], data['documents']
 
 
 def sample(tasks: Sequence[Cut], limit: int, seed: int) -> Iterator[str]:
@@ -246,7 +260,7 @@ def sample_windows(tasks: Sequence[Cut], counts: Sequence[int], limit: int, seed
   for task, low, high in zip(tasks, edges, edges[1:], strict=False):
     mine = chosen[(chosen >= low) & (chosen < high)] - low
     if len(mine):
-      tokens, offsets, splits = load_windows(task.out / f'{task.shard}.npz')
+      tokens, offsets, splits, _ = load_windows(task.out / f'{task.shard}.npz')
       for i in np.flatnonzero(splits == 0)[mine]:
         texts.append(get_tokenizer().decode(tokens[offsets[i] : offsets[i + 1]]))
   return texts

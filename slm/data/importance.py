@@ -18,10 +18,10 @@ from slm import data as loader
 def target(
   domain: np.ndarray, generic: np.ndarray, smoothing: float, interpolation: float
 ) -> np.ndarray:
-  """Return the cluster frequencies to sample: (1 - interpolation) p + interpolation g.
+  """Return the window frequencies [k] to sample: (1 - interpolation) p + interpolation g.
 
-  p is the domain's counts plus `smoothing`, normalised; g the generic frequencies. Clusters
-  without generic rows get nothing.
+  p is the domain's window counts plus `smoothing`, normalised; g the generic windows' frequencies.
+  Clusters without generic windows get nothing.
   """
   if smoothing < 0 or not 0 <= interpolation <= 1:
     raise ValueError('importance: expected smoothing >= 0 and 0 <= interpolation <= 1')
@@ -31,6 +31,15 @@ def target(
   if not p.sum():
     raise ValueError('importance: no generic row lies in any cluster of the domain')
   return p / p.sum()
+
+
+def row_share(p: np.ndarray, rows: np.ndarray, windows: np.ndarray) -> np.ndarray:
+  """Turn frequencies of windows [k] into the frequencies of rows [k] that hold them.
+
+  `rows` and `windows` [k] are the generic counts: a cluster of short windows has many to a row.
+  """
+  share = np.divide(p * rows, windows, out=np.zeros(len(p)), where=windows > 0)
+  return share / share.sum()
 
 
 def quotas(p: np.ndarray, rows: np.ndarray, num_rows: int, repeat_cap: float) -> np.ndarray:
@@ -68,19 +77,22 @@ def resample(
   smoothing: float = 0.0,
   interpolation: float = 0.0,
   repeat_cap: float = 0.0,
+  windows: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Draw row ids int64 [num_rows] whose cluster histogram is the target's.
+  """Draw row ids int64 [num_rows] whose windows have the target's cluster histogram.
 
-  `target_hist` [k] holds the domain's window counts (or frequencies), `clusters` [rows] the
-  cluster of every generic row. Within a cluster rows come shuffled, and none comes again before
-  all have come. Clusters are interleaved at random.
+  `target_hist` [k] holds the domain's window counts (or frequencies), `clusters` [rows] and
+  `windows` [rows] the cluster and the number of windows of every generic row (default: one each).
+  Within a cluster rows come shuffled, and none comes again before all have come. Clusters are
+  interleaved at random.
   """
   k = len(target_hist)
   rows = np.bincount(clusters, minlength=k)
   if len(rows) != k:
     raise ValueError(f'importance: rows lie in {len(rows)} clusters, the histogram has {k}')
-  p = target(np.asarray(target_hist, np.float64), rows, smoothing, interpolation)
-  counts = quotas(p, rows, num_rows, repeat_cap)
+  held = rows if windows is None else np.bincount(clusters, windows, minlength=k)
+  p = target(np.asarray(target_hist, np.float64), held, smoothing, interpolation)
+  counts = quotas(row_share(p, rows, held), rows, num_rows, repeat_cap)
   rng = np.random.default_rng(seed)
   labels = rng.permutation(np.repeat(np.arange(k), counts))
   ids = np.empty(num_rows, np.int64)
@@ -94,28 +106,22 @@ def resample(
   return ids
 
 
-def diagnostics(
-  p: np.ndarray, g: np.ndarray, *, num_rows: int = 0, rows: np.ndarray | None = None
-) -> dict[str, Any]:
-  """Describe sampling p [k] from g [k]: what is concentrated, what is repeated.
+def diagnostics(p: np.ndarray, g: np.ndarray) -> dict[str, Any]:
+  """Describe how concentrated sampling p [k] from g [k] is, both over windows.
 
-  ess_fraction = 1 / sum_c p_c^2 / g_c; entropy in nats; effective_clusters = exp(entropy);
-  expected_repeats [k] = num_rows p_c / rows_c (rows defaults to g times num_rows).
+  ess_fraction = 1 / sum_c p_c^2 / g_c; entropy in nats; effective_clusters = exp(entropy).
   """
   p, g = p / p.sum(), g / g.sum()
   seen, held = p > 0, g > 0
   entropy = float((p[seen] * np.log(1 / p[seen])).sum())
   lost = float(p[seen & ~held].sum())
   ess = 0.0 if lost else float(1 / (p[held] ** 2 / g[held]).sum())
-  rows = g * num_rows if rows is None else rows
-  repeats = np.divide(num_rows * p, rows, out=np.zeros(len(p)), where=rows > 0)
   return {
     'entropy': entropy,
     'effective_clusters': float(np.exp(entropy)),
     'ess_fraction': ess,
     'top_cluster': float(p.max()),
     'mass_without_generic_rows': lost,
-    'expected_repeats': repeats.tolist(),
   }
 
 
@@ -177,18 +183,21 @@ def sample(request: Request) -> dict[str, Any]:
   r = request
   generic = loader.Split(r.data, 'generic', 'train', level=r.level)
   domain = loader.window_counts(r.data, r.domain, 'train', r.level, r.domain_index)
-  rows = np.bincount(generic.clusters, minlength=r.level)
-  p = target(domain, rows, r.smoothing, r.interpolation)
-  tokens = np.bincount(generic.clusters, generic.counts[:, 1], minlength=r.level)
-  mean = float((p * tokens / np.maximum(rows, 1)).sum())  # tokens in a row drawn from p
+  each, clusters = generic.counts[:, 0], generic.clusters
+  rows = np.bincount(clusters, minlength=r.level)
+  windows, tokens = (np.bincount(clusters, x, minlength=r.level) for x in generic.counts.T)
+  share = row_share(target(domain, windows, r.smoothing, r.interpolation), rows, windows)
+  mean = float((share * tokens / np.maximum(rows, 1)).sum())  # tokens in a drawn row
   num_rows = max(round(r.tokens / mean), 1)
   ids = resample(
-    domain, generic.clusters, num_rows, r.seed, r.smoothing, r.interpolation, r.repeat_cap
+    domain, clusters, num_rows, r.seed, r.smoothing, r.interpolation, r.repeat_cap, each
   )
-  drawn = np.bincount(generic.clusters[ids], minlength=r.level)
-  found = diagnostics(drawn, rows, num_rows=num_rows, rows=rows)
+  found = diagnostics(np.bincount(clusters[ids], each[ids], minlength=r.level), windows)
   made = dataclasses.asdict(r) | found | {'distinct_rows': len(np.unique(ids))}
-  made['domain_mass_without_generic_rows'] = diagnostics(domain, rows)['mass_without_generic_rows']
+  drawn = np.bincount(clusters[ids], minlength=r.level)
+  made['expected_repeats'] = (drawn / np.maximum(rows, 1)).tolist()
+  lost = diagnostics(domain, windows)['mass_without_generic_rows']
+  made['domain_mass_without_generic_rows'] = lost
   made.pop('data')  # the directory may move
   return write_index(generic, r.out, ids, made)
 

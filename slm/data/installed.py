@@ -1,4 +1,7 @@
-"""Text that every Python installation holds: docstrings, descriptions and licences.
+"""Text that every installation of slm holds: docstrings, descriptions and licences.
+
+It comes from Python itself and from what slm requires, directly or not, so that other packages
+in the same environment change nothing.
 
 `python:docs` gives one document per module (its docstrings under its dotted name) and one per
 package description; `python:licences` gives what differs between licence texts.
@@ -18,6 +21,9 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from slm import cli
 
@@ -74,8 +80,39 @@ def _share(sizes: Sequence[int], limit: int) -> int:
 
 
 def _distributions() -> list[str]:
-  found = {d.metadata['Name'] for d in importlib.metadata.distributions()}
-  return sorted(filter(None, found), key=str.lower)
+  return closure(_requirements())
+
+
+def _requirements() -> list[str]:
+  """List slm's own requirements, as installed or (in a checkout) from requirements.txt."""
+  try:
+    return importlib.metadata.requires('slm') or []
+  except importlib.metadata.PackageNotFoundError:
+    path = pathlib.Path(__file__).parents[2] / 'requirements.txt'
+    if not path.exists():
+      raise FileNotFoundError(
+        f'{path}: not found, and slm is not installed, so what it requires is not known'
+      ) from None
+    lines = (line.partition('#')[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def closure(requirements: Sequence[str]) -> list[str]:
+  """List the installed packages that requirements lead to, without extras, by name."""
+  found: dict[str, str] = {}
+  todo = list(requirements)
+  while todo:
+    requirement = Requirement(todo.pop())
+    key = canonicalize_name(requirement.name)
+    if key in found or (requirement.marker and not requirement.marker.evaluate({'extra': ''})):
+      continue
+    try:
+      distribution = importlib.metadata.distribution(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # whether the pins are installed is pip's affair
+    found[key] = distribution.metadata['Name']
+    todo += distribution.requires or []
+  return [found[key] for key in sorted(found)]
 
 
 def _package(name: str, limit: int) -> list[str]:

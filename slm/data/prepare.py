@@ -5,7 +5,9 @@ r"""Prepare text for training: duplicates out, split, tokenise, cluster, pack in
     --config='configs/data.py:generic=/corpus/*.jsonl.gz,law.train=law/a.txt,law.test=law/b.txt'
 
 Can be killed at any moment and run again: what is complete is kept. DIR/windows holds
-intermediates and may be deleted afterwards.
+intermediates and may be deleted afterwards. Exact copies of a document are dropped, from training
+first: no training document of any set is, word for word, a held-out document of this or another
+set. Near-duplicates are not looked for.
 """
 
 import dataclasses
@@ -111,6 +113,7 @@ class PrepareConfig:
 def prepare(cfg: PrepareConfig) -> dict[str, Any]:
   """Make or complete a prepared data directory and return its manifest."""
   out = Path(cfg.out)
+  work.sweep(out)
   done = _readable_manifest(out)
   paths = _sources(cfg, out, bool(done))
   if not done:
@@ -137,6 +140,7 @@ def _sources(cfg: PrepareConfig, out: Path, done: bool) -> dict[str, dict[str, d
   for key in ('out', 'workers'):
     del wanted[key]
   wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
+  wanted['version'] = loader.VERSION
   if record.exists():
     old = files.read_json(record)
     for key in sorted(wanted):
@@ -160,11 +164,12 @@ def _flat(paths: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, int]]:
 
 
 def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool) -> None:
-  shards, cost = {}, {}
-  read = [_read(cfg, out, name, paths[name], pool) for name in cfg.sets]
-  for name, (found, summaries) in zip(cfg.sets, read, strict=True):
-    shards[name] = found
+  cost: dict[str, Any] = {}
+  read = {}
+  for name in cfg.sets:
+    read[name], summaries = _read(cfg, out, name, paths[name], pool)
     _add(cost, 'documents', summaries)
+  shards = _cuts(cfg, out, read)
   _add(cost, 'tokenizer', _tokenizer(cfg, out, shards['generic']))
   tasks = {c.out / f'{c.shard}.json': c for cuts in shards.values() for c in cuts}
   done = work.run(pool, 'tokens and windows', documents.cut, tasks)
@@ -172,7 +177,7 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool)
   summaries = dict(zip((c for cuts in shards.values() for c in cuts), done, strict=True))
   facts = _facts(cfg, shards, summaries)
   _add(cost, 'clusters', _clusters(cfg, out, shards, summaries, pool))
-  _add(cost, 'rows', _rows(cfg, out, shards, facts, pool))
+  _add(cost, 'rows', _rows(cfg, out, shards, summaries, facts, pool))
   tok = documents.get_tokenizer()
   files.write_json(
     out / 'manifest.json',
@@ -198,8 +203,8 @@ def _add(cost: dict[str, Any], stage: str, summaries: list[dict[str, Any]]) -> N
 
 def _read(
   cfg: PrepareConfig, out: Path, name: str, paths: dict[str, Any], pool: work.Pool
-) -> tuple[list[documents.Cut], list[dict[str, Any]]]:
-  """Read a set's documents and mark duplicates; return the tokenising tasks and summaries."""
+) -> tuple[dict[Path, int], list[dict[str, Any]]]:
+  """Read a set's documents; return the size of every shard, and the summaries."""
   folder = out / 'windows' / 'documents' / name
   tasks = {}
   for split, found in paths.items():
@@ -213,20 +218,34 @@ def _read(
   python = any(p.startswith('python:') for found in paths.values() for p in found)
   read = functools.partial(documents.read, parallel_map=pool.map) if python else documents.read
   done = work.run(work.Pool(1) if python else pool, f'documents of {name}', read, tasks)
-  shards = [shard for summary in done for shard in summary['shards']]
-  counts = [n for summary in done for n in summary['documents']]
+  shards = {
+    folder / shard: n
+    for summary in done
+    for shard, n in zip(summary['shards'], summary['documents'], strict=True)
+  }
   if not shards:
     raise ValueError(f'sets.{name}: no document in {", ".join(cfg.sets[name].values())}')
-  keep = folder / 'keep.npy'
-  if not keep.exists() or len(files.read_npy(keep, 'r')) != sum(counts):
-    documents.duplicates(folder, shards, counts, keep)
-  starts = np.cumsum([0, *counts]).tolist()
-  to, num_splits = out / 'windows' / 'tokens' / name, len(cfg.splits(name))
-  cuts = [
-    documents.Cut(to, folder, shard, start, keep, num_splits, cfg.context)
-    for shard, start in zip(shards, starts, strict=False)
-  ]
-  return cuts, done
+  return shards, done
+
+
+def _cuts(
+  cfg: PrepareConfig, out: Path, read: dict[str, dict[Path, int]]
+) -> dict[str, list[documents.Cut]]:
+  """Mark every set's duplicates, once all sets are read; return the tokenising tasks."""
+  cuts: dict[str, list[documents.Cut]] = {}
+  for name, shards in read.items():
+    folder = out / 'windows' / 'documents' / name
+    keep = folder / 'keep.npy'
+    if not keep.exists() or len(files.read_npy(keep, 'r')) != sum(shards.values()):
+      others = {s: n for other in read if other != name for s, n in read[other].items()}
+      documents.duplicates(shards, others, keep)
+    starts = np.cumsum([0, *shards.values()]).tolist()
+    to, num_splits = out / 'windows' / 'tokens' / name, len(cfg.splits(name))
+    cuts[name] = [
+      documents.Cut(to, folder, shard.name, start, keep, num_splits, cfg.context)
+      for shard, start in zip(shards, starts, strict=False)
+    ]
+  return cuts
 
 
 def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list[dict[str, Any]]:
@@ -294,6 +313,7 @@ def _rows(
   cfg: PrepareConfig,
   out: Path,
   shards: dict[str, list[documents.Cut]],
+  summaries: dict[documents.Cut, dict[str, Any]],
   facts: dict[str, Any],
   pool: work.Pool,
 ) -> list[dict[str, Any]]:
@@ -301,11 +321,13 @@ def _rows(
   tasks: dict[Path, rows.Pack] = {}
   for name, cuts in shards.items():
     windows = [c.out / f'{c.shard}.npz' for c in cuts]
-    groups = [windows[i : i + _SHARDS_PER_ROWS] for i in range(0, len(cuts), _SHARDS_PER_ROWS)]
+    groups = [slice(i, i + _SHARDS_PER_ROWS) for i in range(0, len(cuts), _SHARDS_PER_ROWS)]
     for number, split in cfg.made(name):
+      starts = np.cumsum([0, *(summaries[c]['documents'][number] for c in cuts)]).tolist()
       for i, group in enumerate(groups):
-        stem = f'rows-{i:05d}-of-{len(groups):05d}'
-        task = rows.Pack(out / name / split, stem, tuple(group), number, cfg.context)
+        stem, mine = f'rows-{i:05d}-of-{len(groups):05d}', tuple(windows[group])
+        to = out / name / split
+        task = rows.Pack(to, stem, mine, tuple(starts[:-1][group]), number, cfg.context)
         tasks[task.out / f'{stem}.json'] = task
   done = work.run(pool, 'rows', rows.write, tasks)
   for name in shards:

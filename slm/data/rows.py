@@ -35,13 +35,16 @@ def decode_row(record: bytes) -> np.ndarray:
 
 
 def pack(
-  windows: Iterator[tuple[int, np.ndarray]], context: int
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-  """Turn (cluster, window) into (cluster, windows of one row), best fit over a few open rows."""
+  windows: Iterator[tuple[int, int, np.ndarray]], context: int
+) -> Iterator[tuple[int, list[tuple[int, np.ndarray]]]]:
+  """Turn (cluster, document, window) into (cluster, (document, window)s of one row).
+
+  Best fit over a few open rows.
+  """
   # Per cluster, (free positions, order of opening, windows), sorted: best fit is a bisection.
-  opened: dict[int, list[tuple[int, int, list[np.ndarray]]]] = collections.defaultdict(list)
+  opened: dict[int, list[tuple[int, int, list]]] = collections.defaultdict(list)
   serial = 0
-  for cluster, window in windows:
+  for cluster, document, window in windows:
     rows, n = opened[cluster], len(window)
     fit = bisect.bisect_left(rows, (n,))
     if fit < len(rows):
@@ -49,7 +52,7 @@ def pack(
     else:
       serial += 1
       free, order, held = context, serial, []
-    held.append(window)
+    held.append((document, window))
     if free - n < _FULL:
       yield cluster, held
     else:
@@ -61,6 +64,14 @@ def pack(
       yield cluster, held
 
 
+def main_document(held: Sequence[tuple[int, np.ndarray]]) -> int:
+  """Find the document with most predicted tokens among (document, window)s; ties: the first."""
+  tokens: collections.Counter[int] = collections.Counter()
+  for document, window in held:
+    tokens[document] += len(window) - 1
+  return max(tokens, key=tokens.__getitem__)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pack:
   """One packing task: some shards' windows of one split become one row shard."""
@@ -68,20 +79,26 @@ class Pack:
   out: Path
   name: str  # rows-00000-of-00004
   windows: tuple[Path, ...]
+  starts: tuple[int, ...]  # of each shard's documents among the split's
   split: int
   context: int
 
 
 def write(task: Pack) -> dict[str, Any]:
-  """Write a row shard (`.array_record`) and int32 [rows, 3] of cluster, windows, tokens (npy)."""
+  """Write a row shard (`.array_record`) and a table of its rows (`.npy`), int32 [rows, 4].
+
+  The columns are cluster, windows, predicted tokens and main document.
+  """
   table, digest = [], hashlib.sha256()
   with work.record_writer(task.out / f'{task.name}.array_record') as writer:
     for cluster, held in pack(_windows(task), task.context):
-      record = encode_row(held, task.context)
+      windows = [window for _, window in held]
+      record = encode_row(windows, task.context)
       writer.write(record)
       digest.update(record)
-      table.append((cluster, len(held), sum(map(len, held)) - len(held)))
-  files.write_npy(task.out / f'{task.name}.npy', np.array(table, np.int32).reshape(-1, 3))
+      predicted = sum(map(len, windows)) - len(windows)
+      table.append((cluster, len(windows), predicted, main_document(held)))
+  files.write_npy(task.out / f'{task.name}.npy', np.array(table, np.int32).reshape(-1, 4))
   return {
     'files': [f'{task.name}.array_record', f'{task.name}.npy'],
     'rows': len(table),
@@ -89,23 +106,23 @@ def write(task: Pack) -> dict[str, Any]:
   }
 
 
-def _windows(task: Pack) -> Iterator[tuple[int, np.ndarray]]:
-  for path in task.windows:
-    tokens, offsets, splits = documents.load_windows(path)
+def _windows(task: Pack) -> Iterator[tuple[int, int, np.ndarray]]:
+  for path, first in zip(task.windows, task.starts, strict=True):
+    tokens, offsets, splits, owners = documents.load_windows(path)
     clusters = files.read_npy(path.with_suffix('.npy'))
     for i in np.flatnonzero(splits == task.split).tolist():
-      yield int(clusters[i]), tokens[offsets[i] : offsets[i + 1]]
+      yield int(clusters[i]), first + int(owners[i]), tokens[offsets[i] : offsets[i + 1]]
 
 
 def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
-  """Write a split's clusters.npy [rows] and counts.npy [rows, 2] (windows, tokens).
+  """Write a split's clusters.npy, documents.npy [rows], counts.npy [rows, 2] (windows, tokens).
 
   Returns what the manifest says of its rows.
   """
   folder = parts[0][0].out
   table = np.concatenate([files.read_npy(folder / f'{task.name}.npy') for task, _ in parts])
-  files.write_npy(folder / 'clusters.npy', np.ascontiguousarray(table[:, 0]))
-  files.write_npy(folder / 'counts.npy', np.ascontiguousarray(table[:, 1:]))
+  for name, column in {'clusters': 0, 'counts': slice(1, 3), 'documents': 3}.items():
+    files.write_npy(folder / f'{name}.npy', np.ascontiguousarray(table[:, column]))
   used = [(task, summary) for task, summary in parts if summary['rows']]
   return {
     'rows': len(table),

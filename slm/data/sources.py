@@ -1,5 +1,6 @@
 """Documents from JSON-lines and text files, one at a time."""
 
+import codecs
 import glob
 import gzip
 import io
@@ -12,7 +13,11 @@ from typing import BinaryIO
 
 import zstandard
 
-_TEXT_DOCUMENT = 1 << 20  # a .txt file is one document, cut at the first blank line after this
+# A .txt file is one document, cut at the first blank line after _TEXT_DOCUMENT characters, or
+# else at the first line end after _LONGEST; lines are read, and so cut, in pieces of _PIECE bytes.
+_TEXT_DOCUMENT = 1 << 20
+_LONGEST = 2 << 20
+_PIECE = 1 << 20
 
 
 def expand(spec: str) -> dict[str, int]:
@@ -31,23 +36,26 @@ def expand(spec: str) -> dict[str, int]:
 
 def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
   """Yield (text, id) of every document in a file; id is '' without `id_field`."""
-  lines = _lines(path)
   if '.txt' in pathlib.Path(path).suffixes[-2:]:
-    yield from ((text, '') for text in _cut(lines))
+    yield from ((text, '') for text in _cut(_lines(path, _PIECE)))
     return
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(_lines(path), 1):
     if line.strip():
       yield _record(f'{path}:{number}', line, text_field, id_field)
 
 
-def _lines(path: str) -> Iterator[str]:
-  number = 0
+def _lines(path: str, limit: int = -1) -> Iterator[str]:
+  """Yield the lines of a file; those over `limit` bytes in pieces."""
+  number, begins = 0, True
+  decoder = codecs.getincrementaldecoder('utf-8')()  # a piece may end inside a character
   try:
     with _open(path) as f:
       # Text wrappers also end lines at \r; JSON lines end at \n only.
-      for line in f:
-        number += 1
-        yield line.decode('utf-8')
+      while line := f.readline(limit):
+        number += begins
+        begins = line.endswith(b'\n')
+        yield decoder.decode(line)
+      decoder.decode(b'', final=True)
   except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
     raise ValueError(f'{path}: truncated or unreadable after line {number} ({e})') from None
   except UnicodeDecodeError as e:
@@ -119,7 +127,7 @@ def _cut(lines: Iterator[str]) -> Iterator[str]:
   for line in lines:
     held.append(line)
     size += len(line)
-    if size > _TEXT_DOCUMENT and not line.strip():
+    if size > _TEXT_DOCUMENT and not line.strip() or size > _LONGEST:
       yield ''.join(held)
       held, size = [], 0
   if held:

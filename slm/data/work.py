@@ -1,10 +1,11 @@
 """Record files, and a pool of workers that resumes by file."""
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,6 +37,42 @@ def read_records(path: Path, chunk: int = 256) -> Iterator[bytes]:
   reader.close()
 
 
+def sweep(folder: Path) -> None:
+  """Delete the temporary files of dead processes, and of this one, which is only starting."""
+  for path in folder.rglob('*.tmp'):
+    pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ''
+    if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+      path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except PermissionError:
+    pass  # somebody else's
+  return True
+
+
+def _usable_cores() -> int:
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _start(initializer: Callable[..., None] | None, *args: Any) -> None:
+  """Start a worker; it is to end with its parent, even if that is killed."""
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  if initializer:
+    initializer(*args)
+
+
+def _end_with_parent() -> None:
+  multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+  os._exit(1)
+
+
 class Pool:
   """Runs tasks in spawned processes (in this process when `workers` is 1).
 
@@ -43,7 +80,7 @@ class Pool:
   """
 
   def __init__(self, workers: int, initializer: Callable[..., None] | None = None, *args: Any):
-    self._workers = workers or os.cpu_count() or 1
+    self._workers = workers or _usable_cores()
     self._initializer, self._args = initializer, args
     self._executor: concurrent.futures.ProcessPoolExecutor | None = None
     if initializer:
@@ -64,9 +101,18 @@ class Pool:
       # Spawn: a forked child would inherit the locks of threads it does not have.
       spawn = multiprocessing.get_context('spawn')
       self._executor = concurrent.futures.ProcessPoolExecutor(
-        self._workers, spawn, self._initializer, self._args
+        self._workers, spawn, _start, (self._initializer, *self._args)
       )
-    return self._executor.map(function, items)
+    return self._parallel(function, items)
+
+  def _parallel(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    try:
+      yield from self._executor.map(function, items)
+    except concurrent.futures.process.BrokenProcessPool:
+      raise OSError(
+        f'a worker process was killed, perhaps for memory: run the same command again, with fewer '
+        f'workers than {self._workers} if need be; what is complete is kept'
+      ) from None
 
 
 def run(

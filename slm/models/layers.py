@@ -93,7 +93,8 @@ def _attend_bwd(residuals, d_out):
   q, k, v, bias, out, top, total = residuals
   weights = jnp.exp(_scores(q, k, bias) - top) / total
   to_weights = jnp.einsum('bkgtc,bksc->bkgts', d_out, v, preferred_element_type=jnp.float32)
-  row = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+  product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+  row = jnp.sum(product, axis=-1, keepdims=True)
   to_scores = (weights * (to_weights - row)).astype(q.dtype)
   weights = weights.astype(v.dtype)
   return (
