@@ -2,6 +2,7 @@
 
 import math
 
+from slm import files
 from slm.comparison import BASELINE, Cell, Comparison, Difference, Loss, difference
 
 NUM_DOMAINS = (1, 7, 50)
@@ -19,6 +20,7 @@ def advise(c: Comparison) -> list[str]:
   lines += _large(c, known)
   lines += _domains(c, known)
   lines += _exceptions(c, known)
+  lines += _improving(c, known)
   lines += [_seeds(c, known)]
   if c.study.scale == 'quick':
     lines.append(
@@ -33,31 +35,43 @@ def _winner(c: Comparison, size: int) -> Cell | None:
   base = c.cells.get((BASELINE, size))
   if base is None or not base.complete:
     return None
-  best = c.ranked(size, 'small')[0]
-  found = c.to_baseline(best)
-  return best if found and found.verdict == 'better' else base
+  better = (x for x, d in _rivals(c, size) if d.verdict == 'better')
+  return next(better, base)
+
+
+def _rivals(c: Comparison, size: int) -> list[tuple[Cell, Difference]]:
+  """List the other small cells with their differences to the plain SLM, lowest loss first."""
+  pairs = ((cell, c.to_baseline(cell)) for cell in c.ranked(size, 'small'))
+  return [(cell, d) for cell, d in pairs if d is not None]
 
 
 def _headline(c: Comparison, winners: dict[int, Cell]) -> str:
   chosen = {w.method for w in winners.values()}
   if chosen == {BASELINE}:
-    rivals = [
-      d
-      for size in winners
-      for cell in c.ranked(size, 'small')
-      if (d := c.to_baseline(cell)) is not None
-    ]
+    rivals = [pair for size in winners for pair in _rivals(c, size)]
+    if not rivals and any(len(c.ranked(size, 'small')) > 1 for size in winners):
+      return 'No other small model was run with a seed of the plain SLM: nothing to compare it to.'
     if not rivals:
       return 'Only the plain SLM has been run among the small models: nothing to compare it with.'
-    if all(d.verdict == 'within noise' for d in rivals):
-      return (
-        'No difference is larger than its interval: the plain SLM is as good as anything of its '
-        'size; ship it.'
-      )
-    return 'The plain SLM is as good as anything of its size; ship it.'
+    start = 'No small model was shown to be better than the plain SLM'
+    bases = {size: c.cells[BASELINE, size] for size in winners}
+    open_ = [cell for cell, d in rivals if d.verdict != 'worse']
+    if any(x.total(1) is None for x in (*open_, *bases.values())):
+      return f'{start}; it is the simplest, so ship it.'
+    cheaper = {
+      n: [x for x in open_ if x.total(n).flops < bases[x.size].total(n).flops] for n in NUM_DOMAINS
+    }
+    if not any(cheaper.values()):
+      which = ' of those not shown to be worse' if len(open_) < len(rivals) else ''
+      return f'{start}; it is the cheapest{which}, so ship it.'
+    found = {f'{_at(c, x)}, N = {n}': None for n, cells in cheaper.items() for x in cells}
+    return (
+      f'{start}; it is the simplest, so ship it. Not shown to be worse and cheaper to train for N '
+      f'domains: {"; ".join(found)}.'
+    )
   if len(chosen) == 1:
     tied = any(_ties(c, w) for w in winners.values())
-    what = 'no small model is better' if tied else 'it is the best small model'
+    what = 'no small model was shown to be better' if tied else 'it is the best small model'
     return f'Use {c.study.label(*chosen)}: {what}{_everywhere(winners)}.'
   parts = [f'{_name(c, w)} with {count(size)} tokens of domain text' for size, w in winners.items()]
   return f'The best small model depends on how much domain text there is: {"; ".join(parts)}.'
@@ -72,19 +86,20 @@ def _everywhere(winners: dict[int, Cell]) -> str:
 def _size(c: Comparison, size: int, winner: Cell) -> str:
   start = f'With {count(size)} tokens of domain text'
   if winner.method == BASELINE:
-    rivals = [cell for cell in c.ranked(size, 'small') if cell.method != BASELINE]
+    rivals = _rivals(c, size)
     ppl = f'perplexity {perplexity(winner.average)}'
     if not rivals:
       return f'{start}, the plain SLM reaches {ppl}.'
-    nearest = c.to_baseline(rivals[0])
+    nearest, gap = rivals[0]
     text = (
-      f'{start}, no small model beats the plain SLM ({ppl}) by more than its interval; the '
-      f'nearest is {_name(c, rivals[0])} ({_gap(nearest)}).'
+      f'{start}, no small model was shown to beat the plain SLM ({ppl}); the nearest is '
+      f'{_name(c, nearest)} ({_gap(gap)}).'
     )
-    if nearest.low < -_MATTERS:
+    low = min(d.low for _, d in rivals)
+    if low < -_MATTERS:
       text += (
-        f' A gain of up to {-nearest.low:.3f} nats/token is not excluded: more held-out text or '
-        'more seeds would settle it.'
+        f' A gain of up to {-low:.3f} nats/token is not excluded: more held-out text or more seeds '
+        'would settle it.'
       )
     return text
   base, gain = c.cells[BASELINE, size], c.to_baseline(winner)
@@ -111,7 +126,8 @@ def _ties(c: Comparison, winner: Cell) -> list[Cell]:
     cell
     for cell in c.ranked(winner.size, 'small')
     if cell is not winner
-    and difference(cell.average, winner.average).verdict == 'within noise'
+    and (apart := difference(cell.average, winner.average)) is not None
+    and apart.verdict == 'within noise'
     and (found := c.to_baseline(cell)) is not None
     and found.verdict == 'better'
   ]
@@ -125,9 +141,10 @@ def _large(c: Comparison, winners: dict[int, Cell]) -> list[str]:
   lines = []
   for method in [m for m in c.study.methods if c.study.kind(m) == 'large']:
     cells = {s: c.cells[method, s] for s in winners if c.cells[method, s].complete}
-    if not cells:
+    pairs = {s: difference(cell.average, winners[s].average) for s, cell in cells.items()}
+    found = {s: d for s, d in pairs.items() if d is not None}
+    if not found:
       continue
-    found = {s: difference(cell.average, winners[s].average) for s, cell in cells.items()}
     groups = {v: [s for s in found if found[s].verdict == v] for v in _LARGE}
     label = c.study.label(method)
     parts = [
@@ -136,9 +153,8 @@ def _large(c: Comparison, winners: dict[int, Cell]) -> list[str]:
       for verdict, sizes in groups.items()
       if sizes
     ]
-    lines.append(
-      f'{label} {"; it ".join(parts)}.{_serving(c, next(iter(cells.values())), winners)}'
-    )
+    serving = _serving(c, [(cells[s], winners[s]) for s in found])
+    lines.append(f'{label} {"; it ".join(parts)}.{serving}')
   return lines
 
 
@@ -149,20 +165,28 @@ _LARGE = {
 }
 
 
-def _serving(c: Comparison, large: Cell, winners: dict[int, Cell]) -> str:
-  small, params = winners[large.size], c.study.params
-  text = ''
-  if large.method in params and small.method in params:
-    ratio = params[large.method] / params[small.method]
+def _serving(c: Comparison, pairs: list[tuple[Cell, Cell]]) -> str:
+  """Say what a large model takes beside the best small one, as a range where sizes differ."""
+  params, text = c.study.params, ''
+  if all(x.method in params for pair in pairs for x in pair):
+    sizes = sorted({params[small.method] for _, small in pairs})
+    large = params[pairs[0][0].method]
     text = (
-      f' Serving it takes {times(ratio)} the parameters ({count(params[large.method])} instead '
-      f'of {count(params[small.method])})'
+      f' Serving it takes {_range([large / n for n in sizes])} the parameters ({count(large)} '
+      f'instead of {" or ".join(map(count, sizes))})'
     )
-    one, other = large.total(1), small.total(1)
-    if one and other and other.flops:
-      text += f' and training it for one domain {times(one.flops / other.flops)} the FLOPs'
+    costs = [(large.total(1), small.total(1)) for large, small in pairs]
+    if all(a and b and b.flops for a, b in costs):
+      ratio = _range([a.flops / b.flops for a, b in costs])
+      text += f' and training it for one domain {ratio} the FLOPs'
+      text += ', depending on the set size' if ' to ' in ratio else ''
     text += '.'
   return text
+
+
+def _range(ratios: list[float]) -> str:
+  """Format ratios as their range: 1.5×, 1.5× to 1.9×."""
+  return ' to '.join(dict.fromkeys(times(x) for x in (min(ratios), max(ratios))))
 
 
 def _domains(c: Comparison, winners: dict[int, Cell]) -> list[str]:
@@ -179,7 +203,10 @@ def _domains(c: Comparison, winners: dict[int, Cell]) -> list[str]:
   many = _listed([str(n) for n in NUM_DOMAINS])
   if not better:
     costs = _listed([flops(base.total(n).flops) for n in NUM_DOMAINS])
-    return [f'For {many} domains the plain SLM costs {costs} to train, generic training included.']
+    return [
+      f'For {many} domains ({count(size)} tokens each) the plain SLM costs {costs} to train, '
+      'generic training included.'
+    ]
   ratios = [
     f'{_name(c, cell)} '
     + ', '.join(times(cell.total(n).flops / base.total(n).flops) for n in NUM_DOMAINS)
@@ -224,18 +251,67 @@ def _exceptions(c: Comparison, winners: dict[int, Cell]) -> list[str]:
   return [f'The average hides an exception: the plain SLM is better on {_listed(found)}.']
 
 
+def unfinished(c: Comparison) -> list[tuple[str, int]]:
+  """List methods and sizes with a tuned run whose held-out loss was lowest at its last step."""
+  found: dict[tuple[str, int], None] = {}
+  for run in c.study.runs:
+    path = c.study.path / run['run']
+    if not run['domain'] or not (path / 'result.json').exists():
+      continue
+    config, result = files.read_json(path / 'config.json'), files.read_json(path / 'result.json')
+    last = result['steps'] if config['phase'] in _TUNED else None
+    if last and result.get('best_step') == last == config.get('steps', last):
+      sizes = c.study.sizes if run['size'] is None else [run['size']]
+      found |= dict.fromkeys((run['method'], size) for size in sizes)
+  return list(found)
+
+
+_TUNED = ('finetune', 'distill')
+
+
+def still_improving(c: Comparison, cells: list[tuple[str, int]]) -> str:
+  """List methods with the set sizes at which they are: SLM (20k and 80k tokens)."""
+  sizes = {m: [count(s) for n, s in cells if n == m] for m in c.study.methods}
+  return '; '.join(f'{c.study.label(m)} ({_listed(x)} tokens)' for m, x in sizes.items() if x)
+
+
+def _improving(c: Comparison, winners: dict[int, Cell]) -> list[str]:
+  """Name the runs that the advice draws on and that training longer might still have helped."""
+  found = [k for k in unfinished(c) if k[1] in winners and c.cells[k].complete]
+  if not found:
+    return []
+  return [
+    'Some tuned models were still improving when they ended, so that training longer may change '
+    f'how they compare: {still_improving(c, found)}.'
+  ]
+
+
 def _seeds(c: Comparison, winners: dict[int, Cell]) -> str:
   seeds = [w.average.seeds for w in winners.values()]
+  most = max(len(_rivals(c, s)) for s in winners)
   if min(map(len, seeds)) < 2:
-    return (
-      'Intervals cover the choice of held-out text only: with one seed, how much a training run '
-      'varies is not measured, so a difference near the edge of its interval may not repeat.'
+    text = (
+      'Intervals cover the choice of held-out text only: with one seed, seed noise (how much a '
+      'training run varies) is not in them, so a difference near the edge of its interval may not '
+      'repeat.'
     )
-  spread = max(max(s.values()) - min(s.values()) for s in seeds)
-  return (
-    f'Results are averages over {min(map(len, seeds))} seeds, which differ by up to {spread:.3f} '
-    'nats/token; a difference counts only if every seed agrees with its sign.'
-  )
+  else:
+    spread = max(max(s.values()) - min(s.values()) for s in seeds)
+    text = (
+      f'Results are averages over {min(map(len, seeds))} seeds, which differ by up to '
+      f'{spread:.3f} nats/token; intervals cover the choice of held-out text, and a difference '
+      'counts only if every seed agrees with its sign.'
+    )
+  if most > 1:
+    text += (
+      f' The best of {most + 1} small models is picked after looking at the same text, which '
+      'flatters it; intervals do not allow for that.'
+    )
+  return text
+
+
+def _at(c: Comparison, cell: Cell) -> str:
+  return f'{_name(c, cell)} ({count(cell.size)} tokens)'
 
 
 def _name(c: Comparison, cell: Cell) -> str:

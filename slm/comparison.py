@@ -16,9 +16,6 @@ BASELINE = 'slm'
 TEST = 'test'  # the split that is averaged
 RESAMPLES = 2000
 _CHUNK = 1 << 22  # resampled row counts held at once
-_STUDY_KEYS = (
-  'title', 'scale', 'data', 'domains', 'generic', 'sizes', 'methods', 'runs', 'params', 'notes'
-)  # fmt: skip
 _METHOD_KEYS = ('name', 'label', 'describe')
 _RUN_KEYS = (
   'method', 'domain', 'size', 'seed', 'run', 'kind', 'generic_runs', 'specialise_runs'
@@ -45,16 +42,25 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """One model's held-out loss on one set, averaged over seeds.
+  """One model's held-out loss on one set, by seed.
 
-  value is in nats per token; seeds maps each seed to its own loss; replicates [RESAMPLES] are the
-  losses on resampled rows, the same rows for every model of a set.
+  seeds are in nats per token, bits per byte of text; replicates [RESAMPLES] are the losses on
+  resampled documents, the same ones for every model of a set.
   """
 
-  value: float
-  bpb: float
   seeds: dict[int, float]
-  replicates: np.ndarray
+  bits: dict[int, float]
+  replicates: dict[int, np.ndarray]
+
+  @property
+  def value(self) -> float:
+    """Average over seeds, in nats per token."""
+    return float(np.mean(list(self.seeds.values())))
+
+  @property
+  def bpb(self) -> float:
+    """Average over seeds, in bits per byte."""
+    return float(np.mean(list(self.bits.values())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +74,22 @@ class Cell:
   generic: Cost | None  # paid once; None: a listed run is missing
   specialise: Cost | None  # paid for every domain
 
-  @property
+  @functools.cached_property
   def complete(self) -> bool:
-    """Say whether every domain was run, so that the average means the same as the others'."""
-    return bool(self.tests) and all(t in self.losses for t in self.tests)
+    """Say whether some seed was run on every domain, so that averages mean the same."""
+    return bool(self.tests) and all(t in self.losses for t in self.tests) and bool(self._shared())
+
+  def _shared(self) -> list[int]:
+    return sorted(set.intersection(*(set(self.losses[t].seeds) for t in self.tests)))
 
   @functools.cached_property
   def average(self) -> Loss:
-    """Average over domains with equal weight, so that exp(value) is the paper's ppl_avg."""
-    losses = [self.losses[t] for t in self.tests]
-    seeds = functools.reduce(lambda a, b: a & b, (set(x.seeds) for x in losses))
+    """Average seeds run on every domain, domains weighing the same: exp(value) is ppl_avg."""
+    losses, seeds = [self.losses[t] for t in self.tests], self._shared()
     return Loss(
-      float(np.mean([x.value for x in losses])),
-      float(np.mean([x.bpb for x in losses])),
-      {s: float(np.mean([x.seeds[s] for x in losses])) for s in sorted(seeds)},
-      np.mean([x.replicates for x in losses], axis=0),
+      {s: float(np.mean([x.seeds[s] for x in losses])) for s in seeds},
+      {s: float(np.mean([x.bits[s] for x in losses])) for s in seeds},
+      {s: np.mean([x.replicates[s] for x in losses], axis=0) for s in seeds},
     )
 
   def total(self, num_domains: int) -> Cost | None:
@@ -114,23 +121,31 @@ class Difference:
     return 'within noise'
 
 
-def difference(a: Loss, b: Loss) -> Difference:
-  """Compare two models on the same rows: a minus b."""
-  low, high = np.percentile(a.replicates - b.replicates, [2.5, 97.5])
+def difference(a: Loss, b: Loss) -> Difference | None:
+  """Compare two models on the same text and the seeds both have, a minus b; None if none is."""
   shared = sorted(a.seeds.keys() & b.seeds.keys())
+  if not shared:
+    return None
+  replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
+  low, high = np.percentile(replicates, [2.5, 97.5])
   seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
-  return Difference(a.value - b.value, float(low), float(high), seeds)
+  return Difference(float(np.mean(seeds)), float(low), float(high), seeds)
 
 
 def resample(
-  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES
-) -> np.ndarray:
-  """Bootstrap rows: nll [rows,models], tokens [rows] -> losses [resamples,models].
+  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES,
+  documents: np.ndarray | tuple = (),
+) -> np.ndarray:  # fmt: skip
+  """Bootstrap documents: nll [rows,models], tokens [rows] -> losses [resamples,models].
 
-  A loss is a ratio of sums. Rows drawn are shared by all models, so that differences are paired.
+  A loss is a ratio of sums. What is drawn is shared by all models, so that differences are paired.
+  Rows of a document (documents [rows]; empty: each row by itself) are drawn together.
   """
-  rng, n = np.random.default_rng(seed), len(tokens)
   columns = np.column_stack([nll, tokens])
+  if len(documents):
+    _, row = np.unique(documents, return_inverse=True)
+    columns = np.stack([np.bincount(row, column) for column in columns.T], axis=1)
+  rng, n = np.random.default_rng(seed), len(columns)
   chunk, sums = max(_CHUNK // n, 1), []
   for start in range(0, resamples, chunk):
     k = min(chunk, resamples - start)
@@ -186,7 +201,7 @@ def load_study(path: Path) -> Study:
   if not file.exists():
     raise ValueError(f'{file}: no such file; --study expects the directory an experiment wrote')
   raw = files.read_json(file)
-  _require(raw, _STUDY_KEYS, str(file))
+  _require(raw, [f.name for f in dataclasses.fields(Study)][1:], str(file))
   for key in ('methods', 'sizes', 'domains'):
     if not raw[key] or not isinstance(raw[key], list):
       raise ValueError(f'{file}: {key} is {raw[key]!r}, expected a list of at least one')
@@ -227,6 +242,7 @@ class Comparison:
   others: tuple[str, ...]  # further sets of the domains, such as law/test_ood
   cells: dict[tuple[str, int], Cell]
   generic: dict[str, Loss]  # by method, on the generic test set, before specialisation
+  documents: dict[str, int]  # by set: how many are resampled; 0: its rows are
 
   def ranked(self, size: int, kind: str) -> list[Cell]:
     """List the complete cells of a size and kind, lowest loss first."""
@@ -272,7 +288,8 @@ def compare(study: Study) -> Comparison:
       cells[method, size] = Cell(method, size, losses, tests, generic, specialise)
   others = tuple(name for name in found if name not in tests)
   generic = {key[0]: v for key, v in _losses(study, None, f'{study.generic}/{TEST}').items()}
-  return Comparison(study, tests, others, cells, generic)
+  documents = {n: len(np.unique(_documents(study, n))) for n in found}
+  return Comparison(study, tests, others, cells, generic, documents)
 
 
 def _sets(study: Study, domain: str) -> list[str]:
@@ -284,7 +301,7 @@ def _sets(study: Study, domain: str) -> list[str]:
 
 
 def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
-  """Load every run on one test set; seeds of a method are averaged row by row."""
+  """Load every run on one test set, by method and size; all are resampled alike."""
   groups: dict[tuple, dict[int, tuple[np.ndarray, int]]] = {}
   first: tuple[str, np.ndarray] | None = None
   for run in study.runs:
@@ -301,19 +318,26 @@ def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int 
     groups.setdefault((run['method'], run['size']), {})[run['seed']] = loaded
   if first is None:
     return {}
-  tokens = first[1][:, 1]
-  nll = np.stack([np.mean([r[:, 0] for r, _ in g.values()], 0) for g in groups.values()], axis=1)
-  replicates = resample(nll, tokens, seed=zlib.crc32(name.encode()))
-  found = {}
-  for i, (key, group) in enumerate(groups.items()):
-    num_bytes = next(iter(group.values()))[1]
-    found[key] = Loss(
-      float(nll[:, i].sum() / tokens.sum()),
-      float(nll[:, i].sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
-      {s: float(r[:, 0].sum() / tokens.sum()) for s, (r, _) in sorted(group.items())},
-      replicates[:, i],
-    )
+  tokens, documents = first[1][:, 1], _documents(study, name)
+  if len(documents) not in (0, len(tokens)):
+    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
+  flat = [(key, seed, *x) for key, group in groups.items() for seed, x in sorted(group.items())]
+  nll = np.stack([rows[:, 0] for *_, rows, _ in flat], axis=1)
+  replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
+  found = {key: Loss({}, {}, {}) for key in groups}
+  for i, (key, seed, _, num_bytes) in enumerate(flat):
+    nats = float(nll[:, i].sum())
+    found[key].seeds[seed] = nats / float(tokens.sum())
+    found[key].bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
+    found[key].replicates[seed] = replicates[:, i]
   return found
+
+
+def _documents(study: Study, name: str) -> np.ndarray:
+  """Read the document of each row of a set; empty if it is unknown or one for all."""
+  file = study.data_path / name / 'documents.npy'
+  ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
+  return ids if len(np.unique(ids)) > 1 else ids[:0]
 
 
 def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int] | None:
@@ -357,16 +381,13 @@ def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost 
   seeds = sorted({r['seed'] for r in runs})
   shared = [{p for r in runs if r['seed'] == s for p in r['generic_runs']} for s in seeds]
   own = [set(r['specialise_runs']) for r in runs]
-  return tuple(_mean([_sum(study, paths) for paths in groups]) for groups in (shared, own))
+  sums = [[_sum(study, paths) for paths in groups] for groups in (shared, own)]
+  return tuple(None if None in x else sum(x, Cost()) * (1 / len(x)) for x in sums)
 
 
 def _sum(study: Study, paths: Iterable[str]) -> Cost | None:
   costs = [training_cost(study.path / p) for p in sorted(paths)]
   return None if None in costs else sum(costs, Cost())
-
-
-def _mean(costs: list[Cost | None]) -> Cost | None:
-  return None if None in costs else sum(costs, Cost()) * (1 / len(costs))
 
 
 def _clustering(study: Study) -> Cost:

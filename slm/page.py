@@ -51,7 +51,8 @@ a { color: inherit; } code { font-size: .9em; }
 def render(
   c: Comparison,
   advice: list[str],
-  main_tables: list[tuple[str, Table, Table]],
+  notes: list[str],
+  main_tables: list[tuple[str, Table, Table | None]],
   domain_note: str,
   plots: list[Plot],
   sections: list[tuple[str, str, Table]],
@@ -60,11 +61,11 @@ def render(
   """Build the page: the answer, the main tables, plots, then everything behind them."""
   study = c.study
   keys = {study.label(m): color for m, (color, _) in styles(study.methods).items()}
-  main = ''.join(
-    f'<h3>{_text(size)} tokens of domain text</h3>{table(first, keys)}'
-    f'<p class="note">{_text(domain_note)}</p>{table(second, keys)}'
-    for size, first, second in main_tables
-  )
+  main = ''.join(f'<p class="note">{_text(note)}</p>' for note in notes)
+  for size, first, second in main_tables:
+    main += f'<h3>{_text(size)} tokens of domain text</h3>{table(first, keys)}'
+    if second is not None:
+      main += f'<p class="note">{_text(domain_note)}</p>{table(second, keys)}'
   figures = ''.join(
     f'<figure id="plot-{p.name}"><h3>{_text(p.title)}</h3><div class="scroll">{p.inline}</div>'
     f'<figcaption>{_text(p.caption)}</figcaption></figure>'
@@ -82,7 +83,7 @@ def render(
   body = (
     f'<p class="soft">{_text(_subtitle(c))}</p><h1>{_text(study.title)}</h1>'
     f'<div class="answer">{"".join(f"<p>{_text(line)}</p>" for line in advice)}</div>'
-    f'<h2>Comparison</h2><p class="note">{_text(_HOW)}</p>{main}'
+    f'<h2>Comparison</h2>{main}'
     f'<h2>Plots</h2>{figures}<h2>How each method works</h2><dl>{described}</dl>{behind}'
     f'<h2>Environment</h2>{table(_environment(c), {}, "text")}'
     f'<h2>What differs from the paper</h2>{_list(study.notes)}'
@@ -93,15 +94,6 @@ def render(
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     f'<title>{_text(study.title)}</title><style>{_CSS}</style></head>\n<body>{body}</body></html>\n'
   )
-
-
-_HOW = (
-  'Perplexity is exp of the loss averaged over domains with equal weight; lower is better. The '
-  'difference is to the plain SLM with the same domain text, in nats per token, with a paired '
-  'bootstrap 95 % interval over held-out rows. Better and worse mean that the interval excludes '
-  'zero and that no seed says the opposite; everything else is within noise. '
-  'Seeds: their number and half the range of their losses.'
-)
 
 
 def _subtitle(c: Comparison) -> str:

@@ -319,7 +319,8 @@ def _training(c: Comparison) -> Plot | None:
     'training',
     'Training curves of the pretraining runs',
     'Look for curves that are still falling at their end: those runs would gain from more tokens. '
-    'The curves of importance sampling are of the text it selects, so its heights do not compare.',
+    'The training loss of importance sampling is of the text it selects, so its height does not '
+    "compare; its held-out loss is of generic validation text, like the others'.",
   )
 
 

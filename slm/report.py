@@ -18,7 +18,7 @@ import rich.table
 from absl import flags
 
 from slm import cli, comparison, files, page, plots
-from slm.advice import NUM_DOMAINS, advise, count, perplexity
+from slm.advice import NUM_DOMAINS, advise, count, perplexity, still_improving, unfinished
 from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss, Study
 
 Table = tuple[list[str], list[list[str]]]
@@ -63,6 +63,8 @@ def _average(cell: Cell) -> str:
   if cell.complete:
     return perplexity(cell.average)
   done = sum(t in cell.losses for t in cell.tests)
+  if 0 < done == len(cell.tests):
+    return f'no seed on every domain: {_NOT_RUN}'
   return f'{done} of {len(cell.tests)} domains run' if done else _NOT_RUN
 
 
@@ -78,8 +80,8 @@ def _half(values: Any) -> float:
 def main_table(c: Comparison, size: int) -> Table:
   """Build the comparison at one set size, one row per method."""
   head = ['method', 'perplexity', 'bits/byte', 'nats/token above SLM', 'verdict', 'seeds']
-  head += ['served', 'generic FLOPs', 'FLOPs/domain', 'time/domain']
-  rows = []
+  head += ['served parameters', 'generic FLOPs', 'FLOPs/domain', 'time/domain']
+  rows, early = [], unfinished(c)
   for method in c.study.methods:
     cell = c.cells[method, size]
     found, done = c.to_baseline(cell), cell.complete
@@ -87,7 +89,8 @@ def main_table(c: Comparison, size: int) -> Table:
     verdict = 'reference' if method == BASELINE else found.verdict if found else _NONE
     params = c.study.params
     rows.append(
-      [c.study.label(method), _average(cell), bpb, interval(found), verdict if done else _NONE]
+      [c.study.label(method), _average(cell) + (' †' if done and (method, size) in early else '')]
+      + [bpb, interval(found), verdict if done else _NONE]
       + [_spread(cell.average) if done else _NONE]
       + [count(params[method]) if method in params else _NONE]
       + [cost(cell.generic)[1], *cost(cell.specialise)[1:]]
@@ -95,9 +98,11 @@ def main_table(c: Comparison, size: int) -> Table:
   return head, rows
 
 
-def domain_table(c: Comparison, size: int) -> Table:
-  """Build perplexity and bits per byte on every test set, with the verdict against the SLM."""
+def domain_table(c: Comparison, size: int) -> Table | None:
+  """Build perplexity and bits per byte on every test set; None if that repeats the main table."""
   names = [*c.tests, *c.others]
+  if len(names) < 2:
+    return None
   rows = []
   for method in c.study.methods:
     cell, row = c.cells[method, size], [c.study.label(method)]
@@ -163,21 +168,62 @@ def markdown(table: Table) -> str:
 
 
 def table_md(c: Comparison, advice: list[str]) -> str:
-  """Write table.md: advice and every table."""
-  parts = [f'# {c.study.title}\n\n', ''.join(f'{line}\n\n' for line in advice)]
+  """Write table.md: advice, every table with its notes, and what the methods are."""
+  parts = [f'# {c.study.title}', *advice, '## Comparison', *notes(c)]
   for size in c.study.sizes:
-    parts.append(f'## {count(size)} tokens of domain text\n\n{markdown(main_table(c, size))}\n')
-    parts.append(f'{DOMAIN_NOTE}\n\n{markdown(domain_table(c, size))}\n')
-  for title, table in (
-    ('Generic text, before specialisation', generic_table(c)),
-    ('Cost', ledger_table(c)),
-    ('Clusters', cluster_table(c)),
-  ):
+    parts += [f'### {count(size)} tokens of domain text', markdown(main_table(c, size))]
+    if (second := domain_table(c, size)) is not None:
+      parts += [DOMAIN_NOTE, markdown(second)]
+  parts += ['## How each method works']
+  parts += [''.join(f'- {m["label"]}: {m["describe"]}\n' for m in c.study.methods.values())]
+  for title, note, table in sections(c):
     if table[1]:
-      parts.append(f'## {title}\n\n{markdown(table)}\n')
-  return ''.join(parts).rstrip() + '\n'
+      parts += [f'## {title}', note, markdown(table)]
+  if c.study.notes:
+    parts += ['## What differs from the paper', ''.join(f'- {x}\n' for x in c.study.notes)]
+  return '\n\n'.join(part.rstrip() for part in parts) + '\n'
 
 
+def sections(c: Comparison) -> list[tuple[str, str, Table]]:
+  """List the tables behind the comparison: title, note, table."""
+  return [
+    ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
+    ('Generic text', 'Held-out generic text, before any specialisation.', generic_table(c)),
+    ('Clusters', CLUSTER_NOTE, cluster_table(c)),
+  ]
+
+
+def notes(c: Comparison) -> list[str]:
+  """Say how to read the main table, what was resampled, and which runs ended too early."""
+  found = [MAIN_NOTE, COST_NOTE]
+  by_document = [f'{name} {n:,} documents' for name, n in c.documents.items() if n]
+  by_row = [name for name, n in c.documents.items() if not n]
+  if by_document:
+    found.append(
+      f'Intervals resample whole documents, since rows of one are alike: {", ".join(by_document)}. '
+      'With fewer than about 20 documents they are too narrow.'
+    )
+  if by_row:
+    found.append(
+      f'Intervals resample single rows on {", ".join(by_row)}, where the data do not say which of '
+      'several documents a row is from: rows of one document are alike, so they are too narrow.'
+    )
+  if early := still_improving(c, unfinished(c)):
+    found.append(f'† Still improving when it ended (its best step is its last): {early}.')
+  return found
+
+
+MAIN_NOTE = (
+  'Perplexity is exp of the loss averaged over domains with equal weight; lower is better. The '
+  'difference is to the plain SLM with the same domain text, in nats per token, over the seeds '
+  'both have, with a paired bootstrap 95 % interval over held-out text. Better and worse mean that '
+  'the interval excludes zero and that no seed says the opposite; everything else is within noise. '
+  'Seeds: their number and half the range of their losses.'
+)
+COST_NOTE = (
+  'Served parameters are those of the one model that answers. Generic FLOPs are paid once, before '
+  'the domain is known; FLOPs/domain and time/domain (devices × time) again for every domain.'
+)
 DOMAIN_NOTE = (
   'Perplexity (bits per byte) on each test set; ▼ better, ▲ worse, ≈ within noise of the plain SLM '
   'at the same set size.'
@@ -235,7 +281,8 @@ def show(c: Comparison, advice: list[str]) -> None:
     title = f'{c.study.title}: {count(size)} tokens of domain text'
     table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify='left')
     for i in _SHOWN:
-      table.add_column(head[i], justify='right' if i else 'left', no_wrap=i > 0)
+      name = head[i].replace('served ', 'served\n')
+      table.add_column(name, justify='right' if i else 'left', no_wrap=i > 0)
     for row in rows:
       table.add_row(*(row[i] for i in _SHOWN), style=_RICH.get(row[4]))
     console.print(table)
@@ -260,13 +307,8 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
     files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
   files.write_text(out / 'results.csv', results_csv(c))
   files.write_text(out / 'table.md', table_md(c, advice))
-  sections = [
-    ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
-    ('Generic text', 'Held-out generic text, before any specialisation.', generic_table(c)),
-    ('Clusters', CLUSTER_NOTE, cluster_table(c)),
-  ]
   main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
-  html = page.render(c, advice, main_tables, DOMAIN_NOTE, drawn, sections, out)
+  html = page.render(c, advice, notes(c), main_tables, DOMAIN_NOTE, drawn, sections(c), out)
   files.write_text(out / 'report.html', html)
   show(c, advice)
   print(f'wrote {out / "report.html"}, table.md, results.csv and plots/')
@@ -276,7 +318,8 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
 LEDGER_NOTE = (
   'Generic costs are paid once, before the domain is known, and include the clustering of the '
   'generic text for methods that use it; costs per domain are paid again for every domain. '
-  'C_total(N) = C_generic + N · C_specialise. Held-out evaluations are not counted.'
+  'C_total(N) = C_generic + N · C_specialise. Held-out evaluations (phase evaluate of ledger.json) '
+  'are left out of every cost.'
 )
 CLUSTER_NOTE = (
   'How concentrated each set is. Effective clusters = exp(entropy). Effective sample = the share '

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from slm import comparison, page, plots, report
-from slm.advice import advise, crossing
+from slm.advice import advise, crossing, unfinished
 from slm.comparison import Cost, compare, load_study, resample
 
 _LABELS = {
@@ -183,8 +183,8 @@ def test_golden_table(tmp_path: Path):
   c = compare(load_study(maker.save()))
   head, rows = report.main_table(c, 20_000)
   assert report.markdown((head, rows[:1] + rows[3:5])) == (
-    '| method | perplexity | bits/byte | nats/token above SLM | verdict | seeds | served | '
-    'generic FLOPs | FLOPs/domain | time/domain |\n'
+    '| method | perplexity | bits/byte | nats/token above SLM | verdict | seeds | '
+    'served parameters | generic FLOPs | FLOPs/domain | time/domain |\n'
     '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n'
     # exp(110 / 40) = 15.64; 110 / ln 2 / 160 bytes = 0.992
     '| SLM | 15.64 | 0.992 | – | reference | 1 | 126M | 0 | 2.00e12 | 20 s |\n'
@@ -223,6 +223,48 @@ def test_bootstrap_agrees_with_scipy():
   assert ours[1] - ours[0] < 0.4 * np.diff(np.percentile(found[:, 0], [2.5, 97.5]))[0]
 
 
+def test_bootstrap_of_documents_agrees_with_a_loop():
+  rng = np.random.default_rng(5)
+  documents = np.repeat([7, 3, 11, 2, 40], [4, 1, 6, 2, 3])
+  tokens = rng.integers(20, 256, len(documents)).astype(float)
+  nll = rng.normal(3, 0.4, (len(documents), 2)) * tokens[:, None]
+  draws, expected = np.random.default_rng(9).integers(5, size=(50, 5)), []
+  for draw in draws:
+    names = [sorted(set(documents))[i] for i in draw]
+    rows = [row for name in names for row in range(len(documents)) if documents[row] == name]
+    expected.append(nll[rows].sum(0) / tokens[rows].sum())
+  np.testing.assert_allclose(resample(nll, tokens, 9, 50, documents), expected, rtol=1e-12)
+  alone = resample(nll, tokens, 9, 50, np.arange(len(tokens)))
+  np.testing.assert_allclose(alone, resample(nll, tokens, 9, 50), rtol=1e-12)
+
+
+def test_intervals_resample_documents_where_the_data_name_them(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'), rows=400)
+  documents = np.repeat(np.arange(40), 10)
+  shift = np.random.default_rng(6).normal(0, 0.3, 40)[documents]  # shared by a document's rows
+  maker.add('slm', 0.0)
+  for domain in maker.domains:
+    rows = maker.rows(domain, 3.0, 0)
+    rows[:, 0] += shift * rows[:, 1]
+    write_run(tmp_path / f'runs/other-{domain}', 'finetune', 1e12, {f'{domain}/test': rows})
+    first = next(r for r in maker.runs if r['domain'] == domain)
+    maker.runs.append({**first, 'method': 'project', 'run': f'runs/other-{domain}'})
+  folder = maker.save() / 'data/law/test'
+  folder.mkdir(parents=True)
+  np.save(folder / 'documents.npy', documents.astype(np.int32))
+  c = compare(load_study(tmp_path))
+  law, news = (c.to_baseline(c.cells['project', 20_000], f'{d}/test') for d in maker.domains)
+  assert law.high - law.low > 2 * (news.high - news.low)
+  notes = ' '.join(report.notes(c))
+  assert 'resample whole documents' in notes and 'law/test 40 documents.' in notes
+  assert 'resample single rows on news/test, where' in notes
+  np.save(folder / 'documents.npy', documents[1:])
+  with pytest.raises(ValueError, match=r'law/test: documents.npy is of 399 rows, not 400'):
+    compare(load_study(tmp_path))
+  np.save(folder / 'documents.npy', np.zeros(400, np.int32))  # one document: nothing to resample
+  assert compare(load_study(tmp_path)).documents['law/test'] == 0
+
+
 def test_bootstrap_covers_the_truth():
   rng, inside, trials = np.random.default_rng(3), 0, 200
   for trial in range(trials):
@@ -250,6 +292,49 @@ def test_seeds_are_averaged_and_must_agree(tmp_path: Path):
   assert found.verdict == 'better'
   disagreeing = comparison.Difference(-0.02, -0.03, -0.01, (-0.05, 0.01))
   assert disagreeing.verdict == 'within noise'
+
+
+def test_only_shared_seeds_are_compared(tmp_path: Path):
+  maker = Maker(tmp_path, domains=('law', 'news'), seeds=(0, 1, 2))
+  maker.add('slm', 0.0)
+  maker.add('project', -0.05)
+  kept = {('law', 0), ('law', 1), ('news', 1), ('news', 2)}
+  maker.runs = [r for r in maker.runs if r['method'] == 'slm' or (r['domain'], r['seed']) in kept]
+  c = compare(load_study(maker.save()))
+  slm, cell = c.cells['slm', 20_000], c.cells['project', 20_000]
+  assert list(cell.average.seeds) == [1] and len(slm.average.seeds) == 3
+  found = c.to_baseline(cell)
+  assert found.value == pytest.approx(cell.average.seeds[1] - slm.average.seeds[1], rel=1e-12)
+  assert found.low <= found.value <= found.high and len(found.seeds) == 1
+
+
+@pytest.mark.parametrize('method', ['project', 'slm', 'llm'])
+def test_domains_without_a_shared_seed_are_not_averaged(tmp_path: Path, method: str):
+  maker = Maker(tmp_path, domains=('law', 'news'), seeds=(0, 1))
+  for name, offset in (('slm', 0.0), ('project', -0.05), ('llm', -0.1)):
+    maker.add(name, offset)
+  kept = {('law', 0), ('news', 1)}
+  maker.runs = [r for r in maker.runs if r['method'] != method or (r['domain'], r['seed']) in kept]
+  report.report(maker.save())
+  c = compare(load_study(tmp_path))
+  rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
+  assert rows[_LABELS[method]][1:6] == ['no seed on every domain: not run', *'––––']
+  assert not c.cells[method, 20_000].complete
+
+
+@pytest.mark.parametrize('method', ['project', 'llm'])
+def test_models_without_a_shared_seed_have_no_difference(tmp_path: Path, method: str):
+  maker = Maker(tmp_path)
+  maker.add('slm', 0.0)
+  maker.seeds = (3,)
+  maker.add(method, -0.05)
+  report.report(maker.save())
+  c = compare(load_study(tmp_path))
+  assert c.to_baseline(c.cells[method, 20_000]) is None
+  rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
+  assert rows[_LABELS[method]][3:5] == ['–', '–']
+  start = 'No other small model was run with a seed of' if method == 'project' else 'Only the plain'
+  assert advise(c)[0].startswith(start)
 
 
 def test_costs(tmp_path: Path):
@@ -285,15 +370,57 @@ def test_cost_is_unknown_without_the_paid_run(tmp_path: Path):
 def test_advice_plain_slm(tmp_path: Path):
   c = one(tmp_path, {'slm': 0.0, 'project': 0.001, 'mixture': -0.001, 'distill': 0.0007})
   advice = advise(c)
-  assert 'No difference is larger than its interval' in advice[0]
-  assert 'the plain SLM is as good as anything of its size; ship it' in advice[0]
-  assert 'no small model beats the plain SLM' in advice[1] and 'not excluded' not in advice[1]
-  assert 'with one seed' in ' '.join(advice)
+  assert advice[0] == (
+    'No small model was shown to be better than the plain SLM; it is the cheapest, so ship it.'
+  )
+  assert 'no small model was shown to beat the plain SLM' in advice[1]
+  assert 'not excluded' not in advice[1] and 'as good as' not in ' '.join(advice)
+  assert 'with one seed, seed noise (how much a training run varies) is not in them' in advice[-1]
+  assert 'The best of 4 small models is picked after looking' in advice[-1]
 
 
 def test_advice_plain_slm_among_worse(tmp_path: Path):
   advice = advise(one(tmp_path, {'slm': 0.0, 'slm_nopt': 1.0, 'project': 0.1}))
-  assert advice[0] == 'The plain SLM is as good as anything of its size; ship it.'
+  assert advice[0].endswith('it is the cheapest of those not shown to be worse, so ship it.')
+
+
+def test_advice_names_what_is_cheaper_than_the_plain_slm(tmp_path: Path):
+  advice = advise(one(tmp_path, {'slm': 0.0, 'slm_nopt': 0.0, 'project': 0.1}))
+  assert 'it is the simplest, so ship it. Not shown to be worse and cheaper' in advice[0]
+  assert 'SLM, no pretraining (20k tokens), N = 1; ' in advice[0]
+  assert 'cheapest' not in advice[0] and 'projected' not in advice[0]
+
+
+def test_advice_gives_costs_for_the_sizes_it_names(tmp_path: Path):
+  maker = Maker(tmp_path, sizes=(20_000, 160_000))
+  for method, offset in (('slm', 0.0), ('llm', -0.2)):
+    maker.add(method, offset)
+  for run in maker.runs:
+    if run['method'] == 'llm' and run['size'] == 160_000:
+      write_run(tmp_path / 'runs/more', 'finetune', 6e14, {})
+      run['specialise_runs'].append('runs/more')
+  text = ' '.join(advise(compare(load_study(maker.save()))))
+  # (6e14 + 2e12) / 1.02e14 and (6e14 + 4e12 + 6e14) / 1.04e14
+  assert 'training it for one domain 5.9× to 12× the FLOPs, depending on the set size' in text
+  assert 'For 1, 7 and 50 domains (20k tokens each) the plain SLM costs 1.0e14 FLOPs' in text
+
+
+def test_runs_that_ended_while_improving_are_flagged(tmp_path: Path):
+  maker = Maker(tmp_path, sizes=(20_000, 160_000))
+  for method in ('slm', 'project', 'slm_noft'):
+    maker.add(method, 0.0)
+  ends = {'slm-law-20000': (100, 100), 'slm-law-160000': (90, 90), 'project-law-20000': (100, 80)}
+  for name, (last, best) in ends.items():
+    write(tmp_path / f'runs/{name}-0/config.json', {'phase': 'finetune', 'steps': 100})
+    write(tmp_path / f'runs/{name}-0/result.json', {'steps': last, 'best_step': best})
+  write(tmp_path / 'runs/slm-0/result.json', {'steps': 100, 'best_step': 100})  # pretraining
+  c = compare(load_study(maker.save()))
+  assert unfinished(c) == [('slm', 20_000)]
+  assert [row[1].endswith(' †') for row in report.main_table(c, 20_000)[1]][:2] == [True, False]
+  assert '†' not in report.markdown(report.main_table(c, 160_000))
+  flag = '† Still improving when it ended (its best step is its last): SLM (20k tokens).'
+  assert report.notes(c)[-1] == flag
+  assert 'how they compare: SLM (20k tokens).' in ' '.join(advise(c))
 
 
 def test_advice_importance(tmp_path: Path):
@@ -317,13 +444,13 @@ def test_advice_says_when_little_text_leaves_it_open(tmp_path: Path):
   write_run(tmp_path / 'runs/other', 'finetune', 1e12, {'law/test': rows})
   maker.runs.append({**maker.runs[0], 'method': 'project', 'run': 'runs/other'})
   advice = advise(compare(load_study(maker.save())))
-  assert 'No difference is larger than its interval' in advice[0]
+  assert 'was shown to be better' in advice[0]
   assert re.search(r'A gain of up to 0\.[12]\d+ nats/token is not excluded', advice[1])
 
 
 def test_advice_tie(tmp_path: Path):
   text = ' '.join(advise(one(tmp_path, {'slm': 0.0, 'mixture': -0.0803, 'importance': -0.08})))
-  assert 'no small model is better with 20k tokens of domain text' in text
+  assert 'no small model was shown to be better with 20k tokens of domain text' in text
   assert 'cannot be told from it: the difference is within its interval' in text
 
 
@@ -386,9 +513,24 @@ def test_csv_and_markdown(tmp_path: Path):
   assert average['importance']['verdict'] == 'better'
   assert float(average['slm']['total_flops_7']) == _GENERIC_FLOPS + 7 * _TUNE_FLOPS
   text = (study / 'table.md').read_text()
-  assert '## 160k tokens of domain text' in text and 'law/test' in text and '## Clusters' in text
-  widths = {line.count('|') for line in text.split('## Cost')[1].split('\n') if '|' in line}
-  assert widths == {12, 8}
+  assert '### 160k tokens of domain text' in text and '## Clusters' in text
+  assert '| law/test' not in text  # with one domain it would repeat the main table
+  behind = text.split('## Cost ledger')[1]
+  assert {line.count('|') for line in behind.split('\n') if '|' in line} == {12, 8}
+  for part in (
+    report.MAIN_NOTE,
+    'Served parameters are those of',
+    'FLOPs/domain and time/domain',
+    'Effective sample = the share',
+    '- SLM: What SLM does.',
+    'Held-out evaluations (phase evaluate of ledger.json) are left out of every cost.',
+    '- Models are smaller than in the paper.',
+  ):
+    assert part in text
+  html = (study / 'report.html').read_text()
+  assert html.count('>law/test<') == 0 and 'Served parameters are those of' in html
+  training = next(p for p in plots.plots(compare(load_study(study))) if p.name == 'training')
+  assert 'its held-out loss is of generic validation text' in training.caption
 
 
 def test_generic_and_other_splits(tmp_path: Path):
@@ -453,7 +595,7 @@ def test_page_escapes_text(tmp_path: Path):
   maker = Maker(tmp_path)
   maker.add('slm', 0.0)
   c = compare(load_study(maker.save(title='<b>A & B</b>', notes=['1 < 2'])))
-  html = page.render(c, ['x < y'], [], '', [], [], tmp_path)
+  html = page.render(c, ['x < y'], [], [], '', [], [], tmp_path)
   assert '&lt;b&gt;A &amp; B' in html and '1 &lt; 2' in html and 'x &lt; y' in html
 
 
