@@ -60,17 +60,27 @@ echo '== specialise, tune, evaluate, generate'
 "$py" -m slm.evaluate --run="$root/law" --run="$root/tuned" --on=law/test
 "$py" -m slm.generate --run="$root/tuned" --prompt='the party' --max_tokens=16
 
-echo '== report'
-cat > "$root/study.json" <<EOF
-{"title": "smoke", "scale": "quick", "data": "data", "domains": ["law"], "generic": "generic",
- "sizes": [5000], "params": {"slm": 1, "project": 1}, "notes": [],
- "methods": [{"name": "slm", "label": "untuned", "describe": "The specialist as it is."},
-             {"name": "project", "label": "tuned", "describe": "The specialist, fine-tuned."}],
- "runs": [{"method": "slm", "domain": "law", "size": 5000, "seed": 0, "run": "law", "kind": "small",
-           "generic_runs": ["project"], "specialise_runs": []},
-          {"method": "project", "domain": "law", "size": 5000, "seed": 0, "run": "tuned",
-           "kind": "small", "generic_runs": ["project"], "specialise_runs": ["law", "tuned"]}]}
+echo '== the whole study at a toy scale, twice: the second time only reports'
+cat > "$root/study.py" <<'EOF'
+import dataclasses, pathlib, sys
+from experiments.specialise import run, scales
+
+if __name__ == '__main__':
+  root = pathlib.Path(sys.argv[1])
+  tiny = {'embed': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 8, 'mlp': 32}
+  scales.SCALES['toy'] = dataclasses.replace(
+    scales.QUICK,
+    sources={'generic': str(root / 'generic.jsonl'), 'law': str(root / 'law.jsonl')},
+    prepare={'tokenizer.name': 'bytes', 'context': 64, 'levels': (4,), 'fit_windows': 500, 'dims': 8},
+    domains=('law',), sizes=(5000,), small=tiny, large={**tiny, 'embed': 32, 'num_layers': 2},
+    steps=8, batch_size=8, clusters=4, selection_level=4, finetune_steps=(4,),
+  )
+  run.study('toy', '', root / 'toy')
 EOF
-"$py" -m slm.report --study="$root"
-test -s "$root/report.html"
+PYTHONPATH=. "$py" "$root/study.py" "$root"
+test -s "$root/toy/report.html"
+touch "$root/before"
+PYTHONPATH=. "$py" "$root/study.py" "$root"
+again=$(find "$root/toy" -newer "$root/before" -name '*.jsonl' -o -newer "$root/before" -name '*.npy')
+test -z "$again" || { echo "the second run made $again again" >&2; exit 1; }
 echo 'smoke: passed'

@@ -71,7 +71,8 @@ def do_importance(job: dict[str, Any], root: Path) -> None:
   known = path / 'index' / f'{job["name"]}.json'
   asked = dataclasses.asdict(request)
   del asked['data']  # the directory may move
-  if not known.exists() or asked.items() - files.read_json(known)['made'].items():
+  made = files.read_json(known)['made'] if known.exists() else {}
+  if any(made.get(key) != value for key, value in asked.items()):
     importance.sample(request)
 
 
