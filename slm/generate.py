@@ -69,7 +69,7 @@ def generate(
   """
   b, t = prompts.shape
   mask = prompt_mask.astype(jnp.int32)
-  cache = init_cache(model.cfg, b, t + max_tokens, head_dtype(params))
+  cache = init_cache(model.cfg, b, t + max_tokens, params['embedding'].dtype)
   positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
   batch = {'inputs': prompts, 'positions': positions, 'segments': mask}
   hidden, cache = model.forward(params, batch, cache)
@@ -99,11 +99,6 @@ def generate(
     for a, b in zip(first, rest, strict=True)
   )
   return Completions(tokens, logprobs, jnp.sum(~ended, axis=1))
-
-
-def head_dtype(params: Params) -> Any:
-  """Return the dtype the model computes in."""
-  return params['embedding'].dtype
 
 
 def complete(

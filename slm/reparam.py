@@ -168,7 +168,7 @@ def build(cfg: Mapping[str, Any], init: Init) -> Reparam:
 
 
 def group_axes(reparam: Reparam, params: Params) -> Params:
-  """Return, for each leaf of params, the axis vmap maps over groups: 0, or None if shared."""
+  """Return, for each leaf of params, its group axis, or None if all groups share it."""
 
   def axis(path, leaf):
     varies = '*' in reparam.varies or path[-1].key in reparam.varies
