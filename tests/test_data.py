@@ -72,7 +72,7 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   manifest = prepare.prepare(toy.config(tmp_path, sets, **changes))
   path, offset = str(tmp_path / 'out'), ord('a') + 3
   for set, first in (('generic', 0), ('law', 12)):
-    found = data.document_ids(path, set, 'train')
+    found = data.Split(str(path), set, 'train').documents
     facts = manifest['sets'][set]['train']
     assert found.dtype == np.int32 and len(found) == facts['rows']
     assert len(facts['shards']) > 1  # documents are numbered through them
@@ -85,7 +85,7 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
         if id >= 0:
           held = np.bincount(letters, minlength=20)
           assert held[found[id]] >= held.max() - 1, inputs  # EOS may decide
-  assert (data.document_ids(path, 'law', 'test') == 0).all()
+  assert (data.Split(str(path), 'law', 'test').documents == 0).all()
 
 
 def test_row_fields():

@@ -24,7 +24,7 @@ ALLOWED = {
   'step': set(),
   'checkpoint': set(),
   'objectives': {'factory', 'models', 'sharding'},
-  'models': {'models', 'sharding'},
+  'models': {'factory', 'models', 'sharding'},
   'reparam': {'factory', 'models', 'sharding'},
   'data': {'data', 'cli', 'files'},
   'cli': set(),

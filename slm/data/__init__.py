@@ -134,14 +134,6 @@ def parents(path: str | Path, level: int) -> np.ndarray:
     return f.get_tensor(f'parents_{level}')
 
 
-def document_ids(path: str, set: str, split: str) -> np.ndarray:
-  """Return the document that holds most predicted tokens of each row: int32 [rows].
-
-  Documents of a split are numbered from 0; rows of one document are not independent.
-  """
-  return Split(path, set, split).documents
-
-
 def window_counts(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:
   """Count windows per cluster at a level: float64 [level]."""
   data = Split(path, set, split, index, level)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm import factory
 from slm.models.decoder import Decoder, DecoderConfig, Output
 from slm.sharding import Params
 
@@ -26,18 +27,10 @@ def build(cfg: Mapping[str, Any]) -> Model:
   """Build the model that `cfg['name']` selects; the other keys are its config.
 
   Raises:
-    ValueError: if the name or a key is unknown, or a size is impossible.
+    ValueError: if the name or a key is unknown or missing, or a size is impossible.
   """
-  rest = dict(cfg)
-  name = rest.pop('name')
-  if name not in MODELS:
-    raise ValueError(f'model.name: expected one of {sorted(MODELS)}, found {name!r}')
-  config_class, module_class = MODELS[name]
-  unknown = set(rest) - {f.name for f in dataclasses.fields(config_class)}
-  if unknown:
-    raise ValueError(f'model: unknown keys {sorted(unknown)} for {name!r}')
-  config = config_class(**rest)
-  module = module_class(config)
+  config = factory.build('model', {n: config_class for n, (config_class, _) in MODELS.items()}, cfg)
+  module = MODELS[cfg['name']][1](config)
   row = jnp.zeros((1, 2), jnp.int32)
   batch = {'inputs': row, 'positions': row, 'segments': row}
   return Model(
