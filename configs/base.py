@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
       'qk_norm': False,
       'qkv_bias': False,
       'tied': True,
-      'remat': 'none',  # none | dots | full
+      'remat': 'none',  # recomputed backward: none | dots (all but products with weights) | full
       'unroll': 1,  # layers per iteration of the scan
     }
   )

@@ -167,6 +167,24 @@ def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
+def test_rematerialisation_keeps_what_it_says():
+  """Per layer and token: `full` its input; `dots` also q, k, v, wo's product, gate and up."""
+  cfg = models.build({**SMALL, **VARIANTS['grouped']}).cfg
+  batch = make_batch(t=20)
+  tokens = batch['inputs'].size * cfg.num_layers
+
+  def kept(remat):
+    model = models.build({'name': 'decoder', **dataclasses.asdict(cfg), 'remat': remat})
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    run = lambda p: jax.vjp(lambda p: model.forward(p, batch).hidden, p)[1]
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(run, params)))
+
+  none, dots, full = (kept(remat) for remat in ('none', 'dots', 'full'))
+  products = cfg.head_dim * (cfg.num_heads + 2 * cfg.num_kv_heads) + cfg.embed + 2 * cfg.mlp
+  assert dots - full == tokens * products
+  assert none > 1.5 * dots
+
+
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('t', [12, 300])
 def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from slm.models import layers
 from slm.sharding import AXES, INPUTS, Params, constrain
 
+# What a block keeps for its backward pass: everything, the products with weights, or its input.
 REMAT = {
   'none': None,
-  'full': 'nothing_saveable',
-  'dots': 'dots_with_no_batch_dims_saveable',
+  'dots': jax.checkpoint_policies.save_only_these_names('linear'),
+  'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -194,8 +195,7 @@ class Decoder(nn.Module):
 
     block = Block
     if REMAT[c.remat]:
-      policy = getattr(jax.checkpoint_policies, REMAT[c.remat])
-      block = nn.remat(Block, prevent_cse=False, policy=policy)
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
     stack = nn.scan(
       block,
       variable_axes={'params': 0},

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from slm.sharding import constrain
 
@@ -117,9 +118,13 @@ def _attend_bwd(residuals, d_out):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@jax.custom_vjp
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-  """Multiply x [b,t,d] by w [d,f] -> [b,t,f]."""
+  """Multiply x [b,t,d] by w [d,f] -> [b,t,f]; named, so that remat='dots' can keep it."""
+  return checkpoint_name(_linear(x, w), 'linear')
+
+
+@jax.custom_vjp
+def _linear(x, w):
   return jnp.einsum('btd,df->btf', x, w)
 
 
@@ -130,7 +135,7 @@ def _linear_bwd(residuals, g):
   return jnp.einsum('btf,df->btd', g, w), jnp.einsum('btd,btf->df', x, g)
 
 
-linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_bwd)
+_linear.defvjp(lambda x, w: (_linear(x, w), (x, w)), _linear_bwd)
 
 
 def swiglu(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
