@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
   c.reparam = ConfigDict({'name': 'full'})  # full | mixture | project, see slm/reparam.py
   c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # tokens' logits at once, a device
   c.teacher = ''  # run directory of the distillation teacher
-  c.init = ''  # run directory whose (dense) weights to start from; '' is random
+  c.init = ''  # run directory whose (dense) weights, and so shape, to start from; '' is random
 
   c.data = ConfigDict(
     {
@@ -57,8 +57,24 @@ def get_config() -> ConfigDict:
       'accum': 1,  # microbatches per optimiser step
     }
   )
-  c.schedule = ConfigDict({'name': 'cosine', 'peak': 2e-3, 'warmup': 100, 'final': 0.1})
-  c.optim = ConfigDict({'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0})
+  c.schedule = ConfigDict(
+    {
+      'name': 'cosine',  # constant | cosine | wsd
+      'peak': 2e-3,
+      'warmup': 100,
+      'final': 0.1,  # share of the peak at the last step (cosine, wsd)
+      'decay': 0.2,  # share of the steps that decay (wsd)
+    }
+  )
+  c.optim = ConfigDict(
+    {
+      'b1': 0.9,
+      'b2': 0.95,
+      'eps': 1e-8,
+      'weight_decay': 0.1,
+      'clip': 1.0,  # global norm of the gradient; 0: not clipped
+    }
+  )
 
   c.eval = ConfigDict(
     {
@@ -71,6 +87,6 @@ def get_config() -> ConfigDict:
     }
   )
   c.checkpoint = ConfigDict({'every': 200, 'keep': 1})  # beside the best by evaluation loss
-  c.log_every = 10
+  c.log_every = 10  # steps; 0: at evaluations and saves only
   c.tensorboard = True
   return c

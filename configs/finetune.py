@@ -11,7 +11,7 @@ def get_config():
   c = base.get_config()
   c.phase = 'finetune'
   c.steps = 1000
-  c.schedule = {'name': 'constant', 'peak': 5e-4, 'warmup': 10}
+  c.schedule.update(name='constant', peak=5e-4, warmup=10)
   c.eval.every = 20
   c.eval.patience = 4
   return c

@@ -20,6 +20,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # libraries log every checkpoint at INFO
     with one_line_errors():
+      if len(argv) > 1:  # such as the False of `--flag False`, which absl reads as --flag
+        raise ValueError(f'unexpected argument {argv[1]!r}; flags are --name=value')
       return main(argv)
 
   app.run(guarded, flags_parser=_parse)

@@ -144,7 +144,7 @@ def main(_: list[str]) -> None:
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   for path in flags.FLAGS.run:
     loaded = load.load(path, mesh)
-    tok = tokenizer.load(f'{loaded.cfg["data"]["path"]}/tokenizer')
+    tok = tokenizer.load(f'{flags.FLAGS.data or loaded.cfg["data"]["path"]}/tokenizer')
     load.same_tokenizer(loaded, tok.fingerprint)
     params = loaded.params(flags.FLAGS.cluster)
     texts = complete(
@@ -157,6 +157,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'Run directory; repeat to see several models.')
+  flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
   flags.DEFINE_integer('cluster', None, 'Specialist to use, if the run holds several.')
   flags.DEFINE_multi_string('prompt', [], 'Prompt; repeat for several.')
   flags.DEFINE_integer('max_tokens', 64, 'Tokens to generate.')

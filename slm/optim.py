@@ -12,18 +12,20 @@ from slm.sharding import INPUTS, Params
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def constant(peak: float, warmup: int, steps: int) -> Schedule:
+def constant(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
   """Warm up linearly, then hold the peak (the paper's schedule)."""
+  del steps, final, decay  # every schedule takes the same keys, so that its name alone selects it
   return optax.schedules.warmup_constant_schedule(peak / (warmup + 1), peak, warmup)
 
 
-def cosine(peak: float, warmup: int, steps: int, final: float) -> Schedule:
+def cosine(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
   """Warm up linearly, then decay along a cosine to final x peak."""
+  del decay
   start = peak / (warmup + 1)  # not 0: the first step should count
   return optax.schedules.warmup_cosine_decay_schedule(start, peak, warmup, steps, final * peak)
 
 
-def wsd(peak: float, warmup: int, steps: int, decay: float, final: float) -> Schedule:
+def wsd(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
   """Warm up, hold, then decay linearly over the last `decay` share of the steps."""
   start = steps - max(int(decay * steps), 1)
   return optax.schedules.join_schedules(
@@ -55,9 +57,14 @@ def build(
   """Build clipping + AdamW; weight decay touches only weights that contract an axis.
 
   independent: every leaf leads with an axis of separate models, each clipped by its own norm.
+
+  Raises:
+    ValueError: if the clipping norm is negative.
   """
+  if cfg['clip'] < 0:
+    raise ValueError(f'optim.clip: expected a norm, or 0 for none, found {cfg["clip"]}')
   tx = optax.chain(
-    optax.clip_by_global_norm(cfg['clip']),
+    optax.clip_by_global_norm(cfg['clip']) if cfg['clip'] else optax.identity(),
     optax.adamw(
       learning_rate,
       b1=cfg['b1'],

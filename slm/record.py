@@ -124,7 +124,8 @@ class Recorder:
       'tokens_per_second': tokens / max(self._total['seconds'] - before, 1e-9),
     }
     self._progress.update(self._positions, loss=values['loss'])
-    self._due = step % self._cfg['log_every'] == 0
+    every = self._cfg['log_every']
+    self._due = bool(every) and step % every == 0
 
   def evaluated(self, step: int, summary: Mapping[str, float], seconds: float) -> None:
     """Record a held-out loss."""

@@ -50,7 +50,7 @@ def mixture(init: Init, clusters: int) -> Reparam:
   """Train one independent model per cluster, stacked (hard mixture, Grangier et al. §2.4).
 
   A vector condition must be all clusters in order (the loader's order='every'): the stack then is
-  the answer, and with experts on the mesh no device needs another's weights.
+  the answer, and with the batch split over `expert` alone no device needs another's weights.
   """
 
   def materialize(theta, frozen, condition):

@@ -51,8 +51,8 @@ INPUTS: dict[str, tuple[str, ...]] = {
   'w_down': ('mlp',),
 }
 
-# Logical axis -> mesh axes. `batch` and `groups` are activation axes; `embed` is a weight
-# axis only (activations never shard it).
+# Logical axis -> mesh axes. `batch` is an activation axis; `embed` is a weight axis only
+# (activations never shard it).
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'embed': ('fsdp',),

@@ -165,6 +165,8 @@ def test_formats_read_alike(tmp_path):
   expected = [(t, '') for t in (*texts[:2], '? half a pair')]
   for path in tmp_path.iterdir():
     assert list(sources.read(str(path), 'text', '')) == expected
+  (tmp_path / 'c.txt.jsonl').write_text('{"text": "one"}\n')
+  assert list(sources.read(str(tmp_path / 'c.txt.jsonl'), 'text', '')) == [('one', '')]
   (tmp_path / 'b.txt').write_text('first\n\nstill first\n')
   assert list(sources.read(str(tmp_path / 'b.txt'), '', '')) == [('first\n\nstill first\n', '')]
 

@@ -144,6 +144,8 @@ def test_study_keeps_the_papers_ratios(name):
   [
     (['slm.train', '--config=configs/base.py', '--config.nope=1', '--workdir=x'], 'nope'),
     (['slm.train', '--config=configs/base.py'], '--workdir'),
+    (['slm.train', '--config=configs/base.py', '--config.model.tied', 'False', '--workdir=x'],
+     "unexpected argument 'False'"),
     (['slm.train', '--config=configs/none.py', '--workdir=x'], 'none.py'),
     (['slm.train', '--config=configs/base.py', '--config.data.path=/nowhere', '--workdir=x'],
      '/nowhere/manifest.json'),

@@ -58,6 +58,14 @@ def test_huggingface_round_trip(tmp_path, text):
   assert tokenizer.load(tmp_path / 'out').fingerprint == tokenizer.load(source).fingerprint
 
 
+def test_huggingface_ids_with_a_gap_fit_the_vocabulary(tmp_path):
+  words = {'<s>': 0, 'sea': 1, '</s>': 10}
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='sea'))
+  model.save(str(tmp_path / 'gap.json'))
+  tok = tokenizer.load(tmp_path / 'gap.json')
+  assert (tok.vocab, tok.ids.eos) == (11, 10)
+
+
 def test_sentencepiece_properties(sentencepiece):
   ids = sentencepiece.ids
   assert len({ids.pad, ids.bos, ids.eos}) == 3

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from slm import cli, files
 from slm import data as loader
@@ -202,9 +202,7 @@ def sample(request: Request) -> dict[str, Any]:
   return write_index(generic, r.out, ids, made)
 
 
-def _main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+def _main(_: list[str]) -> None:
   names = [field.name for field in dataclasses.fields(Request)]
   values = {name: flags.FLAGS[name].value for name in names}
   about = sample(Request(**values | {'tokens': int(values['tokens'])}))

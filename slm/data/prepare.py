@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from slm import cli, files
@@ -357,9 +357,7 @@ def _nested(cfg: PrepareConfig) -> None:
       print(f'index {name}-{size}: {about["rows"]:,} rows, {about["tokens"]:,} tokens')
 
 
-def _main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+def _main(_: list[str]) -> None:
   config = flags.FLAGS.config
   if flags.FLAGS.out:
     config.out = flags.FLAGS.out

@@ -36,7 +36,7 @@ def expand(spec: str) -> dict[str, int]:
 
 def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
   """Yield (text, id) of every document in a file; id is '' without `id_field`."""
-  if '.txt' in pathlib.Path(path).suffixes[-2:]:
+  if re.search(r'\.txt(\.gz|\.zst)?$', path):
     yield from ((text, '') for text in _cut(_lines(path, _PIECE)))
     return
   for number, line in enumerate(_lines(path), 1):

@@ -114,7 +114,8 @@ class HuggingFace:
     except Exception as e:  # noqa: BLE001 (the library raises nothing narrower)
       raise ValueError(f'{path}: not a tokenizer.json ({e})') from None
     self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    self.vocab = self._model.get_vocab_size()
+    # Not the number of tokens: the ids of a file may have gaps.
+    self.vocab = max(self._model.get_vocab().values()) + 1
     begin, end = (self._find(path, names) for names in (_BEGIN, _END))
     pad = next((i for n in ('<pad>', '[PAD]') if (i := self._model.token_to_id(n)) is not None), 0)
     self.ids = Ids(pad, begin, end)
