@@ -302,15 +302,15 @@ def _sets(study: Study, domain: str) -> list[str]:
 
 def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
   """Load every run on one test set, by method and size; all are resampled alike."""
-  groups: dict[tuple, dict[int, tuple[np.ndarray, int]]] = {}
-  first: tuple[str, np.ndarray] | None = None
+  groups: dict[tuple, dict[int, tuple[np.ndarray, int, str]]] = {}
+  first: tuple[str, np.ndarray, str] | None = None
   for run in study.runs:
     loaded = _rows(study, run, name) if run['domain'] == domain else None
     if loaded is None:
       continue
-    rows, _ = loaded
-    first = first or (run['run'], rows)
-    if len(rows) != len(first[1]) or (rows[:, 1] != first[1][:, 1]).any():
+    rows, _, made = loaded
+    first = first or (run['run'], rows, made)
+    if (len(rows), made) != (len(first[1]), first[2]) or (rows[:, 1] != first[1][:, 1]).any():
       raise ValueError(
         f'{study.path / run["run"]}: {name} was evaluated on other rows than in {first[0]} '
         f'({len(rows)} and {len(first[1])}); evaluate both on the same data'
@@ -322,10 +322,10 @@ def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int 
   if len(documents) not in (0, len(tokens)):
     raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
   flat = [(key, seed, *x) for key, group in groups.items() for seed, x in sorted(group.items())]
-  nll = np.stack([rows[:, 0] for *_, rows, _ in flat], axis=1)
+  nll = np.stack([rows[:, 0] for _, _, rows, *_ in flat], axis=1)
   replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
   found = {key: Loss({}, {}, {}) for key in groups}
-  for i, (key, seed, _, num_bytes) in enumerate(flat):
+  for i, (key, seed, _, num_bytes, _) in enumerate(flat):
     nats = float(nll[:, i].sum())
     found[key].seeds[seed] = nats / float(tokens.sum())
     found[key].bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
@@ -340,21 +340,22 @@ def _documents(study: Study, name: str) -> np.ndarray:
   return ids if len(np.unique(ids)) > 1 else ids[:0]
 
 
-def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int] | None:
-  """Load a run's rows [rows,2] of a test set and its bytes; None if it was not run."""
+def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int, str] | None:
+  """Load a run's rows [rows,2] of a test set, their bytes and hash; None if it was not run."""
   path = study.path / run['run']
-  finished = run.get('finished', False)
-  if not (path / 'eval.json').exists():
-    if finished or (path / 'result.json').exists():
-      raise ValueError(
-        f'{path}: finished but has no eval.json; python -m slm.evaluate --run={path} --on={name}'
-      )
+  step = rundir.served_step(path)
+  if step is None:
     return None
-  results = files.read_json(path / 'eval.json')
+  again = f'python -m slm.evaluate --run={path} --on={name}'
+  results = files.read_json(path / 'eval.json') if (path / 'eval.json').exists() else {}
   if name not in results:
-    if finished and name.endswith(f'/{TEST}'):
-      raise ValueError(f'{path}/eval.json: no {name!r}; it has {", ".join(sorted(results))}')
+    if name.endswith(f'/{TEST}'):
+      raise ValueError(f'{path}: finished but not evaluated on {name}; {again}')
     return None
+  if results[name]['step'] != step:
+    raise ValueError(
+      f'{path}: evaluated on {name} at step {results[name]["step"]} and serves {step}; {again}'
+    )
   file = path / 'eval' / f'{name.replace("/", "-")}.npy'
   try:
     rows = np.load(file, allow_pickle=False)
@@ -362,7 +363,7 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
     raise ValueError(f'{file}: missing or damaged ({e})') from None
   if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
     raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
-  return rows, int(results[name]['bytes']) if 'bytes' in results[name] else 0
+  return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
 
 
 def training_cost(path: Path) -> Cost | None:

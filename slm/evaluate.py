@@ -97,6 +97,7 @@ def run(
   loaded = load.load(workdir, mesh)
   manifest = data.manifest(path)
   load.same_tokenizer(loaded, manifest['tokenizer']['fingerprint'])
+  load.same_clusters(loaded, path)
   cfg = loaded.cfg
   row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh)
   results_path = workdir / 'eval.json'

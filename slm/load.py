@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from slm import checkpoint, files, models, reparam, sharding
+from slm import checkpoint, data, files, models, reparam, sharding
 
 Params = dict[str, Any]
 
@@ -73,6 +73,19 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
       raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
     theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))
   return Loaded(run, cfg, model, rep, theta, step)
+
+
+def same_clusters(loaded: Loaded, path: str | Path) -> None:
+  """Refuse data clustered otherwise than those that a run with specialists was trained on.
+
+  Raises:
+    ValueError: naming both.
+  """
+  if loaded.reparam.clusters and loaded.cfg['clustering'] != data.clustering(path):
+    raise ValueError(
+      f'{loaded.path} was trained on other clusters than those of {path}: its specialists mean '
+      'nothing there'
+    )
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slm import files
+from slm import rundir
 from slm.comparison import Comparison
 from slm.plots import INK, Plot, styles
 
@@ -153,9 +153,8 @@ def _environment(c: Comparison) -> Table:
   """Show each distinct environment the runs were made in."""
   found: dict[str, dict[str, Any]] = {}
   for path in _paths(c):
-    file = c.study.path / path / 'env.json'
-    if file.exists():
-      environment = files.read_json(file)
+    for start in rundir.read_starts(c.study.path / path):
+      environment = start['environment']
       found[repr(sorted(environment.items()))] = environment
   rows = []
   for environment in found.values():

@@ -38,12 +38,30 @@ def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
 
 
-def write_run(workdir: Path, config: Mapping[str, Any]) -> None:
-  """Record what runs, with which code, where; process 0 alone writes."""
-  if jax.process_index() == 0:
-    files.write_json(workdir / 'config.json', _plain(config))  # first: it marks the directory
-    files.write_text(workdir / 'git.txt', _git())
-    files.write_json(workdir / 'env.json', environment())
+def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
+  """Record what runs and, from which step, with which code and where; process 0 alone writes."""
+  if jax.process_index():
+    return
+  files.write_json(workdir / 'config.json', _plain(config))  # first: it marks the directory
+  starts = read_starts(workdir)
+  now = {'code': _git(), 'environment': _plain(environment())}
+  if not starts or now != {key: starts[-1][key] for key in now}:
+    files.write_json(workdir / 'starts.json', [*starts, {'step': step, **now}])
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+  """Read each change of code or environment over a run: {'step', 'code', 'environment'}."""
+  path = workdir / 'starts.json'
+  return files.read_json(path) if path.exists() else []
+
+
+def served_step(workdir: Path) -> int | None:
+  """Return the step whose weights a finished run serves, None if it has not finished."""
+  if not (workdir / 'result.json').exists():
+    return None
+  result, config = (files.read_json(workdir / f'{n}.json') for n in ('result', 'config'))
+  # Without early stopping the last checkpoint serves, whatever the held-out losses were.
+  return result.get('best_step' if config['eval']['patience'] else 'steps', result['steps'])
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def _git() -> str:
 
   if not (root / '.git').exists() or not shutil.which('git'):
     return f'slm {__version__}, not a git checkout\n'
-  return git('rev-parse', 'HEAD') + git('diff', 'HEAD')
+  return git('rev-parse', 'HEAD') + git('status', '--short') + git('diff', 'HEAD')
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

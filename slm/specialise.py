@@ -68,12 +68,14 @@ def specialise(
   """
   if rule not in RULES:
     raise ValueError(f'--rule: expected one of {sorted(RULES)}, found {rule!r}')
-  workdir, mesh = Path(workdir), sharding.make_mesh({'data': -1})
-  loaded = load.load(run, mesh)
+  run, workdir = Path(run).resolve(), Path(workdir)
+  mesh = sharding.make_mesh({'data': -1})
+  loaded = load.load(run, mesh, finished=True)
   if not loaded.reparam.clusters:
     raise ValueError(f'{run} holds one dense model: there is no specialist to take out')
   cfg, began = loaded.cfg, time.monotonic()
   path = cfg['data']['path']
+  load.same_clusters(loaded, path)
   if domain not in data.manifest(path)['sets']:
     raise ValueError(f'--domain: {path} has no set {domain!r}')
   dense = {

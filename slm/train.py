@@ -5,7 +5,6 @@
 Started again with the same arguments it continues from its last checkpoint.
 """
 
-import dataclasses
 import json
 import signal
 import threading
@@ -66,14 +65,25 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     )
   for section, key in ((cfg['data'], 'path'), (cfg, 'init'), (cfg, 'teacher')):
     section[key] = section[key] and str(Path(section[key]).resolve())
-  manifest = data.manifest(cfg['data']['path'])
+  path = cfg['data']['path']
+  manifest = data.manifest(path)
   vocab = manifest['tokenizer']['vocab']
   cfg['tokenizer'] = manifest['tokenizer']['fingerprint']
   cfg['context'] = manifest['context']
+  d = cfg['data']
+  cfg['rows'] = data.Split(path, d['set'], d['split'], d['index']).sha256
+  cfg['clustering'] = data.clustering(path) if cfg['data']['level'] else ''
+  if cfg['init']:
+    # The weights decide the shape; how they are computed stays the config's.
+    how = {name: cfg['model'][name] for name in ('remat', 'unroll')}
+    cfg['model'] = files.read_json(Path(cfg['init']) / 'config.json')['model'] | how
   cfg['model']['vocab'] = cfg['model']['vocab'] or vocab
   if cfg['model']['vocab'] < vocab:
     raise ValueError(f'model.vocab={cfg["model"]["vocab"]}: the tokenizer has {vocab} ids')
   cfg['eval']['set'] = cfg['eval']['set'] or cfg['data']['set']
+  data.Split(path, cfg['eval']['set'], cfg['eval']['split'])  # before any work: is it there?
+  if cfg['eval']['batch_size'] < 1:
+    raise ValueError(f'eval.batch_size: expected at least 1, found {cfg["eval"]["batch_size"]}')
   return cfg
 
 
@@ -131,6 +141,11 @@ class _Run:
     if cfg['teacher']:
       teacher = load.load(cfg['teacher'], mesh, finished=True)
       load.same_tokenizer(teacher, cfg['tokenizer'])
+      if teacher.model.cfg.vocab != self.model.cfg.vocab:
+        raise ValueError(
+          f'teacher: {cfg["teacher"]} has model.vocab={teacher.model.cfg.vocab}, '
+          f'the student {self.model.cfg.vocab}'
+        )
       self.frozen['teacher'] = teacher.params()
       forwards['teacher'] = teacher.model.forward
       teacher_flops = forward_flops(teacher.model.cfg, cfg['context'])
@@ -190,9 +205,6 @@ class _Run:
       load.same_tokenizer(start, cfg['tokenizer'])
       if self.reparam.clusters:
         raise ValueError('init: only reparam "full" starts from the weights of another run')
-      how = {'remat': self.model.cfg.remat, 'unroll': self.model.cfg.unroll}
-      if dataclasses.replace(start.model.cfg, **how) != self.model.cfg:
-        raise ValueError(f'init: {cfg["init"]} is {start.model.cfg}, the config {self.model.cfg}')
       theta = start.params()
       self.ancestors.insert(0, str(cfg['init']))
     else:
@@ -256,9 +268,9 @@ class _Run:
     # A new run is recorded once its first state exists: until then the config may be wrong.
     began = (self.workdir / 'config.json').exists()
     state = None if began else self.initial_state()
-    rundir.write_run(self.workdir, cfg)
     with checkpoint.Checkpoints(self.workdir / 'checkpoints', cfg['checkpoint']['keep']) as saved:
       state = self.restore(saved) if began else state
+      rundir.write_run(self.workdir, cfg, int(state.step))
       start, compiled, stop = int(state.step), None, False
       with self.recorder(start) as record, _StopSignal() as asked:
         for step in range(start + 1, cfg['steps'] + 1):
@@ -329,6 +341,7 @@ class _StopSignal:
 
   def _note(self, *_: object) -> None:
     self._asked = True
+    self.__exit__()  # the second signal acts at once
 
   def __call__(self, step: int) -> bool:
     if jax.process_count() > 1:

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from slm import files, rundir
+from slm import rundir
 
 SIZES = {'embed': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 8, 'mlp': 32}
 
@@ -41,7 +41,7 @@ def test_two_processes_equal_one(tiny_data, tmp_path):
   for key in ('loss', 'eval_loss'):
     np.testing.assert_allclose(read('two', key), read('one', key), rtol=1e-5)
   assert read('two', 'step') == [1, 2, 3, 4]
-  assert files.read_json(tmp_path / 'two' / 'env.json')['processes'] == 2
+  assert rundir.read_starts(tmp_path / 'two')[0]['environment']['processes'] == 2
   # Process 0 alone prints the result, and its cost counts both processes' devices.
   results = [[line for line in out.split('\n') if line.startswith('{')] for out, _ in found]
   assert [len(r) for r in results] == [1, 0]

@@ -51,8 +51,9 @@ def write_run(
 ) -> None:
   """Write a finished run; losses map set/split to rows [rows,2]."""
   tokens = int(flops / 1e7)
-  write(path / 'config.json', {'phase': phase})
-  write(path / 'env.json', {'python': '3.11.0', 'device_kind': 'cpu', 'packages': {'jax': '0.1'}})
+  write(path / 'config.json', {'phase': phase, 'eval': {'patience': 0}})
+  environment = {'python': '3.11.0', 'device_kind': 'cpu', 'packages': {'jax': '0.1'}}
+  write(path / 'starts.json', [{'step': 0, 'code': 'abc', 'environment': environment}])
   entry = {'tokens': tokens, 'flops': flops, 'device_seconds': flops / 1e11}
   held_out = {'phase': 'evaluate', 'tokens': 7, 'flops': 1e30, 'device_seconds': 1e30}
   ledger = {'phases': [{'phase': phase, **entry}, held_out], 'ancestors': []}
@@ -70,7 +71,8 @@ def write_run(
     file = path / 'eval' / f'{name.replace("/", "-")}.npy'
     file.parent.mkdir(exist_ok=True)
     np.save(file, rows)
-    results[name] = {'nll': rows[:, 0].sum(), 'bytes': int(4 * rows[:, 1].sum())}
+    results[name] = {'nll': rows[:, 0].sum(), 'bytes': int(4 * rows[:, 1].sum()), 'step': 100}
+    results[name]['rows_sha256'] = 'abc'
   write(path / 'eval.json', results)
 
 
@@ -411,8 +413,11 @@ def test_runs_that_ended_while_improving_are_flagged(tmp_path: Path):
     maker.add(method, 0.0)
   ends = {'slm-law-20000': (100, 100), 'slm-law-160000': (90, 90), 'project-law-20000': (100, 80)}
   for name, (last, best) in ends.items():
-    write(tmp_path / f'runs/{name}-0/config.json', {'phase': 'finetune', 'steps': 100})
-    write(tmp_path / f'runs/{name}-0/result.json', {'steps': last, 'best_step': best})
+    run = tmp_path / f'runs/{name}-0'
+    write(run / 'config.json', {'phase': 'finetune', 'steps': 100, 'eval': {'patience': 4}})
+    write(run / 'result.json', {'steps': last, 'best_step': best})
+    known = json.loads((run / 'eval.json').read_text())
+    write(run / 'eval.json', {key: {**about, 'step': best} for key, about in known.items()})
   write(tmp_path / 'runs/slm-0/result.json', {'steps': 100, 'best_step': 100})  # pretraining
   c = compare(load_study(maker.save()))
   assert unfinished(c) == [('slm', 20_000)]
@@ -616,6 +621,14 @@ def _first_run(**changes: object):
   return change
 
 
+def _evaluated(**changes: object):
+  def change(study: Path) -> None:
+    file = next(study.glob('runs/llm-law*/eval.json'))
+    write(file, {name: about | changes for name, about in json.loads(file.read_text()).items()})
+
+  return change
+
+
 def _rows_cut(study: Path) -> None:
   file = next(study.glob('runs/llm-law*/eval/law-test.npy'))
   np.save(file, np.load(file)[:-1])
@@ -632,8 +645,9 @@ def _rows_cut(study: Path) -> None:
     (_change('sizes', []), 'sizes is []'),
     (_first_run(method='slim'), "runs[0]: method is 'slim', expected one of"),
     (_first_run(domain='lore'), "runs[0]: domain is 'lore'"),
-    (_first_run(run='runs/gone', finished=True), 'runs/gone: finished but has no eval.json'),
-    (lambda s: next(s.glob('runs/llm-law*/eval.json')).unlink(), 'finished but has no eval.json'),
+    (lambda s: next(s.glob('runs/llm-law*/eval.json')).unlink(), 'not evaluated on law/test'),
+    (_evaluated(step=80), 'evaluated on law/test at step 80 and serves 100'),
+    (_evaluated(rows_sha256='def'), 'law/test was evaluated on other rows than'),
     (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'missing or damaged'),
     (_rows_cut, 'law/test was evaluated on other rows than'),
   ],

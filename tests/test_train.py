@@ -1,6 +1,7 @@
 """The train loop: golden values, resumption, meshes, early stopping, bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
 def test_early_stopping_and_best(tiny_config, tmp_path):
   c = tiny_config
   c.steps, c.eval.every, c.eval.patience = 60, 1, 3
-  c.schedule = {'name': 'constant', 'peak': 3.0, 'warmup': 0}  # diverges, so it stops early
+  c.schedule.update(name='constant', peak=3.0, warmup=0)  # diverges, so it stops early
   result = train.train(c.to_dict(), tmp_path / 'run')
   assert result['steps'] < 60
   assert result['steps'] == result['best_step'] + 3
@@ -239,9 +240,12 @@ def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
   c = tiny_config
   train.train(c.to_dict(), tmp_path / 'slm')
   c.init, c.phase = str(tmp_path / 'slm'), 'finetune'
+  c.model.update(mlp=99, remat='full')  # the weights decide the shape, not how it is computed
   c.data.update(set='court', index='court-2000')
   result = train.train(c.to_dict(), tmp_path / 'tuned')
   assert result['best_loss'] < 5
+  model = files.read_json(tmp_path / 'tuned' / 'config.json')['model']
+  assert (model['mlp'], model['remat']) == (32, 'full')
   c.teacher, c.phase = str(tmp_path / 'tuned'), 'distill'
   c.objective = {
     'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
@@ -282,12 +286,53 @@ def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, t
     ({'data.set': 'nowhere'}, "no set 'nowhere'"),
     ({'data.path': ''}, 'data.path: expected the directory'),
     ({'init': '/nowhere'}, '/nowhere/config.json: no such file'),
+    ({'eval.split': 'later'}, "no split 'later'"),
+    ({'eval.batch_size': 0}, 'eval.batch_size: expected at least 1, found 0'),
+    ({'optim.clip': -1.0}, 'optim.clip: expected a norm, or 0 for none, found -1.0'),
   ],
 )
 def test_bad_input_is_one_clear_line(change, message, tiny_config, tmp_path):
   tiny_config.update_from_flattened_dict(change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     train.train(tiny_config.to_dict(), tmp_path / 'run')
+
+
+def test_other_rows_under_the_same_names_are_another_run(tiny_config, tmp_path):
+  path = tmp_path / 'data'
+  shutil.copytree(tiny_config.data.path, path)
+  tiny_config.data.path = str(path)
+  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  manifest = files.read_json(path / 'manifest.json')
+  manifest['sets']['generic']['train']['sha256'] = 'f' * 64
+  files.write_json(path / 'manifest.json', manifest)
+  with pytest.raises(ValueError, match='holds another run: rows was .*, now .ffff'):
+    train.train(tiny_config.to_dict(), tmp_path / 'run')
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(tiny_config, tmp_path):
+  train.train(tiny_config.to_dict(), tmp_path / 'teacher')
+  c = tiny_config
+  c.model.vocab, c.teacher = 264, str(tmp_path / 'teacher')
+  c.objective = {
+    'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
+  }  # fmt: skip
+  with pytest.raises(ValueError, match='has model.vocab=259, the student 264'):
+    train.train(c.to_dict(), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_records_every_change_of_code_or_machine(tiny_config, tmp_path, monkeypatch):
+  tiny_config.log_every = 0
+  with monkeypatch.context() as m:
+    m.setattr(train, '_StopSignal', lambda: Stop(2))
+    with pytest.raises(train.Interrupted):
+      train.train(tiny_config.to_dict(), tmp_path / 'run')
+  monkeypatch.setattr(rundir, '_git', lambda: 'another commit')
+  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  starts = rundir.read_starts(tmp_path / 'run')
+  assert [start['step'] for start in starts] == [0, 2]
+  assert starts[1]['code'] == 'another commit' != starts[0]['code']
+  assert starts[1]['environment'] == starts[0]['environment']
 
 
 def test_tokenizer_mismatch_is_refused(tiny_config, tmp_path):

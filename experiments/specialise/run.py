@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments.specialise import runs
 from experiments.specialise.scales import METHODS, NOTES, SCALES, Scale
-from slm import cli, data, evaluate, files, report, sharding, specialise, train
+from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
 from slm.data import importance, prepare
 from slm.models.decoder import DecoderConfig, num_params
 
@@ -95,7 +95,14 @@ def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> Non
   run = root / 'runs' / job['name']
   path = run / 'eval.json'
   known = files.read_json(path) if path.exists() else {}
-  missing = [name for name in job.get('evaluate', ()) if name not in known]
+  sets = data.manifest(root / 'data')['sets']
+
+  def current(name: str) -> bool:
+    data_set, _, split = name.partition('/')
+    now = {'step': rundir.served_step(run), 'rows_sha256': sets[data_set][split]['sha256']}
+    return now == {key: known.get(name, {}).get(key) for key in now}
+
+  missing = [name for name in job.get('evaluate', ()) if not current(name)]
   if missing:
     evaluate.run(run, str(root / 'data'), missing, mesh, batch_size=32)
 

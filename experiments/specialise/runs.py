@@ -37,7 +37,7 @@ def jobs(scale: Scale, data: str, context: int, vocab: int) -> list[Job]:
       'reparam.clusters': scale.clusters,
       'data.rows_per_group': scale.batch_size // scale.clusters,
     }
-    generic = [f'generic/{s}' for s in ('test',)]
+    generic = ['generic/test']
     found += [
       _train(f'slm-{seed}', 'pretrain', {**pretrain, **small}, generic),
       _train(f'llm-{seed}', 'pretrain', {**few, **large}, generic),

@@ -90,11 +90,12 @@ class Split:
       raise ValueError(f'{folder}: {self.facts["rows"]} rows in the manifest, other files differ')
     if level:
       self.clusters = parents(path, level)[self.clusters]
-    self.ids = np.arange(self.facts['rows'])
+    self.ids, self.sha256 = np.arange(self.facts['rows']), self.facts['sha256']
     if index:
-      self.ids = self._index(index, set, split)
+      self.ids, chosen = self._index(index, set, split)
+      self.sha256 += f' {chosen}'
 
-  def _index(self, name: str, set: str, split: str) -> np.ndarray:
+  def _index(self, name: str, set: str, split: str) -> tuple[np.ndarray, str]:
     path = self.path / 'index' / f'{name}.json'
     if not path.exists():
       known = ', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'
@@ -107,7 +108,7 @@ class Split:
     ids = files.read_npy(path.with_suffix('.npy'))
     if files.sha256(path.with_suffix('.npy')) != about['sha256']:
       raise ValueError(f'{path.with_suffix(".npy")}: does not match the hash in {path.name}')
-    return ids
+    return ids, about['sha256']
 
   def read(self, ids: np.ndarray) -> np.ndarray:
     """Read rows int32 [n, 2, context] (tokens, segments); id -1 gives an empty row."""
@@ -123,6 +124,11 @@ def _choose(options: dict[str, Any], name: str, kind: str, path: str) -> Any:
   if name not in options:
     raise ValueError(f'{path}: no {kind} {name!r}; there are: {", ".join(options)}')
   return options[name]
+
+
+def clustering(path: str | Path) -> str:
+  """Return the hash of the fitted clusters of a prepared data directory."""
+  return files.sha256(Path(path) / 'clusters' / 'model.safetensors')
 
 
 def parents(path: str | Path, level: int) -> np.ndarray:
