@@ -125,7 +125,8 @@ def _perplexity(c: Comparison) -> Plot | None:
     for y, name in enumerate(names):
       if size in cells[name]:
         _dot(ax, y, c, cells[name][size], style[name], (low, high))
-    ax.set_xlim(math.exp(low - 0.3 * (high - low)), math.exp(high + 0.35 * (high - low)))
+    left, right = math.exp(low), math.exp(high)
+    ax.set_xlim(left - 0.25 * (right - left), right + 0.25 * (right - left))  # room for labels
     ax.set_title(f'{count(size)} tokens of domain text')
     ax.set_xlabel('perplexity')
     ax.xaxis.set_major_locator(ticker.MaxNLocator(4))

@@ -4,7 +4,8 @@ It comes from Python itself and from what slm requires, directly or not, so that
 in the same environment change nothing.
 
 `python:docs` gives one document per module (its docstrings under its dotted name) and one per
-package description; `python:licences` gives what differs between licence texts.
+package description; `python:licences` gives what differs between licence texts, in pieces of about
+4,000 characters. No paragraph occurs twice, but a file's pieces may fall in different splits.
 `?max_mb=12` stops at that many megabytes, shared evenly over the packages.
 """
 
