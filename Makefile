@@ -26,7 +26,7 @@ $(VENV)/.test: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist=loadfile
 
 # Installs torch and transformers, which the tests compare with where they are present.
 reference: $(VENV)/.test
@@ -39,5 +39,6 @@ lint: $(VENV)/.test
 smoke: $(VENV)/.installed
 	bash tests/smoke.sh $(PY)
 
+# Leaves runs/: what is trained there took time.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -18,7 +18,7 @@ setup(
   python_requires='>=3.11',
   install_requires=[line for line in LINES if line and not line.startswith('#')],
   extras_require={
-    'test': ['pytest==9.2.0', 'ruff==0.17.6'],
+    'test': ['pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
     'cuda': ['jax[cuda12]==0.10.2'],
     'tpu': ['jax[tpu]==0.10.2'],
     'reference': ['torch==2.13.0', 'transformers==5.23.0'],  # other people's implementations

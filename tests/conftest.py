@@ -1,18 +1,22 @@
 """Eight simulated CPU devices, strict rank promotion, one tiny data set and config."""
 
 import json
+import os
 import random
 import tempfile
+
+# Runs of the same shapes recur in many tests: compile each program once. By environment, so that
+# the workers of a parallel run and the processes that tests start share what is compiled.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _CACHE = tempfile.TemporaryDirectory(prefix='slm-xla-', ignore_cleanup_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Runs of the same shapes recur in many tests: compile each program once.
-_CACHE = tempfile.TemporaryDirectory(prefix='slm-xla-')
-jax.config.update('jax_compilation_cache_dir', _CACHE.name)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 from configs import base  # noqa: E402
 from configs import data as data_config  # noqa: E402
