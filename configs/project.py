@@ -13,6 +13,7 @@ def get_config():
     'code': 16,  # m, size of a cluster's vector
     'leaves': ('w_gate', 'w_up', 'w_down'),
     'shared_mix': True,  # one M per layer; False: one per layer and leaf
+    'last_layers': 0,  # how many layers at the end are projected; 0: all
   }
   c.data.level = 16
   c.data.rows_per_group = 4

@@ -80,6 +80,7 @@ def project(
   code: int,
   leaves: tuple[str, ...],
   shared_mix: bool,
+  last_layers: int = 0,
 ) -> Reparam:
   """Train a projected network (Grangier et al. §2.5): k clusters, h capacity, m code size.
 
@@ -89,7 +90,8 @@ def project(
 
   theta holds E as expert_code [k,m], M as mix [l,m,h] (one per layer, or per layer and leaf when
   shared_mix is false) and T as `bases` [l,h,...]; every other leaf is shared by all clusters.
-  The paper projects the MLP only. E ~ N(0,1/m) and M ~ N(0,1/h) keep W at T's initial variance.
+  The paper projects the MLP only. With `last_layers` the layers before those have one matrix for
+  all clusters. E ~ N(0,1/m) and M ~ N(0,1/h) keep W at T's initial variance.
   """
 
   def new(key):
@@ -102,12 +104,17 @@ def project(
         f'reparam.leaves: {sorted(leaves)} are not all leaves of a block, '
         f'found {sorted(p[-1] for p in flat)}'
       )
-    layers = flat[targets[0]].shape[0]
+    depth = flat[targets[0]].shape[0]
+    layers = last_layers or depth
+    if not 0 < layers <= depth:
+      raise ValueError(f'reparam.last_layers: expected 0 to {depth}, found {last_layers}')
     draws = jax.vmap(init, out_axes=1)(jax.random.split(base_key, capacity))
     bases = dict(_flatten(draws['blocks']))
     # vmap's out_axes=1 lays a block leaf out as [layers, basis, ...], the order of its path.
-    blocks = {p[:-1] + ('bases', p[-1]): bases[p] for p in targets}
+    blocks = {p[:-1] + ('bases', p[-1]): bases[p][depth - layers :] for p in targets}
     keep = {p: w for p, w in flat.items() if p not in targets}
+    if layers < depth:
+      keep |= {p: flat[p][: depth - layers] for p in targets}
     names = ('',) if shared_mix else tuple(sorted(leaves))
     mixes = {
       ((n,) if n else ()) + ('mix',): jax.random.normal(k, (layers, code, capacity))
@@ -132,8 +139,13 @@ def project(
       mix = bases[('mix',) if shared_mix else (path[-1], 'mix')]
       # Form each cluster's matrix before the matmul: h products with x would cost h forwards.
       weight = _combine(jnp.einsum('gm,lmr->lgr', codes, mix), basis)
+      path = tuple(n for n in path if n != 'bases')
+      if path in blocks:
+        first = blocks[path][:, None]
+        first = jnp.broadcast_to(first, first.shape[:1] + weight.shape[1:2] + first.shape[2:])
+        weight = jnp.concatenate([first, weight])
       weight = constrain(weight, 'layers', 'batch', *AXES[path[-1]]) if grouped else weight[:, 0]
-      blocks[tuple(n for n in path if n != 'bases')] = weight
+      blocks[path] = weight
     return {**theta['shared'], 'blocks': _unflatten(blocks)}
 
   return Reparam(new, materialize, clusters, varies=tuple(leaves), group_axis=1)

@@ -66,29 +66,37 @@ RULES: dict[str, tuple[str, ...]] = {
 MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-  """Build the mesh; one size may be -1 and takes the devices that are left.
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+  """Return the size of every mesh axis; one may be -1 and takes the devices that are left.
 
   Raises:
     ValueError: if an axis is unknown or the sizes do not multiply to the device count.
   """
-  devices = jax.devices() if devices is None else devices
   unknown = set(sizes) - set(MESH_AXES)
   if unknown:
     raise ValueError(f'mesh: unknown axes {sorted(unknown)}, expected some of {MESH_AXES}')
   shape = [sizes.get(a, 1) for a in MESH_AXES]
   if shape.count(-1) == 1:
     rest = math.prod(n for n in shape if n != -1)
-    shape[shape.index(-1)] = max(len(devices) // rest, 1) if rest else -1
-  if min(shape) < 1 or math.prod(shape) != len(devices):
+    shape[shape.index(-1)] = max(devices // rest, 1) if rest else -1
+  if min(shape) < 1 or math.prod(shape) != devices:
     raise ValueError(
       f'mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(shape)} devices, '
-      f'found {len(devices)}'
+      f'found {devices}'
     )
+  return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+  """Build the mesh of `mesh_shape` over the given devices, or over all.
+
+  Raises:
+    ValueError: as mesh_shape does.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(sizes, len(devices))
   # Explicit is JAX's default and rejects ordinary operations; see CONTRIBUTING.
-  return jax.make_mesh(
-    tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
-  )
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def leaf_axes(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from slm import (
   load,
   objectives,
   optim,
+  plan,
   reparam,
   rundir,
   sharding,
@@ -351,9 +352,14 @@ class _StopSignal:
 
 def main(_: list[str]) -> None:
   """Train and print the result."""
-  if not flags.FLAGS.workdir:
+  if not (flags.FLAGS.workdir or flags.FLAGS.dry_run):
     raise ValueError('--workdir: name the run directory')
   config = flags.FLAGS.config
+  if flags.FLAGS.dry_run:
+    cfg = resolve(config.to_dict()) if config.data.path else config.to_dict()
+    f = flags.FLAGS
+    print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu, f.context)))
+    return
   d = config.distributed
   if d.enable:
     # What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata.
@@ -374,4 +380,9 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   config_flags.DEFINE_config_file('config', 'configs/base.py', 'What to train.')
   flags.DEFINE_string('workdir', '', 'Run directory; an unfinished run in it continues.')
+  flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time; train nothing.')
+  flags.DEFINE_integer('devices', 0, '--dry_run: how many chips; 0: as many as the mesh names.')
+  flags.DEFINE_enum('chip', 'h100', sorted(plan.CHIPS), '--dry_run: on what.')
+  flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
+  flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, where there are no data yet.')
   cli.run(main)

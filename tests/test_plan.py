@@ -1,0 +1,121 @@
+"""What a run would take: published counts, memory beside XLA's, meshes larger than the machine."""
+
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from slm import files, models, objectives, optim, plan, reparam, step, train
+
+# Grangier et al., tables 1, 6 and 7. Their MLPs have two matrices of width 4d; a gated one of 8d/3
+# has as many parameters. Their totals imply 37.1k embedding rows, more than the 32k tokens stated.
+PAPER = {'vocab': 37_120, 'num_layers': 7, 'head_dim': 128}
+SMALL = {**PAPER, 'embed': 1024, 'num_heads': 8, 'num_kv_heads': 8, 'mlp': 2731}
+LARGE = {**PAPER, 'embed': 2816, 'num_heads': 22, 'num_kv_heads': 22, 'mlp': 7509}
+
+
+def config(model, rep=None, **more):
+  c = base.get_config()
+  c.model.update(model)
+  if rep:
+    c.reparam = rep
+  c.update_from_flattened_dict(more)
+  return {**c.to_dict(), 'context': 1024}
+
+
+def planned(cfg, devices=1):
+  return plan.plan(cfg, devices, 'a100', 0.4)
+
+
+def project(clusters):
+  # h = k with the last five of the seven blocks projected fits all three published totals.
+  leaves = ('w_gate', 'w_up', 'w_down')
+  sizes = {'clusters': clusters, 'capacity': clusters, 'code': clusters, 'last_layers': 5}
+  return {'name': 'project', 'leaves': leaves, 'shared_mix': True, **sizes}
+
+
+@pytest.mark.parametrize(
+  ('model', 'rep', 'millions'),
+  [
+    (SMALL, None, 126),
+    (LARGE, None, 771),
+    (SMALL, {'name': 'mixture', 'clusters': 16}, 2016),
+    (SMALL, project(16), 756),
+    (SMALL, project(32), 1422),
+    (SMALL, project(64), 2770),
+  ],
+)
+def test_published_parameter_counts(model, rep, millions):
+  found = planned(config(model, rep))
+  assert sum(found['trained parameters'].values()) == pytest.approx(millions * 1e6, rel=4e-3)
+  served = sum(found['served parameters'].values())
+  assert served == pytest.approx((771 if model is LARGE else 126) * 1e6, rel=4e-3)
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_memory_beside_xlas(remat):
+  """State is exact; gradients and what is kept are nearly all of the temporary memory."""
+  cfg = config({'vocab': 512, 'num_layers': 8, 'remat': remat}, **{'data.batch_size': 8})
+  cfg |= {'context': 256, 'mesh': {'data': 1}}
+  cfg['objective'] = {'name': 'next_token', 'chunk': 64}
+  found = planned(cfg)['bytes per device']
+  model = models.build(cfg['model'])
+  rep = reparam.build(cfg['reparam'], model.init)
+  objective = objectives.build(
+    cfg['objective'], {'student': reparam.map_groups(rep, model.forward)}
+  )
+  tx = optim.build(cfg['optim'], lambda _: 1e-3, False)
+  state = jax.eval_shape(lambda k: step.init_state(rep.init(k), tx), jax.random.key(0))
+  rows = jax.ShapeDtypeStruct((1, 8, 1, 256), jnp.int32)
+  batch = {name: rows for name in ('inputs', 'targets', 'segments', 'positions')}
+  batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+  run = step.make_train_step(train.make_sums(objective, rep, 'float32'), tx)
+  stats = jax.jit(run).lower(state, {}, batch).compile().memory_analysis()
+  state_bytes = found['weights'] + found['optimiser moments']
+  batch_bytes = 5 * 4 * math.prod(rows.shape)
+  assert stats.argument_size_in_bytes == pytest.approx(state_bytes + batch_bytes, abs=256)
+  passing = sum(found.values()) - state_bytes
+  assert 0.85 < passing / stats.temp_size_in_bytes < 1.05
+
+
+def test_a_mesh_larger_than_the_machine():
+  more = {'data.level': 32, 'data.batch_size': 256, 'model.mlp': 2732, 'dtype': 'bfloat16'}
+  cfg = config(SMALL, project(32), **more)
+  one, many = dict(cfg), dict(cfg)
+  one['mesh'] = {'data': 1}
+  many['mesh'] = {'data': -1, 'fsdp': 8, 'tensor': 4}
+  alone, spread = planned(one), planned(many, 256)
+  assert spread['mesh'] == {'data': 8, 'fsdp': 8, 'tensor': 4, 'expert': 1}
+  assert spread['hours'] == pytest.approx(alone['hours'] / 256)
+  assert spread['FLOPs'] == alone['FLOPs']
+  share = {k: spread['bytes per device'][k] / alone['bytes per device'][k] for k in ('weights',)}
+  assert 1 / 32 < share['weights'] < 1 / 30  # norms and codes are not split
+  with pytest.raises(ValueError, match='256 groups of rows per microbatch do not divide over 96'):
+    planned({**many, 'mesh': {'data': 96}}, 96)
+
+
+def test_distillation_pays_for_the_teacher(tmp_path):
+  cfg = config(SMALL)
+  plain = planned(cfg)
+  files.write_json(tmp_path / 'config.json', {'model': {'name': 'decoder', **LARGE}})
+  teacher = models.build({'name': 'decoder', **LARGE}).cfg
+  taught = planned({**cfg, 'teacher': str(tmp_path)})
+  extra = taught['training FLOPs per token'] - plain['training FLOPs per token']
+  assert extra == plan.forward_flops(teacher, 1024)
+  assert taught['bytes per device']['teacher'] == pytest.approx(4 * 771e6, rel=4e-3)
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
+  command = [sys.executable, '-m', 'slm.train', '--config=configs/project.py', '--dry_run']
+  command += ['--config.model.vocab=32000', f'--workdir={tmp_path / "run"}']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 1 and 'expected model.vocab and --context' in done.stderr
+  more = ['--context=1024', '--devices=64', '--config.data.batch_size=256', '--chip=tpu-v5e']
+  done = subprocess.run([*command, *more], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert 'data 64' in done.stdout and 'GB' in done.stdout and 'on 64 tpu-v5e' in done.stdout
+  assert not (tmp_path / 'run').exists()
