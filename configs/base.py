@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
   )
   c.schedule = ConfigDict(
     {
-      'name': 'cosine',  # constant | cosine | wsd
+      'name': 'cosine',  # constant | cosine | inverse_sqrt | wsd
       'peak': 2e-3,
       'warmup': 100,
       'final': 0.1,  # share of the peak at the last step (cosine, wsd)
@@ -86,7 +86,8 @@ def get_config() -> ConfigDict:
       'patience': 0,  # stop after this many evaluations without a better loss; 0: never
     }
   )
-  c.checkpoint = ConfigDict({'every': 200, 'keep': 1})  # beside the best by evaluation loss
+  # Kept beside the best by evaluation loss; `milestones` are steps kept for good: RUN@STEP.
+  c.checkpoint = ConfigDict({'every': 200, 'keep': 1, 'milestones': ()})
   c.log_every = 10  # steps; 0: at evaluations and saves only
   c.tensorboard = True
   return c

@@ -1,5 +1,6 @@
 """Every Orbax call: asynchronous saves, restores onto any mesh."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ policies = ocp.training.preservation_policies
 class Checkpoints:
   """The checkpoints of one run; as a context manager it waits for pending saves."""
 
-  def __init__(self, directory: str | Path, keep: int = 0):
-    """Keep the latest `keep` and the one with the lowest loss; keep=0 opens them to read only."""
+  def __init__(self, directory: str | Path, keep: int = 0, milestones: Sequence[int] = ()):
+    """Keep the latest `keep`, the one with the lowest loss, and the steps that are milestones.
+
+    keep=0 opens them to read only.
+    """
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
     self._checkpointer = ocp.training.Checkpointer(
       Path(directory).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+      preservation_policy=policies.AnyPreservationPolicy(
+        [policies.LatestN(n=keep), best, policies.CustomSteps(list(milestones))]
+      ),
       # Only the owner may clean up: to a reader, another process's unfinished save looks the same.
       cleanup_tmp_directories=bool(keep),
     )
@@ -37,6 +43,11 @@ class Checkpoints:
     """Return the newest step saved, None if there is none."""
     metadata = self._checkpointer.latest
     return None if metadata is None else metadata.step
+
+  @property
+  def steps(self) -> list[int]:
+    """List the steps that are there."""
+    return [c.step for c in self._checkpointer.checkpoints]
 
   @property
   def best(self) -> int | None:

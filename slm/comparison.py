@@ -17,6 +17,9 @@ TEST = 'test'  # the split that is averaged
 RESAMPLES = 2000
 _CHUNK = 1 << 22  # resampled row counts held at once
 _METHOD_KEYS = ('name', 'label', 'describe')
+_STUDY_KEYS = (
+  'title', 'scale', 'data', 'domains', 'generic', 'sizes', 'methods', 'runs', 'params', 'notes'
+)  # fmt: skip
 _RUN_KEYS = (
   'method', 'domain', 'size', 'seed', 'run', 'kind', 'generic_runs', 'specialise_runs'
 )  # fmt: skip
@@ -158,7 +161,10 @@ def resample(
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """study.json, checked. Run directories are relative to `path`."""
+  """study.json, checked. Run directories are relative to `path`.
+
+  `planned` is every row; `runs` those of one budget, a share of the pretraining.
+  """
 
   path: Path
   title: str
@@ -168,9 +174,20 @@ class Study:
   generic: str
   sizes: tuple[int, ...]
   methods: dict[str, dict[str, Any]]
-  runs: tuple[dict[str, Any], ...]
+  planned: tuple[dict[str, Any], ...]
   params: dict[str, int]
   notes: tuple[str, ...]
+  budget: float = 1
+
+  @functools.cached_property
+  def runs(self) -> tuple[dict[str, Any], ...]:
+    """List the rows of this budget."""
+    return tuple(r for r in self.planned if r.get('budget', 1) == self.budget)
+
+  @functools.cached_property
+  def budgets(self) -> tuple[float, ...]:
+    """List the budgets that some row has, smallest first."""
+    return tuple(sorted({r.get('budget', 1) for r in self.planned}))
 
   def label(self, method: str) -> str:
     """Return the name shown to people."""
@@ -201,7 +218,7 @@ def load_study(path: Path) -> Study:
   if not file.exists():
     raise ValueError(f'{file}: no such file; --study expects the directory an experiment wrote')
   raw = files.read_json(file)
-  _require(raw, [f.name for f in dataclasses.fields(Study)][1:], str(file))
+  _require(raw, _STUDY_KEYS, str(file))
   for key in ('methods', 'sizes', 'domains'):
     if not raw[key] or not isinstance(raw[key], list):
       raise ValueError(f'{file}: {key} is {raw[key]!r}, expected a list of at least one')
@@ -294,7 +311,8 @@ def compare(study: Study) -> Comparison:
 
 def _sets(study: Study, domain: str) -> list[str]:
   """List the test set of a domain and whatever else of the domain its runs were evaluated on."""
-  found = {study.path / r['run'] / 'eval.json' for r in study.runs if r['domain'] == domain}
+  runs = (study.path / r['run'] for r in study.runs if r['domain'] == domain)
+  found = {rundir.evaluations(run).with_suffix('.json') for run in runs}
   names = {name for f in found if f.exists() for name in files.read_json(f)}
   mine = {n for n in names if n.startswith(f'{domain}/')} - {f'{domain}/{TEST}'}
   return [f'{domain}/{TEST}', *sorted(mine)]
@@ -347,7 +365,9 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
   if step is None:
     return None
   again = f'python -m slm.evaluate --run={path} --on={name}'
-  results = files.read_json(path / 'eval.json') if (path / 'eval.json').exists() else {}
+  folder = rundir.evaluations(path)
+  summary = folder.with_suffix('.json')
+  results = files.read_json(summary) if summary.exists() else {}
   if name not in results:
     if name.endswith(f'/{TEST}'):
       raise ValueError(f'{path}: finished but not evaluated on {name}; {again}')
@@ -356,7 +376,7 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
     raise ValueError(
       f'{path}: evaluated on {name} at step {results[name]["step"]} and serves {step}; {again}'
     )
-  file = path / 'eval' / f'{name.replace("/", "-")}.npy'
+  file = folder / f'{name.replace("/", "-")}.npy'
   try:
     rows = np.load(file, allow_pickle=False)
   except (ValueError, EOFError, FileNotFoundError) as e:
@@ -366,8 +386,16 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
   return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
 
 
-def training_cost(path: Path) -> Cost | None:
-  """Add up a run's training phases; held-out evaluations are not training. None: no ledger."""
+def training_cost(ref: Path) -> Cost | None:
+  """Add up the training phases of RUN, or of RUN@STEP up to that step. None: no ledger.
+
+  Held-out evaluations are not training.
+  """
+  path, step = rundir.split_ref(ref)
+  if step is not None:
+    lines = rundir.read_metrics(path) if (path / 'metrics.jsonl').exists() else []
+    line = next((x for x in lines if x['step'] == step), None)
+    return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
   if not (path / 'ledger.json').exists():
     return None
   phases = [p for p in rundir.read_ledger(path)['phases'] if p['phase'] != 'evaluate']

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from slm import cli, data, files, load, objectives, reparam, sharding
+from slm import cli, data, files, load, objectives, reparam, rundir, sharding
 
 Params = dict[str, Any]
 
@@ -90,17 +90,17 @@ def run(
 ) -> dict[str, dict[str, float]]:
   """Evaluate a run on 'set/split' names; write eval.json and eval/<set>-<split>.npy.
 
-  What eval.json holds for other names stays. A run that holds specialists routes every
-  row to its own cluster's.
+  Those of RUN@STEP are eval-STEP.json and eval-STEP/. What is there for other names stays. A run
+  that holds specialists routes every row to its own cluster's.
   """
-  workdir = Path(workdir)
+  folder = rundir.evaluations(workdir)
   loaded = load.load(workdir, mesh)
   manifest = data.manifest(path)
   load.same_tokenizer(loaded, manifest['tokenizer']['fingerprint'])
   load.same_clusters(loaded, path)
   cfg = loaded.cfg
   row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh)
-  results_path = workdir / 'eval.json'
+  results_path = folder.with_suffix('.json')
   results = files.read_json(results_path) if results_path.exists() else {}
   with jax.set_mesh(mesh):
     for name in sets:
@@ -108,7 +108,7 @@ def run(
       level = loaded.reparam.clusters
       specialist = (lambda c: loaded.params(c)) if level else (lambda c: loaded.theta)
       values = rows(row_losses, specialist, mesh, path, data_set, split, batch_size, level)
-      files.write_npy(workdir / 'eval' / f'{data_set}-{split}.npy', values)
+      files.write_npy(folder / f'{data_set}-{split}.npy', values)
       facts = manifest['sets'][data_set][split]
       origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
       results[name] = summary(values, facts['bytes']) | origin
@@ -123,14 +123,14 @@ def main(_: list[str]) -> None:
   mesh = sharding.make_mesh({'data': -1})
   print(f'{"run":40s} {"on":24s} {"loss":>8s} {"ppl":>9s} {"bits/byte":>9s}')
   for path in flags.FLAGS.run:
-    data_path = flags.FLAGS.data or files.read_json(Path(path) / 'config.json')['data']['path']
+    data_path = flags.FLAGS.data or rundir.read_config(path)['data']['path']
     for name, r in run(path, data_path, flags.FLAGS.on, mesh, flags.FLAGS.batch_size).items():
       if name in flags.FLAGS.on:
         print(f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} {r["ppl"]:9.3f} {r["bpb"]:9.4f}')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_multi_string('run', [], 'Run directory to evaluate; may be repeated.')
+  flags.DEFINE_multi_string('run', [], 'Run directory (or RUN@STEP); may be repeated.')
   flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
   flags.DEFINE_multi_string('on', ['generic/test'], 'set/split to evaluate; may be repeated.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from slm import checkpoint, data, files, models, reparam, sharding
+from slm import checkpoint, data, files, models, reparam, rundir, sharding
 
 Params = dict[str, Any]
 
@@ -52,15 +52,15 @@ def theta_shardings(rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> tuple[Para
 
 
 def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Loaded:
-  """Load the best checkpoint of a run directory onto the mesh; `finished` refuses others.
+  """Load RUN's best checkpoint, or RUN@STEP, onto the mesh; `finished` refuses unfinished runs.
 
   Raises:
-    ValueError: if the directory holds no run or no checkpoint, or the run must be finished and
-      is not.
+    ValueError: if the directory holds no run or no such checkpoint, or the run must be finished
+      and is not (a named step need not be the last).
   """
-  run = Path(run)
+  run, step = rundir.split_ref(run)
   cfg = files.read_json(run / 'config.json')
-  if finished and not (run / 'result.json').exists():
+  if finished and step is None and not (run / 'result.json').exists():
     raise ValueError(f'{run}: has not finished; the command that started it continues it')
   model, rep = build(cfg)
   shapes, where = theta_shardings(rep, mesh)
@@ -68,7 +68,9 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
   if not directory.is_dir():
     raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
   with checkpoint.Checkpoints(directory) as saved:
-    step = saved.best
+    if step is not None and step not in saved.steps:
+      raise ValueError(f'{run}: has no checkpoint of step {step}, there are: {saved.steps}')
+    step = saved.best if step is None else step
     if step is None:
       raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
     theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))

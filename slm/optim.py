@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from slm import factory
@@ -25,6 +26,17 @@ def cosine(peak: float, warmup: int, steps: int, final: float, decay: float) -> 
   return optax.schedules.warmup_cosine_decay_schedule(start, peak, warmup, steps, final * peak)
 
 
+def inverse_sqrt(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
+  """Warm up linearly, then decay as 1 / sqrt(step) (Vaswani et al. 2017, §5.3).
+
+  It does not depend on where training ends, so every checkpoint is the end of a shorter run.
+  """
+  del steps, final, decay
+  return lambda step: (
+    peak * jnp.minimum((step + 1) / (warmup + 1), ((warmup + 1) / (step + 1)) ** 0.5)
+  )
+
+
 def wsd(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
   """Warm up, hold, then decay linearly over the last `decay` share of the steps."""
   start = steps - max(int(decay * steps), 1)
@@ -37,7 +49,7 @@ def wsd(peak: float, warmup: int, steps: int, final: float, decay: float) -> Sch
   )
 
 
-SCHEDULES = {'constant': constant, 'cosine': cosine, 'wsd': wsd}
+SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqrt, 'wsd': wsd}
 
 
 def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:

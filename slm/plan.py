@@ -6,14 +6,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from slm import files, load, models, reparam, sharding
+from slm import load, models, reparam, rundir, sharding
 from slm.models.decoder import Decoder, DecoderConfig, forward_flops, num_params
 
 
@@ -74,7 +73,7 @@ def plan(
   forward, teacher_flops = forward_flops(model.cfg, context), 0.0
   memory = _memory(cfg, model.cfg, rep, theta, where, mesh, local_groups)
   if cfg['teacher']:
-    teacher = models.build(files.read_json(Path(cfg['teacher']) / 'config.json')['model']).cfg
+    teacher = models.build(rundir.read_config(cfg['teacher'])['model']).cfg
     teacher_flops = forward_flops(teacher, context)
     memory['teacher'] = 4.0 * sum(num_params(teacher).values()) / math.prod(sizes[1:3])
   tokens = d['batch_size'] * context

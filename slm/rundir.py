@@ -22,6 +22,24 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'num
 OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
 
 
+def split_ref(ref: str | Path) -> tuple[Path, int | None]:
+  """Split RUN or RUN@STEP into the run directory and the step, None where none is named."""
+  ref = Path(ref)
+  name, at, step = ref.name.rpartition('@')
+  return (ref.with_name(name), int(step)) if at and name and step.isdigit() else (ref, None)
+
+
+def read_config(ref: str | Path) -> dict[str, Any]:
+  """Read the resolved config of RUN or RUN@STEP."""
+  return files.read_json(split_ref(ref)[0] / 'config.json')
+
+
+def evaluations(ref: str | Path) -> Path:
+  """Return the folder of a run's (or of its checkpoint's) held-out losses; .json sums them up."""
+  run, step = split_ref(ref)
+  return run / ('eval' if step is None else f'eval-{step}')
+
+
 def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
   """Refuse a directory that holds something else.
 
@@ -55,8 +73,11 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
   return files.read_json(path) if path.exists() else []
 
 
-def served_step(workdir: Path) -> int | None:
-  """Return the step whose weights a finished run serves, None if it has not finished."""
+def served_step(ref: str | Path) -> int | None:
+  """Return the step whose weights RUN@STEP or a finished run serves, None if it is not there."""
+  workdir, step = split_ref(ref)
+  if step is not None:
+    return step if (workdir / 'checkpoints' / str(step)).exists() else None
   if not (workdir / 'result.json').exists():
     return None
   result, config = (files.read_json(workdir / f'{n}.json') for n in ('result', 'config'))

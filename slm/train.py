@@ -77,7 +77,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
   if cfg['init']:
     # The weights decide the shape; how they are computed stays the config's.
     how = {name: cfg['model'][name] for name in ('remat', 'unroll')}
-    cfg['model'] = files.read_json(Path(cfg['init']) / 'config.json')['model'] | how
+    cfg['model'] = rundir.read_config(cfg['init'])['model'] | how
   cfg['model']['vocab'] = cfg['model']['vocab'] or vocab
   if cfg['model']['vocab'] < vocab:
     raise ValueError(f'model.vocab={cfg["model"]["vocab"]}: the tokenizer has {vocab} ids')
@@ -269,7 +269,9 @@ class _Run:
     # A new run is recorded once its first state exists: until then the config may be wrong.
     began = (self.workdir / 'config.json').exists()
     state = None if began else self.initial_state()
-    with checkpoint.Checkpoints(self.workdir / 'checkpoints', cfg['checkpoint']['keep']) as saved:
+    keep = cfg['checkpoint']
+    folder, marks = self.workdir / 'checkpoints', keep['milestones']
+    with checkpoint.Checkpoints(folder, keep['keep'], marks) as saved:
       state = self.restore(saved) if began else state
       rundir.write_run(self.workdir, cfg, int(state.step))
       start, compiled, stop = int(state.step), None, False
@@ -290,7 +292,7 @@ class _Run:
             record.evaluated(step, *self.evaluate(state))
           final |= record.exhausted
           best = cfg['eval']['patience'] and record.best_step == step
-          if final or stop or best or due(cfg['checkpoint']['every']):
+          if final or stop or best or due(keep['every']) or step in marks:
             record.flush()
             record.write()
             next_batch = self.batches.get_state()

@@ -74,3 +74,13 @@ def test_independent_models_are_clipped_by_their_own_norm():
     one = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
     want, _ = alone.update(one(grads), alone.init(one(params)), one(params))
     np.testing.assert_allclose(together['w_up'][i], want['w_up'], rtol=1e-6)
+
+
+def test_inverse_sqrt_does_not_know_where_it_ends():
+  make = lambda steps: optim.schedule(
+    {'name': 'inverse_sqrt', 'peak': 1.0, 'warmup': 9, 'final': 0.1, 'decay': 0.2}, steps
+  )
+  short, long = make(20), make(2000)
+  for step in (0, 4, 9, 19):
+    assert short(step) == long(step)
+  np.testing.assert_allclose([long(0), long(9), long(39), long(999)], [0.1, 1.0, 0.5, 0.1], 1e-6)

@@ -96,22 +96,25 @@ def test_config_builds_and_adds_no_unknown_key(name):
 @pytest.mark.parametrize('name', sorted(scales.SCALES))
 def test_study_jobs_come_after_what_they_need_and_cover_the_table(name):
   scale = scales.SCALES[name]
-  jobs = runs.jobs(scale, 'data', 256, scale.prepare['tokenizer.vocab'])
+  study = runs.Study(scale, 'data', 256, scale.prepare['tokenizer.vocab'])
   seen = set()
-  for job in jobs:
+  for job in study.jobs.values():
     settings = job.get('set', {})
     for needed in (settings.get('init'), settings.get('teacher'), job.get('run')):
-      assert not needed or needed in seen, job
+      assert not needed or needed.partition('@')[0] in seen, job
+      run, _, step = (needed or '').partition('@')
+      assert not step or int(step) in study.jobs[run]['set']['checkpoint.milestones']
     if settings.get('data.index') and settings.get('data.set', 'generic') == 'generic':
       assert settings['data.index'] in seen
     seen.add(job['name'])
-  for row in runs.table_rows(scale):
+  for row in study.rows:
     for run in (row['run'], *row['generic_runs'], *row['specialise_runs']):
-      assert run.removeprefix('runs/') in seen
+      assert run.removeprefix('runs/').partition('@')[0] in seen
 
 
 def test_every_run_a_method_needs_is_paid_for():
-  rows = {r['method']: r for r in runs.table_rows(scales.QUICK) if r['size'] == 20_000}
+  study = runs.Study(scales.QUICK, 'data', 128, 2048)
+  rows = {r['method']: r for r in study.rows if r['size'] == 20_000}
   paid = {m: (r['generic_runs'], r['specialise_runs']) for m, r in rows.items()}
   names = lambda *found: [f'runs/{n}-0' for n in found]
   tuned = lambda m: f'{m}-licences-20000'

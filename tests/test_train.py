@@ -6,12 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from slm import checkpoint, data, files, load, reparam, rundir, sharding, train
+from slm import (
+  checkpoint,
+  comparison,
+  data,
+  evaluate,
+  files,
+  load,
+  reparam,
+  rundir,
+  sharding,
+  train,
+)
 from slm.record import Recorder
 
 
@@ -259,6 +271,30 @@ def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
   tuned = {p['phase']: p for p in rundir.read_ledger(tmp_path / 'tuned')['phases']}
   # The teacher has the student's size: its forward pass adds a third of training's three.
   assert phases['distill']['flops'] == pytest.approx(tuned['finetune']['flops'] * 4 / 3)
+
+
+def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
+  """Under a schedule that does not know its end, RUN@STEP holds what a run of STEP steps does."""
+  c, mesh = tiny_config, sharding.make_mesh({'data': 8})
+  c.schedule.name, c.steps, c.checkpoint.milestones = 'inverse_sqrt', 6, (2, 3)
+  train.train(c.to_dict(), tmp_path / 'long')
+  c.steps, c.checkpoint.milestones = 3, ()
+  train.train(c.to_dict(), tmp_path / 'short')
+  at = f'{tmp_path}/long@3'
+  assert equal(theta(at), theta(tmp_path / 'short'))
+  short = comparison.training_cost(tmp_path / 'short')
+  assert comparison.training_cost(Path(at)).flops == short.flops > 0
+  data = tiny_config.data.path
+  found = [evaluate.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
+  assert found[0] == found[1]
+  assert (tmp_path / 'long' / 'eval-3.json').exists() and not (
+    tmp_path / 'long' / 'eval.json'
+  ).exists()
+  c.init, c.phase = at, 'finetune'
+  train.train(c.to_dict(), tmp_path / 'tuned')
+  assert rundir.read_ledger(tmp_path / 'tuned')['ancestors'] == [at]
+  with pytest.raises(ValueError, match=r'no checkpoint of step 4, there are: \[2, 3, 6\]'):
+    load.load(f'{tmp_path}/long@4', mesh)
 
 
 def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, tmp_path):

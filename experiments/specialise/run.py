@@ -18,7 +18,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.specialise import runs
-from experiments.specialise.scales import METHODS, NOTES, SCALES, Scale
+from experiments.specialise.methods import METHODS
+from experiments.specialise.scales import NOTES, SCALES, Scale
 from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
 from slm.data import importance, prepare
 from slm.models.decoder import DecoderConfig, num_params
@@ -79,7 +80,7 @@ def do_importance(job: dict[str, Any], root: Path) -> None:
 def do_specialise(job: dict[str, Any], root: Path) -> None:
   """Take a specialist out of a run that holds several."""
   name, run = root / 'runs' / job['name'], root / 'runs' / job['run']
-  specialise.specialise(run, job['domain'], name, 'frequent', job['index'])
+  specialise.specialise(run, job['domain'], name, job['rule'], job['index'])
 
 
 DO = {
@@ -93,7 +94,7 @@ DO = {
 def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> None:
   """Evaluate a finished run on what its job lists and eval.json lacks."""
   run = root / 'runs' / job['name']
-  path = run / 'eval.json'
+  path = rundir.evaluations(run).with_suffix('.json')
   known = files.read_json(path) if path.exists() else {}
   sets = data.manifest(root / 'data')['sets']
 
@@ -113,21 +114,26 @@ def study(scale_name: str, corpus: str, root: Path) -> None:
   prepare_data(scale, corpus, root / 'data')
   manifest = data.manifest(root / 'data')
   vocab = manifest['tokenizer']['vocab']
-  todo = runs.jobs(scale, str(root / 'data'), manifest['context'], vocab)
+  planned = runs.Study(scale, str(root / 'data'), manifest['context'], vocab)
+  todo = list(planned.jobs.values())
   mesh, began = sharding.make_mesh({'data': -1}), time.monotonic()
   for i, job in enumerate(todo, 1):
     print(f'[{i}/{len(todo)}] {job["do"]} {job["name"]}', file=sys.stderr, flush=True)
     DO[job['do']](job, root)
     do_evaluate(job, root, mesh)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
-  write_study(scale_name, scale, vocab, root)
+  write_study(scale_name, scale, vocab, planned.rows, root)
   report.report(root)
 
 
-def write_study(scale_name: str, scale: Scale, vocab: int, root: Path) -> None:
+def write_study(
+  scale_name: str, scale: Scale, vocab: int, rows: list[dict[str, Any]], root: Path
+) -> None:
   """Describe the finished study for slm.report."""
   params = lambda shape: sum(num_params(DecoderConfig(vocab=vocab, **shape)).values())
   small, large = params(scale.small), params(scale.large)
+  kinds = {row['method']: row['kind'] for row in rows}
+  methods = [m for m in METHODS if m.name in kinds]
   files.write_json(
     root / 'study.json',
     {
@@ -137,9 +143,9 @@ def write_study(scale_name: str, scale: Scale, vocab: int, root: Path) -> None:
       'domains': list(scale.domains),
       'generic': 'generic',
       'sizes': list(scale.sizes),
-      'methods': [{'name': n, 'label': lb, 'describe': d} for n, lb, d in METHODS],
-      'runs': runs.table_rows(scale),
-      'params': {name: large if name == 'llm' else small for name, _, _ in METHODS},
+      'methods': [{'name': m.name, 'label': m.label, 'describe': m.describe} for m in methods],
+      'runs': rows,
+      'params': {name: large if kind == 'large' else small for name, kind in kinds.items()},
       'notes': list(NOTES),
     },
   )

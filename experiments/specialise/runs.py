@@ -1,177 +1,224 @@
 """Every run of the study as plain data, in an order that meets their needs."""
 
+import dataclasses
 from typing import Any
 
+from experiments.specialise.methods import FAMILIES, METHODS, Family, Method
 from experiments.specialise.scales import Scale
 from slm.models.decoder import DecoderConfig, forward_flops
 
 Job = dict[str, Any]
 
 
-def jobs(scale: Scale, data: str, context: int, vocab: int) -> list[Job]:
-  """List the jobs: {'name', 'do', ...}; `do` names the entry point that runs it.
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Weights that a method fine-tunes: a run (or RUN@STEP), and the runs paid for it."""
 
-  Names are run directories below the study's. 'evaluate' lists set/split names.
+  ref: str = ''
+  generic_runs: tuple[str, ...] = ()
+  domain_runs: tuple[str, ...] = ()
+
+
+class Study:
+  """The jobs and the table rows of a scale.
+
+  A job is {'name', 'do', 'evaluate', ...}: its name is a run directory below the study's `runs`
+  (or a checkpoint of one), `do` names the entry point that makes it, 'evaluate' lists set/split
+  names. A row is a cell of the report: which run serves, and which had to be paid for.
   """
-  common = {'data.path': data, **scale.train}
-  small = {f'model.{k}': v for k, v in scale.small.items()}
-  large = {f'model.{k}': v for k, v in scale.large.items()}
-  ratio = _flops(scale.large, context, vocab) / _flops(scale.small, context, vocab)
-  found: list[Job] = []
-  for seed in scale.seeds:
-    pretrain = {
-      **common,
-      'seed': seed,
-      'steps': scale.steps,
-      'data.batch_size': scale.batch_size,
-      'schedule.peak': scale.peak,
-      'schedule.warmup': scale.steps // 20,
-      'eval.every': max(scale.steps // 5, 1),
-      'checkpoint.every': max(scale.steps // 5, 1),
-    }
-    less = max(int(scale.steps / ratio), 1)
-    few = {**pretrain, 'steps': less, 'schedule.warmup': less // 20, 'eval.every': less // 4 or 1}
-    few['schedule.peak'] = scale.large_peak
-    groups = {
-      'data.level': scale.clusters,
-      'reparam.clusters': scale.clusters,
-      'data.rows_per_group': scale.batch_size // scale.clusters,
-    }
-    generic = ['generic/test']
-    found += [
-      _train(f'slm-{seed}', 'pretrain', {**pretrain, **small}, generic),
-      _train(f'llm-{seed}', 'pretrain', {**few, **large}, generic),
-      _train(f'mixture-{seed}', 'mixture', {**pretrain, **small, **groups}, generic),
-      _train(
-        f'project-{seed}',
-        'project',
-        {**pretrain, **small, **groups, 'reparam.capacity': scale.clusters,
-         'reparam.code': scale.clusters},
-        generic,
-      ),
-    ]  # fmt: skip
-    for domain in scale.domains:
-      found += _domain_jobs(scale, domain, seed, common, pretrain, small, large)
-  return found
 
+  def __init__(self, scale: Scale, data: str, context: int, vocab: int):
+    self.scale, self.jobs, self.rows = scale, {}, []
+    flops = lambda shape: forward_flops(DecoderConfig(vocab=vocab, **shape), context)
+    self._ratio = flops(scale.large) / flops(scale.small)
+    self._common = {'data.path': data, **scale.train}
+    for seed in scale.seeds:
+      methods = [m for m in METHODS if m.name in scale.methods]
+      if seed != scale.seeds[0]:
+        methods = [m for m in methods if m.name not in scale.once]
+      for method in methods:
+        if method.family and not FAMILIES[method.family].select:
+          self._pretrain(method.family, '', seed)
+      self._generic_rows(methods, seed)
+      for domain in scale.domains:
+        for method in sorted(methods, key=lambda m: bool(m.teacher)):
+          self._method(method, domain, seed)
 
-def _domain_jobs(scale, domain, seed, common, pretrain, small, large) -> list[Job]:
-  smallest = f'{domain}-{scale.sizes[0]}'
-  index = f'{domain}-is-{seed}'
-  tests = [f'{domain}/{split}' for split in scale.eval_splits]
-  start = {
-    'slm': f'slm-{seed}',
-    'llm': f'llm-{seed}',
-    'importance': f'importance-{domain}-{seed}',
-    'mixture': f'mixture-{domain}-{seed}',
-    'project': f'project-{domain}-{seed}',
-    'slm_nopt': '',
-  }
-  found = [
-    {'name': f'slm-{seed}', 'do': 'evaluate', 'evaluate': tests},
-    {
-      'name': index,
-      'do': 'importance',
-      'domain': domain,
-      'level': scale.selection_level,
-      'domain_index': smallest,
-      'tokens': pretrain['steps'] * scale.batch_size,  # times the context, see run.py
-      'seed': seed,
-    },
-    _train(start['importance'], 'importance', {**pretrain, **small, 'data.index': index}, tests),
-  ]
-  for method in ('mixture', 'project'):
-    found.append(
-      {
-        'name': start[method],
-        'do': 'specialise',
-        'run': f'{method}-{seed}',
-        'domain': domain,
-        'index': smallest,
-        'evaluate': tests,
-      }
-    )
-  for i, size in enumerate(scale.sizes):
-    steps = scale.finetune_steps[i]
-    tune = {
-      **common,
+  def _add(self, name: str, do: str, evaluate: list[str], **job: Any) -> str:
+    """Add a job, or what an earlier job of that name is to be evaluated on; returns the name."""
+    known = self.jobs.setdefault(name, {'name': name, 'do': do, 'evaluate': [], **job})
+    known['evaluate'] += [name for name in evaluate if name not in known['evaluate']]
+    return name
+
+  def _steps(self, family: Family) -> int:
+    """Return the pretraining steps that cost the FLOPs of the SLM's."""
+    if family.large:
+      return max(int(self.scale.steps / self._ratio), 1)
+    return self.scale.steps * self.scale.batch_size // self._batch(family)
+
+  def _batch(self, family: Family) -> int:
+    every = self._clusters(family) * self.scale.mixture_rows
+    return every if family.config == 'mixture' else self.scale.batch_size
+
+  def _clusters(self, family: Family) -> int:
+    return self.scale.clusters if family.clusters == 'clusters' else family.clusters
+
+  def _at(self, run: str, family: Family, budget: float) -> str:
+    """Name the checkpoint of a run at a share of its pretraining."""
+    return run if budget == 1 else f'{run}@{round(self._steps(family) * budget)}'
+
+  def _pretrain(self, name: str, domain: str, seed: int) -> str:
+    """Add the pretraining of a family, and its checkpoints' losses on generic text."""
+    s, family = self.scale, FAMILIES[name]
+    steps, clusters = self._steps(family), self._clusters(family)
+    settings = {
+      **self._common,
+      **_model(s.large if family.large else s.small),
       'seed': seed,
       'steps': steps,
+      'data.batch_size': self._batch(family),
+      'schedule.name': s.schedule,
+      'schedule.peak': s.large_peak if family.large else s.peak,
+      'schedule.warmup': steps // 20,
+      'eval.every': max(steps // 8, 1),
+      'checkpoint.every': max(steps // 8, 1),
+      'checkpoint.milestones': tuple(round(steps * b) for b in s.budgets if b < 1),
+    }
+    if clusters:
+      rows = s.mixture_rows if family.config == 'mixture' else max(s.batch_size // clusters, 1)
+      settings |= {
+        'data.level': clusters,
+        'reparam.clusters': clusters,
+        'data.rows_per_group': rows,
+      }
+      if family.config == 'project':
+        settings |= {'reparam.capacity': clusters, 'reparam.code': clusters}
+    settings |= family.set
+    run = f'{name}-{domain}-{seed}' if domain else f'{name}-{seed}'
+    if family.init:
+      settings['init'] = self._pretrain(family.init, '', seed)
+    if family.select:
+      how = {'domain': domain, 'domain_index': self._smallest(domain), 'seed': seed}
+      how |= {'level': s.selection_level, 'tokens': steps * s.batch_size} | family.select
+      settings['data.index'] = self._add(f'{name}-{domain}-rows-{seed}', evaluate=[], **how)
+    generic = [] if domain else ['generic/test']
+    self._add(run, 'train', generic, config=f'configs/{family.config}.py', set=settings)
+    for budget in s.budgets if generic else ():
+      self._add(self._at(run, family, budget), 'evaluate', generic)
+    return run
+
+  def _smallest(self, domain: str) -> str:
+    return f'{domain}-{self.scale.sizes[0]}'
+
+  def _generic_rows(self, methods: list[Method], seed: int) -> None:
+    """Add the rows of losses on generic text: once for each family that is shared."""
+    for name in dict.fromkeys(m.family for m in methods if m.family):
+      if FAMILIES[name].select:
+        continue
+      for budget in self.scale.budgets:
+        ref = self._at(f'{name}-{seed}', FAMILIES[name], budget)
+        first = next(m.name for m in methods if m.family == name)
+        self._row(first, None, None, seed, budget, ref, Start(ref, (ref,)), ())
+
+  def _start(self, method: Method, domain: str, seed: int, budget: float) -> Start:
+    """Add what a method needs before it is fine-tuned on a domain."""
+    if not method.family:
+      return Start()
+    family = FAMILIES[method.family]
+    run = self._pretrain(method.family, domain if family.select else '', seed)
+    ref = self._at(run, family, budget)
+    if family.select:
+      seeded = (f'{family.init}-{seed}',) if family.init else ()
+      return Start(ref, seeded, (ref,))
+    if not method.rule:
+      return Start(ref, (ref,))
+    name = f'{method.name}-{domain}-{seed}' + _tag(budget)
+    how = {'run': ref, 'domain': domain, 'index': self._smallest(domain), 'rule': method.rule}
+    self._add(name, 'specialise', self._tests(domain), **how)
+    return Start(name, (ref,), (name,))
+
+  def _method(self, method: Method, domain: str, seed: int) -> None:
+    """Add a method's runs and rows on one domain."""
+    s = self.scale
+    budgets = s.budgets if method.name in s.budgeted else (1,)
+    for budget in budgets:
+      start = self._start(method, domain, seed, budget)
+      if not method.tune:
+        self._add(start.ref, 'evaluate', self._tests(domain))
+        for size in s.sizes if budget == 1 else s.sizes[:2]:
+          self._row(method.name, domain, size, seed, budget, start.ref, start, ())
+        continue
+      for i, size in enumerate(s.sizes if budget == 1 else s.sizes[:2]):
+        run, paid, generic = self._tune(method, start, domain, i, seed, budget), (), ()
+        if method.teacher:
+          teacher = next(m for m in METHODS if m.name == method.teacher)
+          generic = self._start(teacher, domain, seed, budget).generic_runs
+          paid = (f'{method.teacher}-{domain}-{size}-{seed}' + _tag(budget),)
+        start_and = dataclasses.replace(start, generic_runs=start.generic_runs + generic)
+        self._row(method.name, domain, size, seed, budget, run, start_and, (*paid, run))
+
+  def _tests(self, domain: str) -> list[str]:
+    return [f'{domain}/{split}' for split in self.scale.eval_splits]
+
+  def _tune(
+    self, method: Method, start: Start, domain: str, i: int, seed: int, budget: float
+  ) -> str:
+    """Add a fine-tuning run on the i-th size."""
+    s = self.scale
+    steps, size = s.finetune_steps[i], s.sizes[i]
+    large = bool(method.family) and FAMILIES[method.family].large
+    settings = {
+      **self._common,
+      **_model(s.large if large else s.small),
+      'seed': seed,
+      'steps': steps,
+      'init': start.ref,
       'data.set': domain,
       'data.index': f'{domain}-{size}',
-      'data.batch_size': scale.finetune_batch,
+      'data.batch_size': s.finetune_batch,
       'schedule.warmup': min(10, steps // 2),
-      'eval.every': max(steps // 15, 1),
+      # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
+      'schedule.peak': (s.large_peak if large else s.peak) * s.finetune_rate / (1 if i else 3),
+      'eval.every': max(steps // s.finetune_evals, 1),
       'checkpoint.every': steps,
     }
-    for method, init in start.items():
-      own = {**small, 'schedule.peak': scale.peak}
-      if method == 'llm':
-        own = {**large, 'schedule.peak': scale.large_peak}
-      # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
-      own['schedule.peak'] /= 3 if i == 0 else 1
-      name = f'{method}-{domain}-{size}-{seed}'
-      found.append(_train(name, 'finetune', {**tune, **own, 'init': init}, tests))
-    taught = {'init': start['slm'], 'teacher': f'llm-{domain}-{size}-{seed}'}
-    taught['schedule.peak'] = scale.peak / (3 if i == 0 else 1)
-    name = f'distill-{domain}-{size}-{seed}'
-    found.append(_train(name, 'distill', {**tune, **small, **taught}, tests))
-  return found
+    if method.teacher:
+      settings['teacher'] = f'{method.teacher}-{domain}-{size}-{seed}' + _tag(budget)
+    name = f'{method.name}-{domain}-{size}-{seed}' + _tag(budget)
+    config = f'configs/{method.tune}.py'
+    return self._add(name, 'train', self._tests(domain), config=config, set=settings)
+
+  def _row(
+    self,
+    method: str,
+    domain: str | None,
+    size: int | None,
+    seed: int,
+    budget: float,
+    served: str,
+    start: Start,
+    tuned: tuple[str, ...],
+  ) -> None:
+    family = next(m.family for m in METHODS if m.name == method)
+    run = lambda names: [f'runs/{name}' for name in names]
+    self.rows.append(
+      {
+        'method': method,
+        'domain': domain,
+        'size': size,
+        'seed': seed,
+        'budget': budget,
+        'run': f'runs/{served}',
+        'kind': 'large' if family and FAMILIES[family].large else 'small',
+        'generic_runs': run(start.generic_runs),
+        'specialise_runs': run([*start.domain_runs, *tuned]),
+      }
+    )
 
 
-def _train(name: str, config: str, overrides: dict[str, Any], evaluate: list[str]) -> Job:
-  return {
-    'name': name,
-    'do': 'train',
-    'config': f'configs/{config}.py',
-    'set': overrides,
-    'evaluate': evaluate,
-  }
+def _tag(budget: float) -> str:
+  return '' if budget == 1 else f'-budget{budget:g}'
 
 
-def _flops(shape: dict[str, int], context: int, vocab: int) -> float:
-  return forward_flops(DecoderConfig(vocab=vocab, **shape), context)
-
-
-def table_rows(scale: Scale) -> list[dict[str, Any]]:
-  """List the cells of the report: which run serves, and which runs had to be paid for."""
-  found = []
-  for seed in scale.seeds:
-    for method in ('slm', 'llm', 'mixture', 'project'):
-      run = f'runs/{method}-{seed}'
-      found.append(_row(method, None, None, seed, run, [run], []))
-    for domain in scale.domains:
-      for size in scale.sizes:
-        cells = _cells(domain, size, seed)
-        found += [_row(m, domain, size, seed, *cell) for m, cell in cells.items()]
-  return found
-
-
-def _cells(domain: str, size: int, seed: int) -> dict[str, tuple[str, list[str], list[str]]]:
-  """Map each method to its served run, the runs paid before the domain is known, and after."""
-  served = lambda method: f'runs/{method}-{domain}-{size}-{seed}'
-  of_domain = lambda method: f'runs/{method}-{domain}-{seed}'
-  slm, llm, mixture, project = (f'runs/{m}-{seed}' for m in ('slm', 'llm', 'mixture', 'project'))
-  return {
-    'slm': (served('slm'), [slm], [served('slm')]),
-    'slm_noft': (slm, [slm], []),
-    'slm_nopt': (served('slm_nopt'), [], [served('slm_nopt')]),
-    'importance': (served('importance'), [], [of_domain('importance'), served('importance')]),
-    'distill': (served('distill'), [slm, llm], [served('llm'), served('distill')]),
-    'mixture': (served('mixture'), [mixture], [of_domain('mixture'), served('mixture')]),
-    'project': (served('project'), [project], [of_domain('project'), served('project')]),
-    'llm': (served('llm'), [llm], [served('llm')]),
-  }
-
-
-def _row(method, domain, size, seed, served, generic_runs, specialise_runs) -> dict[str, Any]:
-  return {
-    'method': method,
-    'domain': domain,
-    'size': size,
-    'seed': seed,
-    'run': served,
-    'kind': 'large' if method == 'llm' else 'small',
-    'generic_runs': generic_runs,
-    'specialise_runs': specialise_runs,
-  }
+def _model(shape: dict[str, int]) -> dict[str, int]:
+  return {f'model.{k}': v for k, v in shape.items()}

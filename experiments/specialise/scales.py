@@ -7,6 +7,11 @@ LLM sees fewer tokens and an expert of the mixture sees a cluster's share.
 import dataclasses
 from typing import Any
 
+# The paper's own methods.
+MAIN = (
+  'slm', 'slm_noft', 'slm_nopt', 'importance', 'distill', 'mixture', 'project', 'llm'
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -27,6 +32,14 @@ class Scale:
   selection_level: int  # clusters for importance sampling
   finetune_steps: tuple[int, ...]  # at most, one per size
   finetune_batch: int
+  finetune_rate: float = 1.0  # peak of fine-tuning, as a share of the pretraining's
+  finetune_evals: int = 15  # evaluations for early stopping, if it runs to its cap
+  schedule: str = 'cosine'
+  mixture_rows: int = 1  # rows of each expert in a batch of the mixture
+  methods: tuple[str, ...] = MAIN
+  once: tuple[str, ...] = ()  # methods that the first seed alone runs
+  budgets: tuple[float, ...] = (1,)  # shares of the pretraining after which models are specialised
+  budgeted: tuple[str, ...] = ()  # by these methods, and on the two smaller sets
   eval_splits: tuple[str, ...] = ('test',)
   seeds: tuple[int, ...] = (0,)
   train: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -89,38 +102,28 @@ CPU = Scale(
   eval_splits=('test', 'test_ood'),
 )
 
-SCALES = {'quick': QUICK, 'cpu': CPU}
-
-METHODS = (
-  ('slm', 'SLM', 'A small model trained on generic text, then fine-tuned on the domain.'),
-  ('slm_noft', 'SLM, no fine-tuning', 'The same small model before it has seen the domain.'),
-  ('slm_nopt', 'SLM, no pretraining', 'The small model trained on the domain text alone.'),
-  (
-    'importance',
-    'SLM-is, importance sampling',
-    'A small model trained on generic text resampled to look like the domain, then fine-tuned.',
-  ),
-  (
-    'distill',
-    'SLM-d, distillation',
-    'The small model, fine-tuned to imitate the fine-tuned large model.',
-  ),
-  (
-    'mixture',
-    'SLM-mix, hard mixture',
-    'One small model per cluster of generic text; the one nearest the domain is fine-tuned.',
-  ),
-  (
-    'project',
-    'SLM-pn, projected network',
-    'One large network that projects to a small model per cluster; the nearest is fine-tuned.',
-  ),
-  (
-    'llm',
-    'LLM',
-    'A model about six times larger, given the same FLOPs (so fewer tokens), then fine-tuned.',
-  ),
+# 99k and 578k parameters, trained for hundreds of tokens per parameter as the paper's are.
+LONG = dataclasses.replace(
+  CPU,
+  title='Biomedical, law and news, trained far past compute-optimal',
+  prepare={'tokenizer.vocab': 1024, 'context': 256, 'levels': (16, 64, 256), 'fit_windows': 40_000},
+  sizes=(10_000, 80_000, 640_000),
+  small=_shape(32, 4, 2, 128),
+  large=_shape(96, 4, 3, 288),
+  steps=9600,
+  peak=1e-2,
+  large_peak=5e-3,
+  schedule='inverse_sqrt',
+  selection_level=256,
+  mixture_rows=4,
+  finetune_steps=(150, 600, 2400),
+  finetune_rate=0.3,
+  budgets=(0.125, 0.25, 0.5, 1),
+  budgeted=('slm', 'slm_noft', 'importance', 'mixture', 'project', 'llm'),
+  seeds=(0, 1, 2),
 )
+
+SCALES = {'quick': QUICK, 'cpu': CPU, 'long': LONG}
 
 NOTES = (
   'Models, corpora and budgets are orders of magnitude smaller than the paper (126M and 771M '
