@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
       'unroll': 1,  # layers per iteration of the scan
     }
   )
-  c.reparam = ConfigDict({'name': 'full'})  # full | mixture | project, see slm/reparam.py
+  c.reparam = ConfigDict({'name': 'full'})  # see slm/reparam and the configs named so
   c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # tokens' logits at once, a device
   c.teacher = ''  # run directory of the distillation teacher
   c.init = ''  # run directory whose (dense) weights, and so shape, to start from; '' is random
@@ -51,10 +51,16 @@ def get_config() -> ConfigDict:
       'split': 'train',
       'index': '',  # name of an index in the data directory; '' is every row
       'level': 0,  # clusters to group rows by; 0 does not group
-      'order': 'proportional',  # 'every': one group per cluster in each batch, in order
+      # 'every': one group per cluster in each batch, in order; 'histogram': groups of rows that
+      # follow random histograms over at most histogram_clusters clusters
+      'order': 'proportional',
+      'histogram_clusters': 4,
       'rows_per_group': 1,
       'batch_size': 32,  # rows per optimiser step
       'accum': 1,  # microbatches per optimiser step
+      'mix_share': 0.0,  # this share of the rows comes from mix_set/train (with level 0)
+      'mix_set': '',
+      'mix_index': '',
     }
   )
   c.schedule = ConfigDict(

@@ -106,7 +106,7 @@ def run(
     for name in sets:
       data_set, _, split = name.partition('/')
       level = loaded.reparam.clusters
-      specialist = (lambda c: loaded.params(c)) if level else (lambda c: loaded.theta)
+      specialist = lambda c, level=level: loaded.params(c if level else None)
       values = rows(row_losses, specialist, mesh, path, data_set, split, batch_size, level)
       files.write_npy(folder / f'{data_set}-{split}.npy', values)
       facts = manifest['sets'][data_set][split]

@@ -1,10 +1,12 @@
 """From a run directory to a model that can be called."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from slm import checkpoint, data, files, models, reparam, rundir, sharding
 
@@ -20,23 +22,29 @@ class Loaded:
   model: models.Model
   reparam: reparam.Reparam
   theta: Params
+  frozen: Params  # {'base': ...} where theta is a change of another run's weights
   step: int
 
-  def params(self, cluster: int | None = None) -> Params:
-    """Return ordinary dense params: the model itself, or the specialist of a cluster.
+  def params(self, condition: int | np.ndarray | None = None) -> Params:
+    """Return dense params: the model itself, or a cluster's or histogram's specialist.
 
     Raises:
-      ValueError: if the run holds specialists and no valid cluster is named, or holds none and
-        one is.
+      ValueError: if the run holds specialists and no valid cluster or histogram [clusters] is
+        given, or holds none and one is.
     """
     clusters = self.reparam.clusters
-    if not clusters:
-      if cluster is not None:
-        raise ValueError(f'{self.path} holds one dense model: it has no cluster {cluster}')
+    if not clusters and condition is not None:
+      raise ValueError(f'{self.path} holds one dense model: it has no cluster {condition}')
+    if clusters and not np.ndim(condition) and (condition is None or not 0 <= condition < clusters):
+      raise ValueError(f'{self.path}: expected a cluster in 0..{clusters - 1}, found {condition}')
+    if np.ndim(condition) and np.shape(condition) != (clusters,):
+      raise ValueError(
+        f'{self.path}: expected a histogram over {clusters} clusters, '
+        f'found shape {np.shape(condition)}'
+      )
+    if not (clusters or self.frozen):
       return self.theta
-    if cluster is None or not 0 <= cluster < clusters:
-      raise ValueError(f'{self.path}: expected a cluster in 0..{clusters - 1}, found {cluster}')
-    return jax.jit(self.reparam.materialize)(self.theta, {}, cluster)
+    return jax.jit(self.reparam.materialize)(self.theta, self.frozen, condition)
 
 
 def build(cfg: dict[str, Any]) -> tuple[models.Model, reparam.Reparam]:
@@ -74,7 +82,21 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
     if step is None:
       raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
     theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))
-  return Loaded(run, cfg, model, rep, theta, step)
+  frozen = {'base': base(cfg, rep, mesh)} if rep.base else {}
+  return Loaded(run, cfg, model, rep, theta, frozen, step)
+
+
+def base(cfg: Mapping[str, Any], rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> Params:
+  """Load what a run changes and does not train: the weights of the run that its `init` names.
+
+  Raises:
+    ValueError: if there is no such run or it was trained with another tokenizer.
+  """
+  if not cfg['init']:
+    raise ValueError(f'init: reparam {cfg["reparam"]["name"]!r} changes the weights of another run')
+  start = load(cfg['init'], mesh, finished=True)
+  same_tokenizer(start, cfg['tokenizer'])
+  return start.params() if rep.base == 'params' else start.theta
 
 
 def same_clusters(loaded: Loaded, path: str | Path) -> None:

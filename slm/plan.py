@@ -72,6 +72,8 @@ def plan(
     )
   forward, teacher_flops = forward_flops(model.cfg, context), 0.0
   memory = _memory(cfg, model.cfg, rep, theta, where, mesh, local_groups)
+  if rep.base:
+    memory['frozen weights'] = 4.0 * sum(num_params(model.cfg).values()) / math.prod(sizes[1:3])
   if cfg['teacher']:
     teacher = models.build(rundir.read_config(cfg['teacher'])['model']).cfg
     teacher_flops = forward_flops(teacher, context)

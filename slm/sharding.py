@@ -32,9 +32,14 @@ AXES: dict[str, tuple[str, ...]] = {
   'w_gate': ('embed', 'mlp'),
   'w_up': ('embed', 'mlp'),
   'w_down': ('mlp', 'embed'),
-  # Projected network (slm/reparam.py): E [k,m] and M^(l) [m,h] of the paper.
+  # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network, and the nets that route or emit.
   'expert_code': ('clusters', 'code'),
   'mix': ('code', 'basis'),
+  'router_in': ('clusters', 'hidden'),
+  'router_bias': ('hidden',),
+  'router_out': ('hidden', 'basis'),
+  'hyper_in': ('code', 'hidden'),
+  'hyper_bias': ('hidden',),
 }
 
 # A path component that stacks everything below it along one more leading axis.
@@ -50,6 +55,9 @@ INPUTS: dict[str, tuple[str, ...]] = {
   'w_up': ('embed',),
   'w_down': ('mlp',),
 }
+
+# The factors [inputs,rank] and [rank,outputs] of a change to the weight that they lie under.
+FACTORS = ('lora_a', 'lora_b')
 
 # Logical axis -> mesh axes. `batch` is an activation axis; `embed` is a weight axis only
 # (activations never shard it).
@@ -106,9 +114,15 @@ def leaf_axes(path: tuple[Any, ...]) -> tuple[str, ...]:
     ValueError: if the leaf's name has no row in AXES.
   """
   names = [k.key for k in path]
-  if names[-1] not in AXES:
-    raise ValueError(f'weight {"/".join(names)}: no row for {names[-1]!r} in sharding.AXES')
-  return tuple(STACKS[n] for n in names[:-1] if n in STACKS) + AXES[names[-1]]
+  name, of = names[-1], ('', *names)[-2]
+  if name in FACTORS and of in INPUTS:
+    own = tuple(a for a in AXES[of] if (a in INPUTS[of]) == (name == 'lora_a'))
+    own = (*own, 'rank') if name == 'lora_a' else ('rank', *own)
+  elif name in AXES:
+    own = AXES[name]
+  else:
+    raise ValueError(f'weight {"/".join(names)}: no row for {name!r} in sharding.AXES')
+  return tuple(STACKS[n] for n in names[:-1] if n in STACKS) + own
 
 
 def axes(params: Params) -> Params:

@@ -18,14 +18,20 @@ from slm import checkpoint, cli, data, evaluate, files, load, rundir, sharding
 from slm.models.decoder import forward_flops
 from slm.record import phase_entry
 
-# A choice of cluster and the (tokens, forward passes counted in tokens) it cost.
-Choice = tuple[int, int]
+# A cluster id or a histogram over clusters, and the tokens of the forward passes it cost.
+Choice = tuple[int | np.ndarray, int]
 
 
 def frequent(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
   """Choose the domain's most frequent cluster; needs no model evaluation."""
   histogram = data.histogram(path, domain, 'train', loaded.reparam.clusters, index)
   return int(np.argmax(histogram)), 0
+
+
+def histogram(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
+  """Take the domain's whole histogram: average the clusters' codes, or a mixture's experts."""
+  found = data.histogram(path, domain, 'train', loaded.reparam.clusters, index)
+  return found.astype(np.float32), 0
 
 
 def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
@@ -55,13 +61,13 @@ def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> 
   return int(np.argmin(found)), tokens
 
 
-RULES = {'frequent': frequent, 'best': best}
+RULES = {'frequent': frequent, 'best': best, 'histogram': histogram}
 
 
 def specialise(
   run: str | Path, domain: str, workdir: str | Path, rule: str = 'frequent', index: str = ''
-) -> int:
-  """Write the chosen specialist as a dense run directory; returns its cluster.
+) -> int | list[float]:
+  """Write the chosen specialist as a dense run directory; returns its cluster or histogram.
 
   Raises:
     ValueError: if the run holds no specialists, or the rule or the domain is unknown.
@@ -89,34 +95,36 @@ def specialise(
   }
   rundir.check_run(workdir, dense)
   if (workdir / 'result.json').exists():
-    return files.read_json(workdir / 'result.json')['cluster']
+    return files.read_json(workdir / 'result.json')['condition']
   with jax.set_mesh(mesh):
-    cluster, tokens = RULES[rule](loaded, path, domain, index, mesh)
+    condition, tokens = RULES[rule](loaded, path, domain, index, mesh)
     rundir.write_run(workdir, dense)
     with checkpoint.Checkpoints(workdir / 'checkpoints', keep=1) as saved:
       if saved.latest is None:
-        saved.save(0, loaded.params(cluster))
+        saved.save(0, loaded.params(condition))
   flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])
   entry = phase_entry('select', tokens, flops, (time.monotonic() - began) * jax.device_count())
   rundir.write_ledger(workdir, [entry], [str(run)])
-  files.write_json(workdir / 'result.json', {'cluster': cluster, 'rule': rule, 'steps': 0})
-  return cluster
+  condition = np.asarray(condition).tolist()
+  files.write_json(workdir / 'result.json', {'condition': condition, 'rule': rule, 'steps': 0})
+  return condition
 
 
 def main(_: list[str]) -> None:
   """Write the specialist and say which cluster it is."""
   if not (flags.FLAGS.run and flags.FLAGS.domain and flags.FLAGS.workdir):
     raise ValueError('expected --run, --domain and --workdir')
-  cluster = specialise(
+  found = specialise(
     flags.FLAGS.run, flags.FLAGS.domain, flags.FLAGS.workdir, flags.FLAGS.rule, flags.FLAGS.index
   )
-  print(f'{flags.FLAGS.workdir}: specialist of cluster {cluster} ({jax.device_count()} devices)')
+  what = f'cluster {found}' if isinstance(found, int) else 'the histogram over clusters'
+  print(f'{flags.FLAGS.workdir}: specialist of {what} ({jax.device_count()} devices)')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('run', '', 'Run that holds specialists (mixture or project).')
+  flags.DEFINE_string('run', '', 'Run (or RUN@STEP) that holds specialists.')
   flags.DEFINE_string('domain', '', 'Set of the data directory to specialise to.')
-  flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How the cluster is chosen.')
+  flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How it is chosen.')
   flags.DEFINE_string('index', '', 'Specialisation set (an index of the data directory).')
   flags.DEFINE_string('workdir', '', 'Run directory to write.')
   cli.run(main)

@@ -73,11 +73,20 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
   cfg['context'] = manifest['context']
   d = cfg['data']
   cfg['rows'] = data.Split(path, d['set'], d['split'], d['index']).sha256
+  if d['mix_set']:
+    cfg['rows'] += ' ' + data.Split(path, d['mix_set'], 'train', d['mix_index']).sha256
   cfg['clustering'] = data.clustering(path) if cfg['data']['level'] else ''
   if cfg['init']:
     # The weights decide the shape; how they are computed stays the config's.
     how = {name: cfg['model'][name] for name in ('remat', 'unroll')}
-    cfg['model'] = rundir.read_config(cfg['init'])['model'] | how
+    start = rundir.read_config(cfg['init'])
+    cfg['model'] = start['model'] | how
+    if cfg['reparam']['name'] == 'code':
+      of, d = start['reparam'], cfg['data']
+      if of['name'] != 'project':
+        raise ValueError(f'init: reparam "code" tunes a projected network, found {of["name"]!r}')
+      found = data.histogram(path, d['set'], d['split'], of['clusters'], d['index'])
+      cfg['reparam'] |= {'of': of, 'histogram': found.tolist()}
   cfg['model']['vocab'] = cfg['model']['vocab'] or vocab
   if cfg['model']['vocab'] < vocab:
     raise ValueError(f'model.vocab={cfg["model"]["vocab"]}: the tokenizer has {vocab} ids')
@@ -137,6 +146,8 @@ class _Run:
     self.model, self.reparam = load.build(cfg)
     self.shapes, self.where = load.theta_shardings(self.reparam, mesh)
     self.frozen, forwards, self.ancestors = {}, {}, []
+    if self.reparam.base:
+      self.frozen['base'] = load.base(cfg, self.reparam, mesh)
     forwards['student'] = reparam.map_groups(self.reparam, self.model.forward)
     teacher_flops = 0.0
     if cfg['teacher']:
@@ -176,6 +187,9 @@ class _Run:
         f'reparam.clusters={self.reparam.clusters} needs rows grouped by as many clusters: '
         f'set data.level to it, found {d["level"]}'
       )
+    if self.reparam.histograms != (d['order'] == 'histogram'):
+      need = 'needs' if self.reparam.histograms else 'is not trained with'
+      raise ValueError(f'reparam {self.cfg["reparam"]["name"]!r} {need} data.order="histogram"')
     if self.reparam.independent and d['order'] != 'every':
       raise ValueError(f'data.order={d["order"]!r}: independent models need "every"')
     groups = d['batch_size'] // (d['accum'] * d['rows_per_group'])
@@ -202,12 +216,15 @@ class _Run:
     """Draw theta, or take the weights of cfg.init, laid out on the mesh."""
     cfg = self.cfg
     if cfg['init']:
+      self.ancestors.insert(0, str(cfg['init']))
+    if cfg['init'] and not self.reparam.base:
       start = load.load(cfg['init'], self.mesh, finished=True)
       load.same_tokenizer(start, cfg['tokenizer'])
-      if self.reparam.clusters:
-        raise ValueError('init: only reparam "full" starts from the weights of another run')
-      theta = start.params()
-      self.ancestors.insert(0, str(cfg['init']))
+      if not self.reparam.start:
+        raise ValueError(
+          f'init: reparam {cfg["reparam"]["name"]!r} cannot start from the weights of another run'
+        )
+      theta = jax.jit(self.reparam.start, out_shardings=self.where)(start.params())
     else:
       key = jax.random.fold_in(jax.random.key(cfg['seed']), 0)
       theta = jax.jit(self.reparam.init, out_shardings=self.where)(key)
@@ -241,8 +258,9 @@ class _Run:
     """Measure the held-out loss, each row under its own cluster's specialist, and the seconds."""
     e, cfg, began = self.cfg['eval'], self.cfg, time.monotonic()
     specialist = lambda c: state.theta
-    if self.reparam.clusters:
-      specialist = lambda c: self.materialize(state.theta, {}, c)
+    if self.reparam.clusters or self.reparam.base:
+      condition = lambda c: c if self.reparam.clusters else None
+      specialist = lambda c: self.materialize(state.theta, self.frozen, condition(c))
     values = evaluate.rows(
       self.row_losses,
       specialist,

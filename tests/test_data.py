@@ -146,7 +146,14 @@ def test_every_order_cycles_over_each_cluster():
 
 
 @pytest.mark.parametrize(
-  'changes', [{}, {'level': 8, 'rows_per_group': 2}, {'level': 8, 'order': 'every'}]
+  'changes',
+  [
+    {},
+    {'level': 8, 'rows_per_group': 2},
+    {'level': 8, 'order': 'every'},
+    {'level': 8, 'order': 'histogram', 'rows_per_group': 2},
+    {'mix_share': 0.3, 'mix_set': 'law', 'mix_index': 'law-500'},
+  ],
 )
 def test_same_global_batches_on_any_number_of_hosts(changes):
   config = cfg(**changes)
@@ -157,6 +164,48 @@ def test_same_global_batches_on_any_number_of_hosts(changes):
       for key, value in batch.items():
         joined = np.concatenate([part[step][key] for part in parts], axis=1)
         np.testing.assert_array_equal(joined, value)
+
+
+def test_groups_follow_their_random_histogram():
+  config = cfg(level=8, order='histogram', rows_per_group=4, batch_size=32, histogram_clusters=3)
+  split = data.Split(config.path, 'generic', 'train', level=8)
+  order = data.Order(config, split)
+  drawn, asked, support = np.zeros(8), np.zeros(8), set()
+  for step in range(300):
+    histograms, ids = order.step(step)
+    assert histograms.shape == (8, 8) and histograms.dtype == np.float32
+    np.testing.assert_allclose(histograms.sum(1), 1, rtol=1e-6)
+    for h, group in zip(histograms, ids, strict=True):
+      found = split.clusters[group]
+      assert (h[found] > 0).all()
+      drawn += np.bincount(found, minlength=8) / len(group)
+      asked += h
+      support.add(int((h > 0).sum()))
+  assert support == {1, 2, 3}
+  np.testing.assert_allclose(drawn, asked, atol=5 * np.sqrt(asked.max() / 4))
+  batch = take(1, config)[0]
+  assert batch['condition'].shape == (1, 8, 8) and batch['inputs'].shape == (1, 8, 4, 64)
+
+
+def test_mixing_puts_an_exact_share_of_another_sets_rows_between():
+  config = cfg(mix_share=0.3, mix_set='law', mix_index='law-500', batch_size=8)
+  law = data.Split(config.path, 'law', 'train', 'law-500')
+  own = {law.read(law.ids[i : i + 1]).tobytes() for i in range(len(law.ids))}
+  plain = [b['inputs'] for b in take(9, cfg(batch_size=8))]
+  generic = iter(np.concatenate([b.reshape(-1, 64) for b in plain]))
+  where, seen = [], []
+  for batch in take(10, config):
+    for tokens, segments in zip(
+      batch['inputs'].reshape(-1, 64), batch['segments'].reshape(-1, 64), strict=True
+    ):
+      row = np.stack([tokens, segments]).astype(np.int32).tobytes()
+      where.append(row in own)
+      if where[-1]:
+        seen.append(row)
+      else:  # the generic stream is the one without mixing, in its order
+        np.testing.assert_array_equal(tokens, next(generic))
+  assert sum(where) == 24 and np.flatnonzero(where)[:4].tolist() == [3, 6, 9, 13]
+  assert set(seen[: len(own)]) == own  # an epoch of the domain's rows has each once
 
 
 def test_state_is_one_integer_and_resumes_anywhere():

@@ -1,5 +1,7 @@
 """Materialise: closed forms of the projected network, the mixture, what depends on what."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,12 +173,187 @@ def test_specialist_has_the_dense_models_structure():
     assert shapes(made) == shapes(MODEL.init(KEY))
 
 
-def test_axes_cover_every_theta():
-  for rep in (
-    project(shared_mix=False),
-    reparam.build({'name': 'mixture', 'clusters': 3}, MODEL.init),
-  ):
-    sharding.axes(rep.init(KEY))
+SECTIONS = {
+  'full': {},
+  'mixture': {'clusters': 3},
+  'demix': {'clusters': 3, 'leaves': MLP},
+  'project': {'clusters': 3, 'capacity': 4, 'code': 5, 'leaves': MLP, 'shared_mix': False},
+  'soup': {'clusters': 3, 'experts': 4, 'leaves': MLP, 'router': 'linear', 'hidden': 0},
+  'soup_mlp': {'clusters': 3, 'experts': 4, 'leaves': MLP, 'router': 'mlp', 'hidden': 6},
+  'hyper': {'clusters': 3, 'code': 5, 'hidden': 6, 'rank': 2, 'leaves': (*MLP, 'wo')},
+  'hyper_whole': {'clusters': 3, 'code': 5, 'hidden': 6, 'rank': 0, 'leaves': MLP},
+  'lora': {'rank': 2, 'alpha': 4.0, 'leaves': (*MLP, 'wq', 'wo')},
+  'mask': {'leaves': MLP, 'threshold': 0.1},
+}
+
+
+def build(name):
+  return reparam.build({'name': name.partition('_')[0], **SECTIONS[name]}, MODEL.init)
+
+
+def moved(theta):
+  """Draw every leaf anew, so that what starts at zero counts too."""
+  leaves, tree = jax.tree.flatten(theta)
+  keys = jax.random.split(KEY, len(leaves))
+  draw = lambda k, x: 0.3 * jax.random.normal(k, x.shape)
+  return jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize('name', sorted(SECTIONS))
+def test_axes_cover_every_theta(name):
+  sharding.axes(build(name).init(KEY))
+
+
+@pytest.mark.parametrize('name', [n for n in sorted(SECTIONS) if n not in ('full', 'mixture')])
+def test_what_a_reparameterisation_adds_starts_at_the_dense_model_it_shares(name):
+  rep, base = build(name), MODEL.init(KEY)
+  theta = rep.init(jax.random.key(1))
+  shared = base if rep.base else theta['shared']
+  made = rep.materialize(theta, {'base': base}, 1 if rep.clusters else None)
+  assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, base)
+  if name in ('project', 'demix'):  # these have no shared weight to start from
+    return
+  for path, w in jax.tree_util.tree_leaves_with_path(made):
+    want = shared
+    for k in path:
+      want = want[k.key]
+    np.testing.assert_array_equal(w, want)
+
+
+CLUSTERED = [n for n in sorted(SECTIONS) if 'clusters' in SECTIONS[n] and n != 'mixture']
+
+
+@pytest.mark.parametrize('name', CLUSTERED)
+def test_a_cluster_is_the_histogram_with_all_its_mass(name):
+  """And groups of either kind hold what single conditions give."""
+  rep = build(name)
+  theta = moved(rep.init(KEY))
+  ids = jnp.array([2, 0, 2, 1])
+  by_id, by_histogram = rep.materialize(theta, {}, ids), rep.materialize(theta, {}, jnp.eye(3)[ids])
+  single = [rep.materialize(theta, {}, int(i)) for i in ids]
+  for path, w in jax.tree_util.tree_leaves_with_path(by_id):
+    get = lambda tree, path=path: functools.reduce(lambda t, k: t[k.key], path, tree)
+    np.testing.assert_allclose(get(by_histogram), w, rtol=1e-5, atol=1e-6)
+    varies = path[-1].key in rep.varies
+    stack = [get(s) for s in single]
+    want = jnp.stack(stack, rep.group_axis) if varies else stack[0]
+    np.testing.assert_allclose(w, want, rtol=1e-5, atol=1e-6)
+    assert not varies or not np.allclose(stack[0], stack[1])
+
+
+def test_a_histogram_averages_experts_and_codes():
+  p = jnp.array([0.5, 0.2, 0.3])
+  rep = build('mixture')
+  theta = rep.init(KEY)
+  got = rep.materialize(theta, {}, p)['blocks']['attn']['wq']
+  want = sum(w * rep.materialize(theta, {}, i)['blocks']['attn']['wq'] for i, w in enumerate(p))
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  rep = build('project')
+  theta = rep.init(KEY)
+  own = {**theta, 'expert_code': (p @ theta['expert_code'])[None]}
+  got, want = rep.materialize(theta, {}, p), rep.materialize(own, {}, 0)
+  np.testing.assert_allclose(
+    got['blocks']['mlp']['w_up'], want['blocks']['mlp']['w_up'], rtol=1e-5, atol=1e-6
+  )
+
+
+def test_demix_is_a_projected_network_with_identities():
+  k, rep = 3, build('demix')
+  theta = rep.init(KEY)
+  network = project(k, k, k)
+  other = network.init(KEY)
+  experts = theta['experts']['blocks']['mlp']
+  other |= {'shared': theta['shared'], 'expert_code': jnp.eye(k)}
+  other['blocks']['mix'] = jnp.broadcast_to(jnp.eye(k), (2, k, k))
+  other['blocks']['mlp']['bases'] = {n: jnp.swapaxes(w, 0, 1) for n, w in experts.items()}
+  for i in range(k):
+    a, b = rep.materialize(theta, {}, i), network.materialize(other, {}, i)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_soup_is_a_shared_matrix_plus_weighted_bases():
+  p = jnp.array([0.5, 0.2, 0.3])
+  for name in ('soup', 'soup_mlp'):
+    rep = build(name)
+    theta = moved(rep.init(KEY))
+    hidden = p
+    if name == 'soup_mlp':
+      hidden = jax.nn.gelu(p @ theta['router_in'] + theta['router_bias'])
+    alpha = hidden @ theta['router_out']
+    for leaf in MLP:
+      bases = theta['blocks']['mlp']['bases'][leaf]
+      want = theta['shared']['blocks']['mlp'][leaf] + jnp.einsum('r,lr...->l...', alpha, bases)
+      got = rep.materialize(theta, {}, p)['blocks']['mlp'][leaf]
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hypernetwork_emits_a_low_rank_change():
+  rep = build('hyper')
+  theta = moved(rep.init(KEY))
+  z = jnp.tanh(theta['expert_code'][1] @ theta['hyper_in'] + theta['hyper_bias'])
+  f = theta['blocks']['mlp']['bases']['w_up']
+  for layer in range(2):
+    a = jnp.einsum('r,rio->io', z, f['lora_a'][layer])
+    b = jnp.einsum('r,rio->io', z, f['lora_b'][layer])
+    want = theta['shared']['blocks']['mlp']['w_up'][layer] + a @ b
+    got = rep.materialize(theta, {}, 1)['blocks']['mlp']['w_up'][layer]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_adds_its_scaled_product_and_masks_switch_weights_off():
+  base, rep = MODEL.init(KEY), build('lora')
+  theta = moved(rep.init(KEY))
+  made = rep.materialize(theta, {'base': base}, None)
+  f = theta['blocks']['attn']['wo']  # two input axes, heads and head_dim
+  change = jnp.einsum('lhcr,lrd->lhcd', f['lora_a'], f['lora_b'])
+  want = base['blocks']['attn']['wo'] + 4.0 / 2 * change
+  np.testing.assert_allclose(made['blocks']['attn']['wo'], want, rtol=1e-5, atol=1e-6)
+  assert made['embedding'] is base['embedding']
+
+  rep = build('mask')
+  theta = moved(rep.init(KEY))
+  frozen = {'base': base}
+  made = rep.materialize(theta, frozen, None)['blocks']['mlp']['w_up']
+  score, w = theta['blocks']['mlp']['w_up'], base['blocks']['mlp']['w_up']
+  np.testing.assert_allclose(made, jnp.where(score > 0.1, w, 0.0), atol=1e-6)
+  total = lambda t: rep.materialize(t, frozen, None)['blocks']['mlp']['w_up'].sum()
+  grad = jax.grad(total)(theta)['blocks']['mlp']['w_up']
+  np.testing.assert_allclose(grad, w, rtol=1e-6)  # as if the score itself multiplied
+
+
+def test_code_tunes_one_vector_of_a_frozen_network():
+  network = {'name': 'project', **SECTIONS['project']}
+  base = reparam.build(network, MODEL.init)
+  theta = base.init(KEY)
+  p = [0.5, 0.2, 0.3]
+  rep = reparam.build({'name': 'code', 'of': network, 'histogram': p}, MODEL.init)
+  delta = rep.init(KEY)
+  assert jax.tree.map(jnp.shape, delta) == {'expert_code': (1, 5)}
+  got = rep.materialize(delta, {'base': theta}, None)
+  want = base.materialize(theta, {}, jnp.array(p))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
+  with pytest.raises(ValueError, match='expected init to name'):
+    reparam.build({'name': 'code', 'of': {}, 'histogram': ()}, MODEL.init)
+
+
+def test_mixture_and_demix_start_from_a_dense_model():
+  dense = MODEL.init(KEY)
+  for name in ('mixture', 'demix', 'full'):
+    rep = build(name)
+    made = rep.materialize(rep.start(dense), {}, 2)
+    jax.tree.map(np.testing.assert_array_equal, made, dense)
+
+
+@pytest.mark.parametrize('name', CLUSTERED)
+def test_counted_flops_of_forming_weights_are_xlas(name):
+  rep, groups = build(name), 3
+  theta = rep.init(KEY)
+  form = jax.jit(lambda t, c: rep.materialize(t, {}, c))
+  cost = form.lower(theta, jnp.arange(groups)).compile().cost_analysis()['flops']
+  counted = reparam.materialize_flops(rep, theta, groups)
+  # XLA also counts what is added to the shared weights, and the router.
+  extra = 3 * groups * sum(w.size for w in jax.tree.leaves(MODEL.init(KEY)['blocks'])) + 2000
+  assert counted <= cost <= counted + extra
 
 
 def test_mixture_needs_every_cluster_in_a_batch():

@@ -86,6 +86,9 @@ def test_config_builds_and_adds_no_unknown_key(name):
   for key in ('data', 'eval', 'optim', 'checkpoint', 'mesh', 'model'):
     assert set(config[key]) == set(base.get_config()[key])
   config['model']['vocab'] = 100
+  if name == 'code':  # init decides what it tunes
+    network = importlib.import_module('configs.project').get_config().reparam.to_dict()
+    config['reparam'] |= {'of': network, 'histogram': (1 / 16,) * 16}
   load.build(config)
   objectives.build(config['objective'], {})
   optim.schedule(config['schedule'], config['steps'])

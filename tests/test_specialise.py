@@ -24,16 +24,19 @@ def one_device():
   sharding.make_mesh = make
 
 
-@pytest.fixture(params=['mixture', 'project'])
+@pytest.fixture(params=['mixture', 'project', 'soup'])
 def trained(request, tiny_config, tmp_path, one_device):
   c = tiny_config
   c.reparam = {'name': request.param, 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4)
   c.mesh.data = 1
+  leaves = ('w_gate', 'w_up', 'w_down')
   if request.param == 'mixture':
     c.data.order = 'every'
+  elif request.param == 'soup':
+    c.data.order = 'histogram'
+    c.reparam.update(experts=2, leaves=leaves, router='linear', hidden=0)
   else:
-    leaves = ('w_gate', 'w_up', 'w_down')
     c.reparam.update(capacity=2, code=2, leaves=leaves, shared_mix=True)
   train.train(c.to_dict(), tmp_path / 'run')
   return tmp_path / 'run'
@@ -56,6 +59,18 @@ def test_specialist_is_an_ordinary_dense_run(trained, tmp_path, tiny_data):
   if hist[cluster] == 1:
     assert alone['loss'] == pytest.approx(routed['loss'], rel=1e-6)
   assert rundir.read_ledger(path)['ancestors'] == [str(trained)]
+
+
+def test_histogram_rule_averages_and_trains_on(trained, tmp_path, tiny_config, tiny_data):
+  found = specialise.specialise(trained, 'court', tmp_path / 'one', 'histogram', 'court-2000')
+  p = data.histogram(tiny_data, 'court', 'train', 2, 'court-2000')
+  np.testing.assert_allclose(found, p, rtol=1e-6)
+  one, many = load.load(tmp_path / 'one', MESH()), load.load(trained, MESH())
+  want = many.reparam.materialize(many.theta, {}, jnp.asarray(p, jnp.float32))
+  for a, b in zip(jax.tree.leaves(one.params()), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match='expected a histogram over 2 clusters'):
+    many.params(np.ones(3) / 3)
 
 
 def test_best_rule_takes_the_lowest_loss_and_counts_its_cost(trained, tmp_path, tiny_data):

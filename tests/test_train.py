@@ -1,5 +1,6 @@
 """The train loop: golden values, resumption, meshes, early stopping, bad input."""
 
+import copy
 import json
 import shutil
 import signal
@@ -65,8 +66,14 @@ class Stop:
     pass
 
 
-@pytest.mark.parametrize('name', ['full', 'mixture', 'project'])
+@pytest.mark.parametrize(
+  'name', ['full', 'mixture', 'project', 'demix', 'soup', 'hyper', 'lora', 'mask', 'code']
+)
 def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypatch):
+  if name in ('lora', 'mask', 'code'):  # these change the weights of another run
+    start = specialists(copy.deepcopy(tiny_config), 'project' if name == 'code' else 'full')
+    train.train(start.to_dict(), tmp_path / 'start')
+    tiny_config.init = str(tmp_path / 'start')
   c = specialists(tiny_config, name)
   whole, halves = tmp_path / 'whole', tmp_path / 'halves'
   train.train(c.to_dict(), whole)
@@ -83,17 +90,24 @@ def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypat
 
 
 def specialists(c, name):
-  """Make a config train mixture or project over the two clusters of the tiny data."""
-  if name == 'full':
-    return c
-  c.reparam = {'name': name, 'clusters': 2}
-  c.data.update(level=2, batch_size=16, rows_per_group=8)
-  c.mesh.update(data=2)
-  if name == 'mixture':
-    c.data.order = 'every'
-  else:
-    leaves = ('w_gate', 'w_up', 'w_down')
-    c.reparam.update(capacity=3, code=4, leaves=leaves, shared_mix=True)
+  """Make a config train a reparameterisation, over the two clusters of the tiny data if it can."""
+  leaves = ('w_gate', 'w_up', 'w_down')
+  options = {
+    'full': {},
+    'lora': {'rank': 2, 'alpha': 4.0, 'leaves': leaves},
+    'mask': {'leaves': leaves, 'threshold': 5e-3},
+    'code': {'of': {}, 'histogram': ()},
+    'mixture': {'clusters': 2},
+    'demix': {'clusters': 2, 'leaves': leaves},
+    'project': {'clusters': 2, 'capacity': 3, 'code': 4, 'leaves': leaves, 'shared_mix': True},
+    'soup': {'clusters': 2, 'experts': 3, 'leaves': leaves, 'router': 'mlp', 'hidden': 4},
+    'hyper': {'clusters': 2, 'code': 4, 'hidden': 3, 'rank': 2, 'leaves': leaves},
+  }[name]
+  c.reparam = {'name': name, **options}
+  if 'clusters' in options:
+    c.data.update(level=2, batch_size=16, rows_per_group=8)
+    c.mesh.update(data=2)
+    c.data.order = {'mixture': 'every', 'soup': 'histogram'}.get(name, 'proportional')
   return c
 
 
@@ -187,7 +201,7 @@ def test_mixture_equals_separate_runs(tiny_config, tmp_path):
   tx = optim.build(cfg['optim'], optim.schedule(cfg['schedule'], cfg['steps']), False)
   sums = train.make_sums(
     objectives.build(cfg['objective'], {'student': model.forward}),
-    reparam.full(model.init),
+    reparam.build({'name': 'full'}, model.init),
     'float32',
   )
   one = jax.jit(step.make_train_step(sums, tx))

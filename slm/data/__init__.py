@@ -6,7 +6,7 @@ Everything random is a function of (seed, step), so the loader's state is the ne
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +19,7 @@ from slm import files
 from slm.data import rows
 
 VERSION = 2
-ORDERS = ('proportional', 'every')
+ORDERS = ('proportional', 'every', 'histogram')
 _ROUNDS = 4  # of the pseudo-random permutation
 _STEPS = 2**40  # batches in the endless stream
 _PREFETCH = 4  # batches made ahead by as many threads
@@ -37,10 +37,16 @@ class DataConfig:
   split: str = 'train'
   index: str = ''  # name in <path>/index; '' = every row
   level: int = 0  # 0: rows are not grouped; else one of the manifest's levels
-  order: str = 'proportional'  # 'every': each batch holds one group of every cluster, in order
+  # 'every': each batch holds one group of every cluster, in order; 'histogram': every group's rows
+  # follow a random histogram over at most histogram_clusters clusters, which is its condition
+  order: str = 'proportional'
+  histogram_clusters: int = 4
   rows_per_group: int = 1
   batch_size: int = 32
   accum: int = 1
+  mix_share: float = 0.0  # this share of the rows comes from another set's training rows
+  mix_set: str = ''
+  mix_index: str = ''
   seed: int = 0
 
   def __post_init__(self) -> None:
@@ -53,8 +59,19 @@ class DataConfig:
       raise ValueError(
         f'data.batch_size={self.batch_size} is not a multiple of rows_per_group * accum = {unit}'
       )
-    if not self.level and (self.order == 'every' or self.rows_per_group > 1):
-      raise ValueError("data.level=0: order 'every' and rows_per_group > 1 need a level")
+    if not self.level and (self.order != 'proportional' or self.rows_per_group > 1):
+      raise ValueError(
+        f'data.level=0: order {self.order!r}, rows_per_group={self.rows_per_group} need a level'
+      )
+    if self.histogram_clusters < 1:
+      raise ValueError(f'data.histogram_clusters={self.histogram_clusters}: expected at least 1')
+    if not 0 <= self.mix_share < 1 or bool(self.mix_share) != bool(self.mix_set):
+      raise ValueError(
+        f'data.mix_share={self.mix_share}, mix_set={self.mix_set!r}: '
+        'expected a share in (0, 1) of a set, or neither'
+      )
+    if self.mix_share and self.level:
+      raise ValueError('data.mix_share: rows of another set are mixed in only with data.level=0')
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed}: expected 0 <= seed < 2**32')
 
@@ -185,11 +202,33 @@ class Order:
       raise ValueError(f"data.order='every': clusters {empty} have no rows in {name}")
 
   def step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return cluster ids [accum * groups] and row ids [accum * groups, rows_per_group]."""
+    """Return conditions [accum * groups] and row ids [accum * groups, rows_per_group].
+
+    A condition is a cluster id, or with order='histogram' a histogram float32 [level].
+    """
     n = self._cfg.accum * self.groups
-    group = self._every if self._cfg.order == 'every' else self._proportional
-    clusters, ids = zip(*(group(step * n + i) for i in range(n)), strict=True)
-    return np.array(clusters, np.int32), np.array(ids, np.int64)
+    return self.slots(range(step * n, (step + 1) * n))
+
+  def slots(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the conditions and row ids of some groups of the endless stream."""
+    group = {
+      'proportional': self._proportional, 'every': self._every, 'histogram': self._histogram
+    }[self._cfg.order]  # fmt: skip
+    conditions, ids = zip(*map(group, slots), strict=True)
+    kind = np.float32 if self._cfg.order == 'histogram' else np.int32
+    return np.array(conditions, kind), np.array(ids, np.int64)
+
+  def _histogram(self, slot: int) -> tuple[np.ndarray, list[int]]:
+    rng = np.random.default_rng([self._cfg.seed, slot])
+    held = np.flatnonzero(self._sizes)
+    n = int(rng.integers(1, min(self._cfg.histogram_clusters, len(held)) + 1))
+    chosen = rng.choice(held, n, replace=False, p=self._sizes[held] / self._sizes.sum())
+    weights = rng.dirichlet(np.ones(n))
+    clusters = rng.choice(chosen, self._cfg.rows_per_group, p=weights)
+    places = self._starts[clusters] + rng.integers(self._sizes[clusters])
+    histogram = np.zeros(self._cfg.level)
+    histogram[chosen] = weights
+    return histogram, self._ids[places].tolist()
 
   def _proportional(self, slot: int) -> tuple[int, list[int]]:
     epoch, i = divmod(slot, int(self._chunk_ends[-1]))
@@ -260,15 +299,50 @@ def build(
     )
   local = order.groups // process_count
   here = slice(process_index * local, (process_index + 1) * local)
+  add = _Mixing(cfg, order.groups * cfg.accum) if cfg.mix_share else None
 
   def make(step: int) -> Batch:
-    clusters, ids = order.step(step)
-    condition = clusters.reshape(cfg.accum, order.groups)[:, here]
-    ids = ids.reshape(cfg.accum, order.groups, cfg.rows_per_group)[:, here]
+    condition, ids = order.step(step) if add is None else add.main(order, step)
+    share = lambda x: x.reshape(cfg.accum, order.groups, *x.shape[1:])[:, here]
+    ids = share(ids)
     read = data.read(ids.ravel())
-    return rows.batch(read.reshape(*ids.shape, *read.shape[1:])) | {'condition': condition}
+    if add is not None:
+      read += add.read(share(add.ids(step)).ravel())
+    return rows.batch(read.reshape(*ids.shape, *read.shape[1:])) | {'condition': share(condition)}
 
   return Loader(grain.MapDataset.range(_STEPS).map(make))
+
+
+class _Mixing:
+  """Rows of another set in fixed places of the stream: slot s is one if s x share passes a whole.
+
+  Both sets keep their own endless order, so every row of each comes once before any comes again.
+  """
+
+  def __init__(self, cfg: DataConfig, per_step: int):
+    self._share, self._n = cfg.mix_share, per_step
+    own = dataclasses.replace(
+      cfg, set=cfg.mix_set, split='train', index=cfg.mix_index, mix_share=0.0, mix_set=''
+    )
+    self._data = Split(own.path, own.set, own.split, own.index)
+    self._order, self.read = Order(own, self._data), self._data.read
+
+  def _slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    slots = np.arange(step * self._n, (step + 1) * self._n)
+    before = np.floor(slots * self._share).astype(np.int64)
+    return np.floor((slots + 1) * self._share) > before, before
+
+  def main(self, order: Order, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the main set's conditions and row ids of a step; the other set's places have -1."""
+    mixed, before = self._slots(step)
+    slots = np.arange(step * self._n, (step + 1) * self._n) - before
+    conditions, ids = order.slots(slots.tolist())
+    return conditions, np.where(mixed[:, None], -1, ids)
+
+  def ids(self, step: int) -> np.ndarray:
+    """Return the other set's row ids of a step; the main set's places have -1."""
+    mixed, before = self._slots(step)
+    return np.where(mixed[:, None], self._order.slots(before.tolist())[1], -1)
 
 
 def check_tokenizer(path: str, fingerprint: str) -> None:

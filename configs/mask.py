@@ -1,0 +1,12 @@
+"""Fine-tune which frozen weights are used: one bit each (Piggyback, Mallya et al. 2018)."""
+
+from configs import finetune
+
+
+def get_config():
+  """Return a fine-tuning run of `init` that trains scores and serves weights x bits."""
+  c = finetune.get_config()
+  c.reparam = {'name': 'mask', 'leaves': ('w_gate', 'w_up', 'w_down'), 'threshold': 5e-3}
+  c.schedule.peak = 2e-4
+  c.optim.weight_decay = 0.0  # decay would switch every weight off
+  return c

@@ -1,0 +1,96 @@
+"""`params = materialize(theta, frozen, condition)`: what is trained against what the model sees.
+
+The optimiser sees theta, the model sees params. A condition picks a specialist: an int cluster id
+gives ordinary dense params, and so does a histogram over clusters (float [k]); a vector of ids or a
+matrix of histograms, one per group of rows, gives params whose varying leaves have a group axis.
+Leaves that do not depend on the condition are shared, not copied.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm import factory
+from slm.models.decoder import Output
+from slm.reparam import dense, projection
+from slm.reparam.base import Init, Reparam, flatten
+from slm.sharding import Params, leaf_axes, vmap_groups
+
+REPARAMS = {
+  'full': dense.full,
+  'mixture': dense.mixture,
+  'demix': dense.demix,
+  'lora': dense.lora,
+  'mask': dense.mask,
+  'project': projection.project,
+  'code': projection.code,
+  'soup': projection.soup,
+  'hyper': projection.hyper,
+}
+
+
+def build(cfg: Mapping[str, Any], init: Init) -> Reparam:
+  """Build the reparameterisation that `cfg['name']` selects over a model's init(key)."""
+  return factory.build('reparam', REPARAMS, cfg, init)
+
+
+def group_axes(reparam: Reparam, params: Params) -> Params:
+  """Return, for each leaf of params, its group axis, or None if all groups share it."""
+
+  def axis(path, leaf):
+    varies = '*' in reparam.varies or path[-1].key in reparam.varies
+    return reparam.group_axis if varies else None
+
+  return jax.tree_util.tree_map_with_path(axis, params)
+
+
+def map_groups(reparam: Reparam, forward: Callable[..., Output]) -> Callable[..., Output]:
+  """Let forward(params, batch [rows,t]) take params with group axes: rows come group by group.
+
+  Only the forward pass is mapped, not the loss: with a shared head, a mapped loss would hold the
+  logits and the head's gradient once per group.
+  """
+
+  def mapped(params, batch):
+    axes = group_axes(reparam, params)
+    found = jax.tree_util.tree_leaves_with_path(params)
+    sizes = {
+      leaf.shape[reparam.group_axis]
+      for (path, leaf), axis in zip(found, _leaves(axes), strict=True)
+      if axis is not None and leaf.ndim > len(leaf_axes(path))
+    }
+    if not sizes:
+      return forward(params, batch)
+    (groups,) = sizes
+    rows = jax.tree.map(lambda x: x.reshape((groups, -1) + x.shape[1:]), batch)
+    out = vmap_groups(forward, (axes, 0))(params, rows)
+    return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), out)
+
+  return mapped
+
+
+def _leaves(axes: Params) -> list[int | None]:
+  return jax.tree.leaves(axes, is_leaf=lambda x: x is None)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+  """Convert every floating leaf to the compute dtype."""
+  return jax.tree.map(
+    lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params
+  )
+
+
+def materialize_flops(reparam: Reparam, theta: Params, groups: int) -> float:
+  """Count the FLOPs of forming the weights of `groups` clusters once: sums of bases, products."""
+  groups, total = groups if reparam.clusters else 1, 0.0
+  flat = dict(flatten(theta))
+  for path, w in flat.items():
+    summed = 'bases' in path
+    total += 2.0 * groups * w.size * summed
+    if path[-1] == 'lora_a':
+      a, b = (x.size / (x.shape[1] if summed else 1) for x in (w, flat[*path[:-1], 'lora_b']))
+      rank, layers = w.shape[-1], w.shape[0]
+      total += 2.0 * groups * layers * (a / layers) * (b / layers) / rank
+  return total
