@@ -21,6 +21,7 @@ setup(
     'test': ['pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
     'cuda': ['jax[cuda12]==0.10.2'],
     'tpu': ['jax[tpu]==0.10.2'],
-    'reference': ['torch==2.13.0', 'transformers==5.23.0'],  # other people's implementations
+    # Other people's implementations.
+    'reference': ['torch==2.13.0', 'transformers==5.23.0', 'data-selection==1.0.3'],
   },
 )

@@ -130,7 +130,11 @@ def nested(tokens: np.ndarray, size: int, seed: int) -> np.ndarray:
 
   `tokens` [rows]. Larger sizes contain smaller ones. Raises when the rows hold fewer tokens.
   """
-  order = np.random.default_rng(seed).permutation(len(tokens))
+  return prefix(np.random.default_rng(seed).permutation(len(tokens)), tokens, size)
+
+
+def prefix(order: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:
+  """Return the first rows of an order that hold at least `size` of `tokens` [rows]."""
   held = np.cumsum(tokens[order])
   if not len(held) or held[-1] < size:
     raise ValueError(f'{size} tokens asked for, and there are {int(held[-1]) if len(held) else 0}')
@@ -156,6 +160,12 @@ def write_index(data: loader.Split, name: str, ids: np.ndarray, made: dict[str, 
   return about
 
 
+def check_name(name: str) -> None:
+  """Refuse a name of an index that is a path."""
+  if not name or pathlib.Path(name).name != name:
+    raise ValueError(f'out={name!r}: expected the name of an index, not a path')
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What to sample: about `tokens` predicted tokens of generic/train for one domain."""
@@ -174,8 +184,7 @@ class Request:
   def __post_init__(self) -> None:
     if self.tokens < 1:
       raise ValueError(f'tokens={self.tokens}: expected at least 1')
-    if not self.out or pathlib.Path(self.out).name != self.out:
-      raise ValueError(f'out={self.out!r}: expected the name of an index, not a path')
+    check_name(self.out)
 
 
 def sample(request: Request) -> dict[str, Any]:
