@@ -35,6 +35,10 @@ def get_config() -> ConfigDict:
       'qk_norm': False,
       'qkv_bias': False,
       'tied': True,
+      'num_experts': 0,  # of a token-routed MLP, each `mlp` wide; 0: one MLP for all tokens
+      'experts_per_token': 2,
+      'shared_mlp': 0,  # width of an expert that every token goes to
+      'dispatch': 'einsum',  # einsum: all experts computed; ragged: chosen ones, for TPUs
       'remat': 'none',  # recomputed backward: none | dots (all but products with weights) | full
       'unroll': 1,  # layers per iteration of the scan
     }

@@ -72,7 +72,7 @@ def generate(
   cache = init_cache(model.cfg, b, t + max_tokens, params['embedding'].dtype)
   positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
   batch = {'inputs': prompts, 'positions': positions, 'segments': mask}
-  hidden, cache = model.forward(params, batch, cache)
+  hidden, cache, _ = model.forward(params, batch, cache)
   logits = unembed(params, hidden[:, -1])
   ones = jnp.ones((b, 1), jnp.int32)
 
@@ -85,7 +85,7 @@ def generate(
   def one(carry, i):
     ids, position, cache, done = carry
     batch = {'inputs': ids[:, None], 'positions': position[:, None], 'segments': ones}
-    hidden, cache = model.forward(params, batch, cache)
+    hidden, cache, _ = model.forward(params, batch, cache)
     ids, logprob, now_done = pick(unembed(params, hidden[:, -1]), i, done)
     return (ids, position + 1, cache, now_done), (ids, logprob, done)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from slm import factory
+from slm.models import moe
 from slm.models.decoder import head
 from slm.sharding import batch_shards, constrain
 
@@ -103,18 +104,33 @@ def _logits(weight: jax.Array, hidden: jax.Array) -> jax.Array:
   return jnp.einsum('bcd,vd->bcv', hidden, weight, preferred_element_type=jnp.float32)
 
 
-def next_token(forward: Mapping[str, Callable], chunk: int) -> Callable[..., Sums]:
-  """Minimise the next-token loss; `chunk` tokens' logits exist at a time."""
+def next_token(
+  forward: Mapping[str, Callable], chunk: int, balance: float = 0.0, z: float = 0.0
+) -> Callable[..., Sums]:
+  """Minimise the next-token loss; `chunk` tokens' logits exist at a time.
+
+  For a model that routes tokens, `balance` and `z` weigh the load-balance loss (moe.balance) and
+  the mean squared log-partition of the router (Zoph et al. 2022, eq. 5).
+  """
 
   def fn(weight, hidden, constants, rows):
     nll = cross_entropy(_logits(weight, hidden), rows['targets'])
     return {'loss': jnp.sum(nll * rows['weights'])}
 
   def objective(params: Params, frozen: Params, batch: Batch) -> Sums:
-    hidden = forward['student'](params, batch).hidden
+    out = forward['student'](params, batch)
     rows = {'targets': batch['targets'], 'weights': batch['weights']}
-    sums = _chunked(fn, chunk, head(params), hidden, (), rows)
-    return {'loss': (sums['loss'], rows['weights'].sum())}
+    nll = _chunked(fn, chunk, head(params), out.hidden, (), rows)['loss']
+    weight = rows['weights'].sum()
+    if out.routing is None:
+      return {'loss': (nll, weight)}
+    # Means over the microbatch's tokens, weighted like its loss, so that microbatches add up.
+    uneven = moe.balance(out.routing) * weight
+    tokens = jnp.maximum(out.routing['tokens'].sum(), 1.0)
+    large = out.routing['z'].sum() / tokens * weight
+    loss = nll + balance * uneven + z * large
+    found = {'loss': loss, 'nll': nll, 'balance': uneven, 'router_z': large}
+    return {name: (value, weight) for name, value in found.items()}
 
   return objective
 

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from slm import load, models, reparam, rundir, sharding
-from slm.models.decoder import Decoder, DecoderConfig, forward_flops, num_params
+from slm.models.decoder import (
+  Decoder,
+  DecoderConfig,
+  active_params,
+  forward_flops,
+  num_params,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +90,7 @@ def plan(
   steps, peak = cfg['steps'], CHIPS[chip].flops
   return {
     'served parameters': num_params(model.cfg),
+    **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
     'trained parameters': _trained(theta),
     'forward FLOPs per token': forward,
     'training FLOPs per token': step_flops / tokens,
@@ -177,8 +184,9 @@ def _size(shape: tuple[int, ...]) -> int:
 def text(found: Mapping[str, Any]) -> str:
   """Lay out a plan for reading."""
   lines = []
-  for title in ('served parameters', 'trained parameters'):
-    parts = found[title]
+  for title in ('served parameters', 'active parameters', 'trained parameters'):
+    if not (parts := found.get(title)):
+      continue
     lines.append(f'{title:28} {sum(parts.values()):,}')
     lines += [f'  {name:26} {n:,}' for name, n in parts.items()]
   for title in ('forward FLOPs per token', 'training FLOPs per token'):

@@ -32,6 +32,7 @@ AXES: dict[str, tuple[str, ...]] = {
   'w_gate': ('embed', 'mlp'),
   'w_up': ('embed', 'mlp'),
   'w_down': ('mlp', 'embed'),
+  'w_router': ('embed', 'experts'),
   # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network, and the nets that route or emit.
   'expert_code': ('clusters', 'code'),
   'mix': ('code', 'basis'),
@@ -54,6 +55,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
   'w_gate': ('embed',),
   'w_up': ('embed',),
   'w_down': ('mlp',),
+  'w_router': ('embed',),
 }
 
 # The factors [inputs,rank] and [rank,outputs] of a change to the weight that they lie under.

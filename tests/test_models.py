@@ -216,10 +216,10 @@ def test_prefill_and_decoding_from_a_cache_equal_the_full_pass(variant):
   cache = init_cache(model.cfg, 2, 16, jnp.float32)  # longer than the row
   forward = jax.jit(model.forward)
   part = lambda start, end: {name: x[:, start:end] for name, x in batch.items()}
-  hidden, cache = forward(params, part(0, 6), cache)
+  hidden, cache, _ = forward(params, part(0, 6), cache)
   pieces = [hidden]
   for i in range(6, 10):
-    hidden, cache = forward(params, part(i, i + 1), cache)
+    hidden, cache, _ = forward(params, part(i, i + 1), cache)
     pieces.append(hidden)
   np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=1e-5)
   assert int(cache['index']) == 10
@@ -242,7 +242,7 @@ def test_padding_on_the_left_of_a_cached_prompt_is_finite():
   model, params = make()
   batch = make_batch(t=6)
   batch['segments'] = np.array([[0, 0, 1, 1, 1, 1], [1] * 6], np.int32)
-  hidden, _ = jax.jit(model.forward)(params, batch, init_cache(model.cfg, 2, 9, jnp.float32))
+  hidden, *_ = jax.jit(model.forward)(params, batch, init_cache(model.cfg, 2, 9, jnp.float32))
   assert np.isfinite(hidden).all()
 
 

@@ -67,7 +67,8 @@ class Stop:
 
 
 @pytest.mark.parametrize(
-  'name', ['full', 'mixture', 'project', 'demix', 'soup', 'hyper', 'lora', 'mask', 'code']
+  'name',
+  ['full', 'moe', 'mixture', 'project', 'demix', 'soup', 'hyper', 'lora', 'mask', 'code'],
 )
 def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypatch):
   if name in ('lora', 'mask', 'code'):  # these change the weights of another run
@@ -91,6 +92,10 @@ def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypat
 
 def specialists(c, name):
   """Make a config train a reparameterisation, over the two clusters of the tiny data if it can."""
+  if name == 'moe':
+    c.model.update(num_experts=4, dispatch='ragged')
+    c.objective = {'name': 'next_token', 'chunk': 64, 'balance': 0.01, 'z': 1e-3}
+    return c
   leaves = ('w_gate', 'w_up', 'w_down')
   options = {
     'full': {},

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slm.models import layers
+from slm.models import layers, moe
 from slm.sharding import AXES, INPUTS, Params, constrain
 
 # What a block keeps for its backward pass: everything, the products with weights, or its input.
@@ -35,6 +35,10 @@ class DecoderConfig:
   qk_norm: bool = False
   qkv_bias: bool = False
   tied: bool = True
+  num_experts: int = 0  # of a token-routed MLP, each `mlp` wide; 0: one MLP for all tokens
+  experts_per_token: int = 2
+  shared_mlp: int = 0  # width of an expert that every token goes to; 0: none
+  dispatch: str = 'einsum'  # see slm/models/moe.py
   remat: str = 'none'
   unroll: int = 1  # layers per scan iteration; num_layers removes the loop
 
@@ -49,6 +53,17 @@ class DecoderConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f'model.head_dim: RoPE needs an even size, found {self.head_dim}')
+    if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+      raise ValueError(
+        f'model.experts_per_token={self.experts_per_token}: expected 1 to {self.num_experts}'
+      )
+    if min(self.num_experts, self.shared_mlp) < 0 or self.shared_mlp and not self.num_experts:
+      raise ValueError(
+        f'model.num_experts={self.num_experts}, shared_mlp={self.shared_mlp}: expected at least 0, '
+        'and a shared MLP only beside experts'
+      )
+    if self.dispatch not in moe.DISPATCH:
+      raise ValueError(f'model.dispatch: expected one of {moe.DISPATCH}, found {self.dispatch!r}')
     if self.remat not in REMAT:
       raise ValueError(f'model.remat: expected one of {sorted(REMAT)}, found {self.remat!r}')
 
@@ -58,6 +73,7 @@ class Output(NamedTuple):
 
   hidden: jax.Array  # [b,t,d], after the final norm
   cache: dict[str, jax.Array] | None
+  routing: moe.Routing | None = None  # what token routing did, [b,l,...], see moe.sums
 
 
 def _init(name: str, gain: float = 1.0):
@@ -76,14 +92,17 @@ class Block(nn.Module):
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, tables, mask, cache, index):
-    """Map x [b,t,d] and this layer's cache to the next x and the cache's new entries."""
+  def __call__(self, x, tables, mask, cache, index, real):
+    """Map x [b,t,d] and this layer's cache to the next x, the cache's new entries and routing."""
     c = self.cfg
     h = layers.rms_norm(x, Scale(c.embed, name='attn_norm')(), c.norm_eps)
     attended, new = Attention(c, name='attn')(h, tables, mask, cache, index)
     x = x + attended
     h = layers.rms_norm(x, Scale(c.embed, name='mlp_norm')(), c.norm_eps)
-    return x + Mlp(c, name='mlp')(h), new
+    if not c.num_experts:
+      return x + Mlp(c, c.mlp, name='mlp')(h), (new, None)
+    out, routing = Moe(c, name='mlp')(h, real)
+    return x + out, (new, routing)
 
 
 class Scale(nn.Module):
@@ -151,15 +170,59 @@ class Mlp(nn.Module):
   """The gated MLP."""
 
   cfg: DecoderConfig
+  size: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Map x [b,t,d] to [b,t,d]."""
+    return layers.swiglu(x, *_mlp_weights(self, self.cfg, self.size))
+
+
+def _mlp_weights(module: nn.Module, c: DecoderConfig, size: int, count: int = 0):
+  """Make w_gate, w_up [d,f] and w_down [f,d], or `count` of each, stacked."""
+
+  def param(name, shape, gain=1.0):
+    one = _init(name, gain)
+    if not count:
+      return module.param(name, one, shape)
+    many = lambda key, shape: jax.vmap(lambda k: one(k, shape[1:]))(jax.random.split(key, count))
+    return module.param(name, many, (count, *shape))
+
+  down = (2 * c.num_layers) ** -0.5
+  return (
+    param('w_gate', (c.embed, size)),
+    param('w_up', (c.embed, size)),
+    param('w_down', (size, c.embed), down),
+  )
+
+
+class Experts(nn.Module):
+  """The stacked weights of the experts."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return w_gate, w_up [e,d,f] and w_down [e,f,d]."""
+    return _mlp_weights(self, self.cfg, self.cfg.mlp, self.cfg.num_experts)
+
+
+class Moe(nn.Module):
+  """The token-routed mixture of experts."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, moe.Routing]:
+    """Map x [b,t,d] to [b,t,d]; `real` [b,t] marks the tokens that statistics count."""
     c = self.cfg
-    gate = self.param('w_gate', _init('w_gate'), (c.embed, c.mlp))
-    up = self.param('w_up', _init('w_up'), (c.embed, c.mlp))
-    down = self.param('w_down', _init('w_down', (2 * c.num_layers) ** -0.5), (c.mlp, c.embed))
-    return layers.swiglu(x, gate, up, down)
+    router = self.param('w_router', _init('w_router'), (c.embed, c.num_experts))
+    weights, ids, routing = moe.route(x, router, c.experts_per_token)
+    dispatch = {'einsum': moe.einsum, 'ragged': moe.ragged}[c.dispatch]
+    out = dispatch(x, weights, ids, *Experts(c, name='experts')())
+    if c.shared_mlp:
+      out = out + Mlp(c, c.shared_mlp, name='shared')(x)
+    return out, moe.sums(routing, real)
 
 
 class Decoder(nn.Module):
@@ -200,16 +263,17 @@ class Decoder(nn.Module):
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+      in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
+      out_axes=(0, 1),  # the cache by layer, routing [b,l,...]
       length=c.num_layers,
       unroll=c.unroll,
     )
-    x, new = stack(c, name='blocks')(x, tables, mask, kv, index)
+    x, (new, routing) = stack(c, name='blocks')(x, tables, mask, kv, index, queries > 0)
     hidden = layers.rms_norm(x, Scale(c.embed, name='final_norm')(), c.norm_eps)
     if cache is not None:
       put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
       cache = {**jax.tree.map(put, kv, new), 'segments': keys, 'index': index + t}
-    return Output(hidden, cache)
+    return Output(hidden, cache, routing)
 
 
 def init_cache(cfg: DecoderConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
@@ -238,20 +302,29 @@ def num_params(cfg: DecoderConfig) -> dict[str, int]:
   attn = 2 * cfg.embed * cfg.head_dim * (cfg.num_heads + cfg.num_kv_heads)
   attn += cfg.qkv_bias * cfg.head_dim * (cfg.num_heads + 2 * cfg.num_kv_heads)
   attn += cfg.qk_norm * 2 * cfg.head_dim
+  mlp = 3 * cfg.embed * cfg.mlp * max(cfg.num_experts, 1) + 3 * cfg.embed * cfg.shared_mlp
   return {
     'embedding': cfg.vocab * cfg.embed * (1 if cfg.tied else 2),
     'attention': cfg.num_layers * attn,
-    'mlp': cfg.num_layers * 3 * cfg.embed * cfg.mlp,
+    'mlp': cfg.num_layers * (mlp + cfg.embed * cfg.num_experts),
     'norm': (2 * cfg.num_layers + 1) * cfg.embed,
   }
+
+
+def active_params(cfg: DecoderConfig) -> dict[str, int]:
+  """Count the parameters that one token passes through: its experts alone."""
+  idle = max(cfg.num_experts - cfg.experts_per_token, 0)
+  count = num_params(cfg)
+  return count | {'mlp': count['mlp'] - cfg.num_layers * 3 * cfg.embed * cfg.mlp * idle}
 
 
 def forward_flops(cfg: DecoderConfig, context: int) -> float:
   """Count the multiply-adds (as 2 FLOPs) of one token's forward pass, head included.
 
-  Attention is counted over the blocks of scores that are computed, see layers.attention.
+  Attention is counted over the blocks of scores that are computed, see layers.attention. Of
+  experts those chosen count, also where dispatch='einsum' computes all.
   """
-  count = num_params(cfg)
+  count = active_params(cfg)
   head_flops = 2 * cfg.vocab * cfg.embed
   attention = 4 * layers.mean_keys(context) * cfg.num_heads * cfg.head_dim * cfg.num_layers
   return 2.0 * (count['attention'] + count['mlp']) + head_flops + attention

@@ -1,0 +1,88 @@
+"""A token-routed mixture of experts in the place of an MLP (Shazeer et al. 2017; Mixtral's form).
+
+Every token is sent to the k experts of largest router probability and their outputs are summed with
+those probabilities, renormalised. No token is dropped. Letters: b batch, t position, d embed,
+f mlp, e experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from slm import sharding
+
+Routing = dict[str, jax.Array]
+DISPATCH = ('einsum', 'ragged')
+
+
+def route(x: jax.Array, w_router: jax.Array, k: int) -> tuple[jax.Array, jax.Array, Routing]:
+  """Choose k experts for every token of x [b,t,d]: weights and ids [b,t,k], and statistics.
+
+  The router computes in float32. The statistics are what the auxiliary losses need, summed over
+  the tokens of a row by `sums`: probabilities and choices [b,t,e], squared log-partition [b,t].
+  """
+  logits = jnp.einsum('btd,de->bte', x.astype(jnp.float32), w_router.astype(jnp.float32))
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  weights, ids = jax.lax.top_k(probabilities, k)
+  weights = weights / weights.sum(-1, keepdims=True)
+  chosen = jax.nn.one_hot(ids, logits.shape[-1]).sum(-2)
+  z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+  return weights, ids, {'probability': probabilities, 'chosen': chosen, 'z': z}
+
+
+def sums(routing: Routing, real: jax.Array) -> Routing:
+  """Sum the statistics over the real tokens (bool [b,t]) of each row: [b,e] and [b]."""
+  real = real.astype(jnp.float32)
+  add = lambda x: jnp.einsum('bt...,bt->b...', x, real)
+  return {**{name: add(x) for name, x in routing.items()}, 'tokens': real.sum(-1)}
+
+
+def einsum(x, weights, ids, w_gate, w_up, w_down) -> jax.Array:
+  """Compute every expert for every token and keep those chosen: portable, the reference."""
+  share = jnp.einsum('btk,btke->bte', weights, jax.nn.one_hot(ids, len(w_gate)))
+  gate, up = (jnp.einsum('btd,edf->btef', x, w) for w in (w_gate, w_up))
+  hidden = jax.nn.silu(gate) * up * share[..., None].astype(x.dtype)
+  return jnp.einsum('btef,efd->btd', sharding.constrain(hidden, 'batch', None, None, 'mlp'), w_down)
+
+
+def ragged(x, weights, ids, w_gate, w_up, w_down) -> jax.Array:
+  """Sort tokens by expert and multiply each run by its own matrix: only chosen work is done.
+
+  Each device sorts the tokens of its own rows; the experts' weights are gathered to it.
+  """
+  fn = functools.partial(_ragged, count=len(w_gate))
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = sharding.batch_shards()
+  if shards == 1 or len(x) % shards:
+    return fn(x, weights, ids, w_gate, w_up, w_down)
+  rows, whole = sharding.spec(('batch',), mesh), jax.sharding.PartitionSpec()
+  mapped = jax.shard_map(
+    fn, mesh=mesh, in_specs=(rows,) * 3 + (whole,) * 3, out_specs=rows, check_vma=False
+  )
+  return mapped(x, weights, ids, w_gate, w_up, w_down)
+
+
+def _ragged(x, weights, ids, w_gate, w_up, w_down, *, count):
+  b, t, d = x.shape
+  k = ids.shape[-1]
+  ids, weights = ids.reshape(-1), weights.reshape(-1)
+  order = jnp.argsort(ids, stable=True)
+  sizes = jnp.bincount(ids, length=count).astype(jnp.int32)
+  tokens = order // k
+  taken = x.reshape(-1, d)[tokens]
+  dot = lambda a, w: jax.lax.ragged_dot(a, w, sizes)
+  hidden = jax.nn.silu(dot(taken, w_gate)) * dot(taken, w_up)
+  out = dot(hidden, w_down) * weights[order][:, None].astype(x.dtype)
+  return jnp.zeros((b * t, d), x.dtype).at[tokens].add(out).reshape(b, t, d)
+
+
+def balance(found: Routing) -> jax.Array:
+  """Return the load-balance loss, e x sum_e f_e P_e (Fedus et al. 2021, eq. 4), mean over layers.
+
+  `found` holds `sums` [b,l,e] of a batch; f_e is the share of choices, P_e the mean probability.
+  It is 1 when tokens and probabilities are spread evenly.
+  """
+  share, mean = found['chosen'].sum(0), found['probability'].sum(0)
+  share, mean = (x / jnp.maximum(x.sum(-1, keepdims=True), 1e-9) for x in (share, mean))
+  return jnp.mean(found['chosen'].shape[-1] * jnp.sum(share * mean, axis=-1))
