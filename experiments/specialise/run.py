@@ -21,8 +21,7 @@ from experiments.specialise import runs
 from experiments.specialise.methods import METHODS
 from experiments.specialise.scales import NOTES, SCALES, Scale
 from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
-from slm.data import importance, prepare
-from slm.models.decoder import DecoderConfig, num_params
+from slm.data import dsir, importance, prepare
 
 
 def config(path: str, overrides: dict[str, Any]) -> ConfigDict:
@@ -68,13 +67,34 @@ def do_importance(job: dict[str, Any], root: Path) -> None:
     out=job['name'],
     seed=job['seed'],
     domain_index=job['domain_index'],
+    top=job.get('top', False),
   )
-  known = path / 'index' / f'{job["name"]}.json'
+  _sample(importance, request)
+
+
+def do_dsir(job: dict[str, Any], root: Path) -> None:
+  """Write the index of rows that DSIR chooses."""
+  path = root / 'data'
+  tokens = data.manifest(path)['sets']['generic']['train']['tokens']
+  request = dsir.Request(
+    data=str(path),
+    domain=job['domain'],
+    tokens=int(job['share'] * tokens),
+    out=job['name'],
+    seed=job['seed'],
+    domain_index=job['domain_index'],
+  )
+  _sample(dsir, request)
+
+
+def _sample(how: Any, request: Any) -> None:
+  """Write the index that a request describes, unless it is there."""
+  known = Path(request.data) / 'index' / f'{request.out}.json'
   asked = dataclasses.asdict(request)
   del asked['data']  # the directory may move
   made = files.read_json(known)['made'] if known.exists() else {}
   if any(made.get(key) != value for key, value in asked.items()):
-    importance.sample(request)
+    how.sample(request)
 
 
 def do_specialise(job: dict[str, Any], root: Path) -> None:
@@ -86,6 +106,7 @@ def do_specialise(job: dict[str, Any], root: Path) -> None:
 DO = {
   'train': do_train,
   'importance': do_importance,
+  'dsir': do_dsir,
   'specialise': do_specialise,
   'evaluate': lambda job, root: None,
 }
@@ -122,18 +143,15 @@ def study(scale_name: str, corpus: str, root: Path) -> None:
     DO[job['do']](job, root)
     do_evaluate(job, root, mesh)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
-  write_study(scale_name, scale, vocab, planned.rows, root)
+  write_study(scale_name, planned, root)
   report.report(root)
 
 
-def write_study(
-  scale_name: str, scale: Scale, vocab: int, rows: list[dict[str, Any]], root: Path
-) -> None:
+def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
   """Describe the finished study for slm.report."""
-  params = lambda shape: sum(num_params(DecoderConfig(vocab=vocab, **shape)).values())
-  small, large = params(scale.small), params(scale.large)
-  kinds = {row['method']: row['kind'] for row in rows}
-  methods = [m for m in METHODS if m.name in kinds]
+  scale = planned.scale
+  methods = [m for m in METHODS if m.name in {row['method'] for row in planned.rows}]
+  about = lambda m: {'name': m.name, 'label': m.label, 'describe': m.describe, 'group': m.group}
   files.write_json(
     root / 'study.json',
     {
@@ -143,9 +161,9 @@ def write_study(
       'domains': list(scale.domains),
       'generic': 'generic',
       'sizes': list(scale.sizes),
-      'methods': [{'name': m.name, 'label': m.label, 'describe': m.describe} for m in methods],
-      'runs': rows,
-      'params': {name: large if kind == 'large' else small for name, kind in kinds.items()},
+      'methods': [about(m) for m in methods],
+      'runs': planned.rows,
+      'params': {m.name: planned.params(m.name) for m in methods},
       'notes': list(NOTES),
     },
   )

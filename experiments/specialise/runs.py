@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.specialise.methods import FAMILIES, METHODS, Family, Method
 from experiments.specialise.scales import Scale
-from slm.models.decoder import DecoderConfig, forward_flops
+from slm.models.decoder import DecoderConfig, forward_flops, num_params
 
 Job = dict[str, Any]
 
@@ -29,15 +29,14 @@ class Study:
 
   def __init__(self, scale: Scale, data: str, context: int, vocab: int):
     self.scale, self.jobs, self.rows = scale, {}, []
-    flops = lambda shape: forward_flops(DecoderConfig(vocab=vocab, **shape), context)
-    self._ratio = flops(scale.large) / flops(scale.small)
+    self._vocab, self._context = vocab, context
     self._common = {'data.path': data, **scale.train}
     for seed in scale.seeds:
       methods = [m for m in METHODS if m.name in scale.methods]
       if seed != scale.seeds[0]:
         methods = [m for m in methods if m.name not in scale.once]
       for method in methods:
-        if method.family and not FAMILIES[method.family].select:
+        if method.family and not FAMILIES[method.family].per_domain:
           self._pretrain(method.family, '', seed)
       self._generic_rows(methods, seed)
       for domain in scale.domains:
@@ -51,10 +50,9 @@ class Study:
     return name
 
   def _steps(self, family: Family) -> int:
-    """Return the pretraining steps that cost the FLOPs of the SLM's."""
-    if family.large:
-      return max(int(self.scale.steps / self._ratio), 1)
-    return self.scale.steps * self.scale.batch_size // self._batch(family)
+    """Return the pretraining steps that cost its share of the FLOPs of the SLM's."""
+    flops = lambda f: self._batch(f) * forward_flops(self._decoder(f), self._context)
+    return max(int(self.scale.steps * family.share * flops(Family()) / flops(family)), 1)
 
   def _batch(self, family: Family) -> int:
     every = self._clusters(family) * self.scale.mixture_rows
@@ -62,6 +60,21 @@ class Study:
 
   def _clusters(self, family: Family) -> int:
     return self.scale.clusters if family.clusters == 'clusters' else family.clusters
+
+  def _shape(self, family: Family) -> dict[str, int]:
+    """Return the served model's config keys."""
+    shape = dict(self.scale.large if family.large else self.scale.small)
+    shape['mlp'] = round(shape['mlp'] * family.mlp)
+    more = {k.removeprefix('model.'): v for k, v in family.set.items() if k.startswith('model.')}
+    return shape | more
+
+  def _decoder(self, family: Family) -> DecoderConfig:
+    return DecoderConfig(vocab=self._vocab, **self._shape(family))
+
+  def params(self, method: str) -> int:
+    """Count the parameters that a method serves."""
+    name = next(m.family for m in METHODS if m.name == method)
+    return sum(num_params(self._decoder(FAMILIES[name] if name else Family())).values())
 
   def _at(self, run: str, family: Family, budget: float) -> str:
     """Name the checkpoint of a run at a share of its pretraining."""
@@ -73,7 +86,7 @@ class Study:
     steps, clusters = self._steps(family), self._clusters(family)
     settings = {
       **self._common,
-      **_model(s.large if family.large else s.small),
+      **_model(self._shape(family)),
       'seed': seed,
       'steps': steps,
       'data.batch_size': self._batch(family),
@@ -89,23 +102,35 @@ class Study:
       settings |= {
         'data.level': clusters,
         'reparam.clusters': clusters,
-        'data.rows_per_group': rows,
+        'data.rows_per_group': family.rows or rows,
       }
-      if family.config == 'project':
-        settings |= {'reparam.capacity': clusters, 'reparam.code': clusters}
-    settings |= family.set
+    settings |= {k: clusters if v == 'clusters' else v for k, v in family.set.items()}
     run = f'{name}-{domain}-{seed}' if domain else f'{name}-{seed}'
     if family.init:
-      settings['init'] = self._pretrain(family.init, '', seed)
+      settings['init'] = self._init(family, seed)
+      settings['schedule.peak'] *= s.finetune_rate  # it continues where rates have decayed
     if family.select:
       how = {'domain': domain, 'domain_index': self._smallest(domain), 'seed': seed}
-      how |= {'level': s.selection_level, 'tokens': steps * s.batch_size} | family.select
+      if family.select['do'] == 'importance':
+        how |= {'level': s.selection_level, 'tokens': steps * s.batch_size}
+      how |= family.select
       settings['data.index'] = self._add(f'{name}-{domain}-rows-{seed}', evaluate=[], **how)
+    if family.mix:
+      settings |= {
+        'data.mix_share': family.mix,
+        'data.mix_set': domain,
+        'data.mix_index': self._smallest(domain),
+      }
     generic = [] if domain else ['generic/test']
     self._add(run, 'train', generic, config=f'configs/{family.config}.py', set=settings)
     for budget in s.budgets if generic else ():
       self._add(self._at(run, family, budget), 'evaluate', generic)
     return run
+
+  def _init(self, family: Family, seed: int) -> str:
+    """Name the weights that a family starts from."""
+    run = self._pretrain(family.init, '', seed)
+    return self._at(run, FAMILIES[family.init], family.init_share)
 
   def _smallest(self, domain: str) -> str:
     return f'{domain}-{self.scale.sizes[0]}'
@@ -113,7 +138,7 @@ class Study:
   def _generic_rows(self, methods: list[Method], seed: int) -> None:
     """Add the rows of losses on generic text: once for each family that is shared."""
     for name in dict.fromkeys(m.family for m in methods if m.family):
-      if FAMILIES[name].select:
+      if FAMILIES[name].per_domain:
         continue
       for budget in self.scale.budgets:
         ref = self._at(f'{name}-{seed}', FAMILIES[name], budget)
@@ -125,17 +150,36 @@ class Study:
     if not method.family:
       return Start()
     family = FAMILIES[method.family]
-    run = self._pretrain(method.family, domain if family.select else '', seed)
+    run = self._pretrain(method.family, domain if family.per_domain else '', seed)
     ref = self._at(run, family, budget)
-    if family.select:
-      seeded = (f'{family.init}-{seed}',) if family.init else ()
-      return Start(ref, seeded, (ref,))
+    before = (self._init(family, seed),) if family.init else ()
+    if family.per_domain:
+      return Start(ref, before, (ref,))
     if not method.rule:
-      return Start(ref, (ref,))
-    name = f'{method.name}-{domain}-{seed}' + _tag(budget)
-    how = {'run': ref, 'domain': domain, 'index': self._smallest(domain), 'rule': method.rule}
-    self._add(name, 'specialise', self._tests(domain), **how)
-    return Start(name, (ref,), (name,))
+      return Start(ref, (*before, ref))
+    name = f'{method.name.removesuffix("_noft")}-{domain}-{seed}' + _tag(budget)
+    if method.rule == 'code':
+      steps = self.scale.finetune_steps[0]
+      settings = {**self._tuning(domain, 0, steps, seed), 'init': ref}
+      self._add(name, 'train', self._tests(domain), config='configs/code.py', set=settings)
+    else:
+      how = {'run': ref, 'domain': domain, 'index': self._smallest(domain), 'rule': method.rule}
+      self._add(name, 'specialise', self._tests(domain), **how)
+    return Start(name, (*before, ref), (name,))
+
+  def _tuning(self, domain: str, i: int, steps: int, seed: int) -> dict[str, Any]:
+    """Return the settings of any training on the i-th size of a domain's set."""
+    return {
+      **self._common,
+      'seed': seed,
+      'steps': steps,
+      'data.set': domain,
+      'data.index': f'{domain}-{self.scale.sizes[i]}',
+      'data.batch_size': self.scale.finetune_batch,
+      'schedule.warmup': min(10, steps // 2),
+      'eval.every': max(steps // self.scale.finetune_evals, 1),
+      'checkpoint.every': steps,
+    }
 
   def _method(self, method: Method, domain: str, seed: int) -> None:
     """Add a method's runs and rows on one domain."""
@@ -166,22 +210,16 @@ class Study:
     """Add a fine-tuning run on the i-th size."""
     s = self.scale
     steps, size = s.finetune_steps[i], s.sizes[i]
-    large = bool(method.family) and FAMILIES[method.family].large
+    family = FAMILIES[method.family] if method.family else Family()
     settings = {
-      **self._common,
-      **_model(s.large if large else s.small),
-      'seed': seed,
-      'steps': steps,
+      **self._tuning(domain, i, steps, seed),
+      **_model(self._shape(family)),
       'init': start.ref,
-      'data.set': domain,
-      'data.index': f'{domain}-{size}',
-      'data.batch_size': s.finetune_batch,
-      'schedule.warmup': min(10, steps // 2),
-      # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
-      'schedule.peak': (s.large_peak if large else s.peak) * s.finetune_rate / (1 if i else 3),
-      'eval.every': max(steps // s.finetune_evals, 1),
-      'checkpoint.every': steps,
     }
+    if method.tune != 'mask':  # its scores have a rate of their own
+      # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
+      peak = (s.large_peak if family.large else s.peak) * s.finetune_rate
+      settings['schedule.peak'] = peak / (1 if i else 3)
     if method.teacher:
       settings['teacher'] = f'{method.teacher}-{domain}-{size}-{seed}' + _tag(budget)
     name = f'{method.name}-{domain}-{size}-{seed}' + _tag(budget)
@@ -199,7 +237,7 @@ class Study:
     start: Start,
     tuned: tuple[str, ...],
   ) -> None:
-    family = next(m.family for m in METHODS if m.name == method)
+    large = self.params(method) > 1.05 * self.params('slm')
     run = lambda names: [f'runs/{name}' for name in names]
     self.rows.append(
       {
@@ -209,7 +247,7 @@ class Study:
         'seed': seed,
         'budget': budget,
         'run': f'runs/{served}',
-        'kind': 'large' if family and FAMILIES[family].large else 'small',
+        'kind': 'large' if large else 'small',
         'generic_runs': run(start.generic_runs),
         'specialise_runs': run([*start.domain_runs, *tuned]),
       }

@@ -7,10 +7,7 @@ LLM sees fewer tokens and an expert of the mixture sees a cluster's share.
 import dataclasses
 from typing import Any
 
-# The paper's own methods.
-MAIN = (
-  'slm', 'slm_noft', 'slm_nopt', 'importance', 'distill', 'mixture', 'project', 'llm'
-)  # fmt: skip
+from experiments.specialise.methods import EVERY, MAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +117,8 @@ LONG = dataclasses.replace(
   finetune_rate=0.3,
   budgets=(0.125, 0.25, 0.5, 1),
   budgeted=('slm', 'slm_noft', 'importance', 'mixture', 'project', 'llm'),
+  methods=EVERY,
+  once=tuple(m for m in EVERY if m not in MAIN and not m.endswith('_noft')),
   seeds=(0, 1, 2),
 )
 

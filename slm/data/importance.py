@@ -180,6 +180,7 @@ class Request:
   interpolation: float = 0.0
   repeat_cap: float = 0.0
   domain_index: str = ''
+  top: bool = False
 
   def __post_init__(self) -> None:
     if self.tokens < 1:
@@ -192,6 +193,8 @@ def sample(request: Request) -> dict[str, Any]:
   r = request
   generic = loader.Split(r.data, 'generic', 'train', level=r.level)
   domain = loader.window_counts(r.data, r.domain, 'train', r.level, r.domain_index)
+  if r.top:
+    domain = np.where(np.arange(r.level) == np.argmax(domain), domain, 0.0)
   each, clusters = generic.counts[:, 0], generic.clusters
   rows = np.bincount(clusters, minlength=r.level)
   windows, tokens = (np.bincount(clusters, x, minlength=r.level) for x in generic.counts.T)
@@ -234,5 +237,6 @@ if __name__ == '__main__':
   flags.DEFINE_float('smoothing', 0.0, 'Windows added to every cluster of the domain.')
   flags.DEFINE_float('interpolation', 0.0, 'Weight of the generic histogram, 0 to 1.')
   flags.DEFINE_float('repeat_cap', 0.0, 'Most times a cluster is repeated; 0: no cap.')
+  flags.DEFINE_bool('top', False, "Take the domain's most frequent cluster alone.")
   flags.DEFINE_string('domain_index', '', 'Index of the domain to take the histogram from.')
   cli.run(_main)
