@@ -32,7 +32,7 @@ _STYLE = {
   'llm': ('#cc79a7', 'P'),
 }
 _FURTHER = (('#e69f00', 'h'), ('#b8a900', '*'), ('#8c6bb1', '<'), ('#8a5a3c', '>'))
-_RC = {
+RC = {
   'svg.fonttype': 'none',
   'svg.hashsalt': 'slm',
   'font.size': 9,
@@ -80,11 +80,12 @@ def styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 def plots(c: Comparison) -> list[Plot]:
   """Draw every figure the study has data for."""
   makers = (_perplexity, _loss_by_size, _loss_by_cost, _training, _clusters)
-  with matplotlib.rc_context(_RC):
+  with matplotlib.rc_context(RC):
     return [p for make in makers for p in [make(c)] if p is not None]
 
 
-def _save(figure: Figure, name: str, title: str, caption: str) -> Plot:
+def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
+  """Make a plot of a figure: the same bytes each time."""
   out = io.StringIO()
   figure.savefig(out, format='svg', transparent=True, metadata={'Date': None})
   svg = re.sub(r'(?s)<metadata>.*?</metadata>', '', out.getvalue())
@@ -100,7 +101,7 @@ def _complete(c: Comparison) -> dict[str, dict[int, Cell]]:
   return {m: cells for m, cells in found.items() if cells}
 
 
-def _window(values: Iterable[float]) -> tuple[float, float]:
+def window(values: Iterable[float]) -> tuple[float, float]:
   """Choose loss limits that keep outliers (no pretraining, say) from hiding the rest."""
   values = np.sort(list(values))
   middle = np.median(values) - values[0]
@@ -135,7 +136,7 @@ def _perplexity(c: Comparison) -> Plot | None:
     ax.spines['left'].set_visible(False)
   axes[0].set_yticks(range(len(names)), [c.study.label(n) for n in names])
   axes[0].set_ylim(-0.6, len(names) - 0.4)
-  return _save(
+  return save(
     figure,
     'perplexity',
     'Perplexity per method',
@@ -146,7 +147,7 @@ def _perplexity(c: Comparison) -> Plot | None:
 
 def _with_intervals(c: Comparison, cells: list[Cell]) -> tuple[float, float]:
   """Choose loss limits that hold the intervals of the cells inside them."""
-  low, high = _window(x.average.value for x in cells)
+  low, high = window(x.average.value for x in cells)
   shown = [x for x in cells if x.average.value <= high]
   ends = [
     x.average.value - d.value + e for x in shown if (d := c.to_baseline(x)) for e in (d.low, d.high)
@@ -170,12 +171,13 @@ def _dot(
     ax.plot(ends, [y, y], color=color, lw=2.4, alpha=0.55, solid_capstyle='butt')
     # The label goes beyond the bar, away from the plain SLM's line.
     end, side = (min(*ends, ppl), -1) if found.value < 0 else (max(*ends, ppl), 1)
-  ax.plot(ppl, y, marker, color=color, **_marks(cell.method))
+  ax.plot(ppl, y, marker, color=color, **marks(cell.method))
   ax.annotate(label, (end, y), (7 * side, 0), textcoords='offset points', color=color, va='center',
               ha='left' if side > 0 else 'right', fontsize=8)  # fmt: skip
 
 
-def _marks(method: str) -> dict[str, Any]:
+def marks(method: str) -> dict[str, Any]:
+  """Return how a method's marker is drawn."""
   # The reference is a ring, so that a method with the same loss shows inside it.
   return {'ms': 8, 'mew': 1.6, 'mfc': 'none'} if method == BASELINE else {'ms': 5.5, 'mew': 1.6}
 
@@ -186,12 +188,12 @@ def _loss_by_size(c: Comparison) -> Plot | None:
     return None
   figure = Figure((6.4, 3.8), layout='constrained')
   ax = figure.subplots()
-  low, high = _window(x.average.value for by_size in cells.values() for x in by_size.values())
+  low, high = window(x.average.value for by_size in cells.values() for x in by_size.values())
   ends = []
   for name, by_size in cells.items():
     color, marker = style[name]
     values = [x.average.value for x in by_size.values()]
-    ax.plot(list(by_size), values, marker=marker, color=color, lw=1.4, **_marks(name))
+    ax.plot(list(by_size), values, marker=marker, color=color, lw=1.4, **marks(name))
     inside = [(s, v) for s, v in zip(by_size, values, strict=True) if v <= high]
     note = '' if len(inside) == len(values) else f' (first {values[0]:.2f} ↑)'
     if inside:
@@ -206,7 +208,7 @@ def _loss_by_size(c: Comparison) -> Plot | None:
   ax.set_xlabel('specialisation set, tokens per domain')
   ax.set_ylabel('loss, nats/token')
   ax.grid(axis='y')
-  return _save(
+  return save(
     figure,
     'loss-by-size',
     'Loss against set size',
@@ -243,7 +245,7 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
   figure = Figure((2.9 * len(NUM_DOMAINS) + 0.4, 2.3 * len(points) + 0.7), layout='constrained')
   axes = figure.subplots(len(points), len(NUM_DOMAINS), sharey='row', sharex=True, squeeze=False)
   for row, (size, by_method) in zip(axes, points.items(), strict=True):
-    low, high = _window(x.average.value for x in by_method.values())
+    low, high = window(x.average.value for x in by_method.values())
     for n, ax in zip(NUM_DOMAINS, row, strict=True):
       for name, cell in by_method.items():
         color, marker = style[name]
@@ -252,7 +254,7 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
           above = {'transform': ax.get_xaxis_transform(), 'ls': ''}
           ax.plot([cost], [0.96], marker=r'$\uparrow$', color=color, ms=9, **above)
         elif cost > 0:
-          ax.plot(cost, y, marker, color=color, **_marks(name))
+          ax.plot(cost, y, marker, color=color, **marks(name))
       ax.set_xscale('log')
       ax.set_ylim(low, high)
       ax.grid()
@@ -260,8 +262,8 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
   for n, ax in zip(NUM_DOMAINS, axes[0], strict=True):
     ax.set_title(f'N = {n} domain{"s" * (n > 1)}')
   axes[-1, len(NUM_DOMAINS) // 2].set_xlabel('training cost C_total(N), FLOPs')
-  _legend(figure, c, [m for m in c.study.methods if any(m in x for x in points.values())])
-  return _save(
+  legend(figure, c, [m for m in c.study.methods if any(m in x for x in points.values())])
+  return save(
     figure,
     'loss-by-cost',
     'Loss against total training cost',
@@ -270,10 +272,11 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
   )
 
 
-def _legend(figure: Figure, c: Comparison, names: list[str]) -> None:
+def legend(figure: Figure, c: Comparison, names: list[str]) -> None:
+  """Write the methods' colours and markers below a figure."""
   style = styles(c.study.methods)
   handles = [
-    lines.Line2D([], [], color=style[n][0], marker=style[n][1], ls='', **_marks(n)) for n in names
+    lines.Line2D([], [], color=style[n][0], marker=style[n][1], ls='', **marks(n)) for n in names
   ]
   labels = [c.study.label(n) for n in names]
   figure.legend(handles, labels, loc='outside lower center', ncols=min(len(names), 4),
@@ -314,8 +317,8 @@ def _training(c: Comparison) -> Plot | None:
     if late:
       margin = 0.05 * (max(late) - min(late)) + 0.01
       ax.set_ylim(min(late) - margin, max(late) + margin)
-  _legend(figure, c, [m for m in c.study.methods if m in {runs[n] for n in curves}])
-  return _save(
+  legend(figure, c, [m for m in c.study.methods if m in {runs[n] for n in curves}])
+  return save(
     figure,
     'training',
     'Training curves of the pretraining runs',
@@ -383,7 +386,7 @@ def _clusters(c: Comparison) -> Plot | None:
   for ax in axes[len(domains) :]:
     ax.set_axis_off()
   axes[0].set_ylabel('share of the windows')
-  return _save(
+  return save(
     figure,
     'clusters',
     'Where each domain lies among the clusters of generic text',

@@ -17,11 +17,13 @@ import rich.console
 import rich.table
 from absl import flags
 
-from slm import cli, comparison, files, page, plots
+from slm import budgets, cli, comparison, files, page, plots
 from slm.advice import NUM_DOMAINS, advise, count, perplexity, still_improving, unfinished
-from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss, Study
+from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss
+from slm.study import Study, load_study
 
 Table = tuple[list[str], list[list[str]]]
+Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
 _CSV = (
   'method', 'label', 'kind', 'size', 'on', 'status', 'loss', 'ppl', 'bpb', 'difference', 'low',
@@ -167,7 +169,7 @@ def markdown(table: Table) -> str:
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def table_md(c: Comparison, advice: list[str]) -> str:
+def table_md(c: Comparison, advice: list[str], behind: list[Section]) -> str:
   """Write table.md: advice, every table with its notes, and what the methods are."""
   parts = [f'# {c.study.title}', *advice, '## Comparison', *notes(c)]
   for size in c.study.sizes:
@@ -176,7 +178,7 @@ def table_md(c: Comparison, advice: list[str]) -> str:
       parts += [DOMAIN_NOTE, markdown(second)]
   parts += ['## How each method works']
   parts += [''.join(f'- {m["label"]}: {m["describe"]}\n' for m in c.study.methods.values())]
-  for title, note, table in sections(c):
+  for title, note, table in behind:
     if table[1]:
       parts += [f'## {title}', note, markdown(table)]
   if c.study.notes:
@@ -184,7 +186,36 @@ def table_md(c: Comparison, advice: list[str]) -> str:
   return '\n\n'.join(part.rstrip() for part in parts) + '\n'
 
 
-def sections(c: Comparison) -> list[tuple[str, str, Table]]:
+def _claims(path: Path) -> list[Section]:
+  """Read what the experiment found about the claims it tests, if it wrote that."""
+  if not (path / 'claims.json').exists():
+    return []
+  found = files.read_json(path / 'claims.json')
+  return [(found['title'], found['note'], (found['head'], found['rows']))]
+
+
+def _groups(whole: Study) -> list[Section]:
+  """Build the tables of methods beside the main ones."""
+  found = []
+  for group in whole.groups:
+    c = comparison.compare(whole.only(group))
+    described = ' '.join(
+      f'{m["label"]}: {m["describe"]}' for m in c.study.methods.values() if m.get('group')
+    )
+    for size in whole.sizes:
+      head, rows = main_table(c, size)
+      title = f'{group}, {count(size)} tokens of domain text'
+      found.append((title, described, (head, [row for row in rows if row[1] != _NOT_RUN])))
+  return found
+
+
+def _budget_sections(found: dict[float, Comparison]) -> list[Section]:
+  if len(found) < 2 or not budgets.sizes(found):
+    return []
+  return [('As pretraining goes on', BUDGET_NOTE, budgets.table(found, interval))]
+
+
+def sections(c: Comparison) -> list[Section]:
   """List the tables behind the comparison: title, note, table."""
   return [
     ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
@@ -299,22 +330,29 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
   Raises:
     ValueError: if study.json or a run it lists is broken, naming it.
   """
-  study = comparison.load_study(Path(study_path))
-  out = Path(out) if out else study.path
-  c = comparison.compare(study)
+  whole = load_study(Path(study_path))
+  study, out = whole.only(), Path(out) if out else whole.path
+  c, found = comparison.compare(study), budgets.by_budget(whole)
   advice, drawn = advise(c), plots.plots(c)
+  if (growth := budgets.plot(found)) is not None:
+    drawn.insert(2, growth)
+  behind = [*_claims(whole.path), *_groups(whole), *_budget_sections(found), *sections(c)]
   for plot in drawn:
     files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
   files.write_text(out / 'results.csv', results_csv(c))
-  files.write_text(out / 'table.md', table_md(c, advice))
+  files.write_text(out / 'table.md', table_md(c, advice, behind))
   main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
-  html = page.render(c, advice, notes(c), main_tables, DOMAIN_NOTE, drawn, sections(c), out)
+  html = page.render(c, advice, notes(c), main_tables, DOMAIN_NOTE, drawn, behind, out)
   files.write_text(out / 'report.html', html)
   show(c, advice)
   print(f'wrote {out / "report.html"}, table.md, results.csv and plots/')
   return advice
 
 
+BUDGET_NOTE = (
+  'Difference to the plain SLM at the same share of the pretraining, in nats per token with its '
+  '95 % interval: each checkpoint of the pretraining runs is specialised by itself.'
+)
 LEDGER_NOTE = (
   'Generic costs are paid once, before the domain is known, and include the clustering of the '
   'generic text for methods that use it; costs per domain are paid again for every domain. '

@@ -1,176 +1,30 @@
 """Reports: golden table, bootstrap, costs, advice, the page, and what broken studies say."""
 
 import csv
-import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from studies import (
+  GENERIC_FLOPS,
+  LABELS,
+  TUNE_FLOPS,
+  Maker,
+  full_study,
+  one,
+  run_main,
+  write,
+  write_run,
+)
 
 from slm import comparison, page, plots, report
 from slm.advice import advise, crossing, unfinished
-from slm.comparison import Cost, compare, load_study, resample
-
-_LABELS = {
-  'slm': 'SLM',
-  'slm_noft': 'SLM, no fine-tuning',
-  'slm_nopt': 'SLM, no pretraining',
-  'llm': 'LLM',
-  'importance': 'SLM-is, importance sampling',
-  'distill': 'SLM-d, distillation',
-  'mixture': 'SLM-mix, hard mixture',
-  'project': 'SLM-pn, projected network',
-}
-# Loss above the plain SLM's, nats per token.
-_OFFSETS = {
-  'slm': 0.0,
-  'slm_noft': 0.6,
-  'slm_nopt': 1.4,
-  'llm': -0.17,
-  'importance': -0.08,
-  'distill': -0.01,
-  'mixture': -0.0,
-  'project': -0.05,
-}
-_GENERIC_FLOPS, _TUNE_FLOPS = 1e14, 2e12
-
-
-def write(path: Path, value: object) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(value))
-
-
-def write_run(
-  path: Path, phase: str, flops: float, losses: dict[str, np.ndarray], end: float = 3.0
-) -> None:
-  """Write a finished run; losses map set/split to rows [rows,2]."""
-  tokens = int(flops / 1e7)
-  write(path / 'config.json', {'phase': phase, 'eval': {'patience': 0}})
-  environment = {'python': '3.11.0', 'device_kind': 'cpu', 'packages': {'jax': '0.1'}}
-  write(path / 'starts.json', [{'step': 0, 'code': 'abc', 'environment': environment}])
-  entry = {'tokens': tokens, 'flops': flops, 'device_seconds': flops / 1e11}
-  held_out = {'phase': 'evaluate', 'tokens': 7, 'flops': 1e30, 'device_seconds': 1e30}
-  ledger = {'phases': [{'phase': phase, **entry}, held_out], 'ancestors': []}
-  write(path / 'ledger.json', ledger)
-  write(path / 'result.json', {'steps': 100})
-  rng = np.random.default_rng(0)
-  with (path / 'metrics.jsonl').open('w') as f:
-    for step in range(1, 101):
-      loss = end + 3 * step**-0.5
-      line = {'step': step, 'tokens': tokens * step // 100, 'loss': loss + rng.normal(0, 0.05)}
-      line |= {'eval_loss': loss + 0.03} if step % 20 == 0 else {}
-      f.write(json.dumps(line) + '\n')
-  results = {}
-  for name, rows in losses.items():
-    file = path / 'eval' / f'{name.replace("/", "-")}.npy'
-    file.parent.mkdir(exist_ok=True)
-    np.save(file, rows)
-    results[name] = {'nll': rows[:, 0].sum(), 'bytes': int(4 * rows[:, 1].sum()), 'step': 100}
-    results[name]['rows_sha256'] = 'abc'
-  write(path / 'eval.json', results)
-
-
-class Maker:
-  """Makes synthetic studies: rows share a difficulty, so that differences are paired."""
-
-  def __init__(self, path: Path, domains=('law',), sizes=(20_000,), seeds=(0,), rows=300):
-    self.path, self.domains, self.sizes, self.seeds = path, domains, sizes, seeds
-    rng = np.random.default_rng(1)
-    self.hard = {d: rng.normal(0, 0.4, rows) for d in domains}
-    self.tokens = {d: rng.integers(20, 256, rows) for d in domains}
-    self.runs: list[dict] = []
-
-  def rows(self, domain: str, loss: float, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(abs(hash((round(loss, 6), seed))))
-    tokens = self.tokens[domain]
-    noise = rng.normal(0, 0.02, len(tokens))
-    return np.stack([(loss + self.hard[domain] + noise) * tokens, tokens.astype(float)], axis=1)
-
-  def add(self, method: str, offset: float, shrink: float = 0.6) -> None:
-    """Add a method at every domain, size and seed; its offset shrinks with the set size."""
-    kind = 'large' if method == 'llm' else 'small'
-    costly = {'llm': 6.0, 'project': 1.6}.get(method, 1.0) * _GENERIC_FLOPS
-    for seed in self.seeds:
-      shared = {'distill': ['slm', 'llm'], 'slm_noft': ['slm']}.get(method, [method])
-      shared = [f'runs/{m}-{seed}' for m in shared if method not in ('importance', 'slm_nopt')]
-      for name in shared:
-        if not (self.path / name).exists():
-          write_run(self.path / name, 'pretrain', costly, {})
-      for (i, size), (j, domain) in itertools.product(
-        enumerate(self.sizes), enumerate(self.domains)
-      ):
-        own = f'runs/{method}-{domain}-{size}-{seed}'
-        loss = 3.0 + 0.1 * j - 0.15 * i + offset * shrink**i + 0.002 * seed
-        rows = {f'{domain}/test': self.rows(domain, loss, seed)}
-        write_run(self.path / own, 'finetune', _TUNE_FLOPS * (i + 1), rows)
-        paid = [own] if method != 'slm_noft' else []
-        if method == 'importance':
-          paid.append(f'runs/importance-{domain}-{seed}')
-          write_run(self.path / paid[-1], 'pretrain', _GENERIC_FLOPS, {}, end=2.6)
-        self.runs.append({
-          'method': method, 'domain': domain, 'size': size, 'seed': seed, 'run': own,
-          'kind': kind, 'generic_runs': shared, 'specialise_runs': paid,
-        })  # fmt: skip
-
-  def save(self, scale: str = 'cpu', **changes: object) -> Path:
-    """Write study.json and the data directory's part; returns the study's directory."""
-    study = {
-      'title': 'Law from general text',
-      'scale': scale,
-      'data': 'data',
-      'domains': list(self.domains),
-      'generic': 'generic',
-      'sizes': list(self.sizes),
-      'methods': [
-        {'name': m, 'label': label, 'describe': f'What {label} does.'}
-        for m, label in _LABELS.items()
-      ],
-      'runs': self.runs,
-      'params': {m: 771_000_000 if m == 'llm' else 126_000_000 for m in _LABELS},
-      'notes': ['Models are smaller than in the paper.'],
-    }
-    write(self.path / 'study.json', study | changes)
-    cost = {'clusters': {'seconds': 50.0, 'flops': 5e11}}
-    write(self.path / 'data' / 'manifest.json', {'cost': cost})
-    return self.path
-
-
-def full_study(path: Path, **kwargs) -> Path:
-  """Make a study with every method, on several domains and sizes, with clusters."""
-  maker = Maker(path, **kwargs)
-  for method, offset in _OFFSETS.items():
-    maker.add(method, offset)
-  rng, sets = np.random.default_rng(2), {}
-  for name, spread in [('generic', 9.0), *((d, 0.25) for d in maker.domains)]:
-    windows = rng.multinomial(4000, rng.dirichlet(np.full(16, spread)))
-    p = windows[windows > 0] / windows.sum()
-    entropy = float(-(p * np.log(p)).sum())
-    sets[name] = {
-      'windows': windows.tolist(), 'entropy': entropy, 'effective_clusters': math.exp(entropy),
-      'ess_fraction': 0.3, 'top_cluster': float(p.max()),
-    }  # fmt: skip
-  write(path / 'data' / 'clusters' / 'histograms.json', {'16': sets})
-  return maker.save()
-
-
-def run_main(study: Path, *flags: str) -> subprocess.CompletedProcess:
-  command = [sys.executable, '-m', 'slm.report', f'--study={study}', *flags]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def one(
-  path: Path, offsets: dict[str, float], scale: str = 'cpu', **kwargs
-) -> comparison.Comparison:
-  maker = Maker(path, **kwargs)
-  for method, offset in offsets.items():
-    maker.add(method, offset)
-  return compare(load_study(maker.save(scale)))
+from slm.comparison import Cost, compare, resample
+from slm.study import load_study
 
 
 def test_golden_table(tmp_path: Path):
@@ -320,7 +174,7 @@ def test_domains_without_a_shared_seed_are_not_averaged(tmp_path: Path, method: 
   report.report(maker.save())
   c = compare(load_study(tmp_path))
   rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
-  assert rows[_LABELS[method]][1:6] == ['no seed on every domain: not run', *'––––']
+  assert rows[LABELS[method]][1:6] == ['no seed on every domain: not run', *'––––']
   assert not c.cells[method, 20_000].complete
 
 
@@ -334,7 +188,7 @@ def test_models_without_a_shared_seed_have_no_difference(tmp_path: Path, method:
   c = compare(load_study(tmp_path))
   assert c.to_baseline(c.cells[method, 20_000]) is None
   rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
-  assert rows[_LABELS[method]][3:5] == ['–', '–']
+  assert rows[LABELS[method]][3:5] == ['–', '–']
   start = 'No other small model was run with a seed of' if method == 'project' else 'Only the plain'
   assert advise(c)[0].startswith(start)
 
@@ -347,15 +201,15 @@ def test_costs(tmp_path: Path):
   get = lambda m: cells[m, 20_000]
   slm, selected = get('slm'), get('importance')
   # Shared by domains, averaged over seeds; held-out evaluations do not count.
-  assert slm.generic == Cost(1e7, _GENERIC_FLOPS, 1000)
-  assert slm.specialise == Cost(2e5, _TUNE_FLOPS, 20)
+  assert slm.generic == Cost(1e7, GENERIC_FLOPS, 1000)
+  assert slm.specialise == Cost(2e5, TUNE_FLOPS, 20)
   assert selected.generic == Cost(0, 5e11, 50)  # clustering only
-  assert selected.specialise.flops == _GENERIC_FLOPS + _TUNE_FLOPS
-  assert get('distill').generic.flops == 2 * _GENERIC_FLOPS
+  assert selected.specialise.flops == GENERIC_FLOPS + TUNE_FLOPS
+  assert get('distill').generic.flops == 2 * GENERIC_FLOPS
   assert get('slm_nopt').generic == Cost() == get('slm_noft').specialise
   for n in (1, 7, 50):
-    assert slm.total(n).flops == _GENERIC_FLOPS + n * _TUNE_FLOPS
-    assert selected.total(n).flops == 5e11 + n * (_GENERIC_FLOPS + _TUNE_FLOPS)
+    assert slm.total(n).flops == GENERIC_FLOPS + n * TUNE_FLOPS
+    assert selected.total(n).flops == 5e11 + n * (GENERIC_FLOPS + TUNE_FLOPS)
   at = crossing(selected, slm)
   assert selected.total(at).flops > slm.total(at).flops
   assert selected.total(at - 1).flops <= slm.total(at - 1).flops
@@ -432,11 +286,11 @@ def test_advice_importance(tmp_path: Path):
   c = one(tmp_path, {'slm': 0.0, 'project': -0.05, 'importance': -0.08, 'slm_nopt': 1.0},
           seeds=(0, 1))  # fmt: skip
   text = ' '.join(advise(c))
-  label = _LABELS['importance']
+  label = LABELS['importance']
   assert text.startswith(f'Use {label}: it is the best small model with 20k tokens')
   assert re.search(r'0\.08\d nats/token lower, 95 % interval 0\.07\d to 0\.08\d', text)
-  assert f'{label} 1.0×, 6.3×, 26×; {_LABELS["project"]} 1.6×' in text
-  assert f'but {_LABELS["project"]} is cheaper from N = 2' in text
+  assert f'{label} 1.0×, 6.3×, 26×; {LABELS["project"]} 1.6×' in text
+  assert f'but {LABELS["project"]} is cheaper from N = 2' in text
   assert re.search(r'keeps 6\d% of the best gain', text)
   assert 'over 2 seeds' in text and 'LLM' not in text
 
@@ -502,7 +356,7 @@ def test_page_is_self_contained_and_whole(tmp_path: Path):
     'Runs',
   ):
     assert part in html
-  for label in _LABELS.values():
+  for label in LABELS.values():
     assert label in html
   links = re.findall(r'<a href="([^"]*)"', html)
   assert links and all((out / link).is_dir() for link in links)
@@ -512,11 +366,11 @@ def test_csv_and_markdown(tmp_path: Path):
   study = full_study(tmp_path, sizes=(20_000, 160_000), rows=60)
   report.report(study)
   rows = list(csv.DictReader((study / 'results.csv').open()))
-  assert len(rows) == len(_LABELS) * 2 * 2  # methods, sizes, average and law
+  assert len(rows) == len(LABELS) * 2 * 2  # methods, sizes, average and law
   average = {r['method']: r for r in rows if r['on'] == 'average' and r['size'] == '20000'}
   assert float(average['llm']['ppl']) == pytest.approx(math.exp(float(average['llm']['loss'])))
   assert average['importance']['verdict'] == 'better'
-  assert float(average['slm']['total_flops_7']) == _GENERIC_FLOPS + 7 * _TUNE_FLOPS
+  assert float(average['slm']['total_flops_7']) == GENERIC_FLOPS + 7 * TUNE_FLOPS
   text = (study / 'table.md').read_text()
   assert '### 160k tokens of domain text' in text and '## Clusters' in text
   assert '| law/test' not in text  # with one domain it would repeat the main table
@@ -566,7 +420,7 @@ def test_missing_runs_say_so(tmp_path: Path):
   report.report(study)
   c = compare(load_study(study))
   rows = {r[0]: r for r in report.main_table(c, 20_000)[1]}
-  assert rows[_LABELS['project']][1] == '1 of 2 domains run'
+  assert rows[LABELS['project']][1] == '1 of 2 domains run'
   assert rows['LLM'][1] == 'not run'
   assert report.domain_table(c, 20_000)[1][-1][2] == 'not run'
   assert 'not run' in (study / 'report.html').read_text()
@@ -591,7 +445,7 @@ def test_a_run_without_size_stands_at_every_size(tmp_path: Path):
 
 
 def test_colors_are_fixed_and_distinct():
-  found = plots.styles([*_LABELS, 'new', 'newer'])
+  found = plots.styles([*LABELS, 'new', 'newer'])
   assert found['project'] == plots.styles(['project'])['project']
   assert len(set(found.values())) == len(found)
 

@@ -40,7 +40,7 @@ ONLY = {
   'tokenizers': {'data'},
   'sklearn': {'data'},
   'optax': {'optim', 'step'},
-  'matplotlib': {'plots', 'data'},
+  'matplotlib': {'plots', 'budgets', 'data'},
 }
 
 

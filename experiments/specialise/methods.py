@@ -75,6 +75,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def uses_clusters(family: Family) -> bool:
+  """Say whether the generic set must be clustered first, which is then part of the cost."""
+  return bool(family.clusters) or (family.select or {}).get('do') == 'importance'
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
   """One row of the table.

@@ -17,11 +17,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.specialise import runs
-from experiments.specialise.methods import METHODS
+from experiments.specialise import claims, runs
+from experiments.specialise.methods import FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, Scale
 from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
 from slm.data import dsir, importance, prepare
+from slm.study import load_study
 
 
 def config(path: str, overrides: dict[str, Any]) -> ConfigDict:
@@ -144,6 +145,7 @@ def study(scale_name: str, corpus: str, root: Path) -> None:
     do_evaluate(job, root, mesh)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
   write_study(scale_name, planned, root)
+  claims.write(load_study(root), root)
   report.report(root)
 
 
@@ -151,7 +153,13 @@ def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
   """Describe the finished study for slm.report."""
   scale = planned.scale
   methods = [m for m in METHODS if m.name in {row['method'] for row in planned.rows}]
-  about = lambda m: {'name': m.name, 'label': m.label, 'describe': m.describe, 'group': m.group}
+  about = lambda m: {
+    'name': m.name,
+    'label': m.label,
+    'describe': m.describe,
+    'group': m.group,
+    'clusters': bool(m.family) and uses_clusters(FAMILIES[m.family]),
+  }
   files.write_json(
     root / 'study.json',
     {
