@@ -1,7 +1,8 @@
 """Text to rows: `python -m slm.data.prepare --config=configs/data.py:SETS --out=DIR`.
 
 SETS is `name=source,...` with one set named generic. A source is a glob of .jsonl or .txt files
-(.gz or .zst too), `python:docs` or `python:licences`, optionally with `?max_mb=NUMBER`.
+(.gz or .zst too), a TFDS set that is on disk, `tfds:c4/en?split=train` (slm/data/tfds.py), or
+`python:docs` or `python:licences`, optionally with `?max_mb=NUMBER`.
 `name=source` is split by a hash of the document; `name.train=source,name.test=source` is not.
 A training document whose exact text is held out, in any set, is dropped; near-duplicates are kept.
 Without SETS: docstrings of Python and of what slm requires, and their licences as the domain.

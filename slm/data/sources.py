@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import zstandard
 
+from slm.data import tfds
+
 # A .txt file is one document, cut at the first blank line after _TEXT_DOCUMENT characters, or
 # else at the first line end after _LONGEST; lines are read, and so cut, in pieces of _PIECE bytes.
 _TEXT_DOCUMENT = 1 << 20
@@ -21,9 +23,14 @@ _PIECE = 1 << 20
 
 
 def expand(spec: str) -> dict[str, int]:
-  """List the files of a glob with their sizes, sorted, or the `python:` spec itself."""
+  """List the files of a glob (or the shards of a `tfds:` set) with their sizes, sorted.
+
+  A `python:` spec stands for itself.
+  """
   if spec.startswith('python:'):
     return {spec: 0}
+  if spec.startswith(tfds.PREFIX):
+    return tfds.expand(spec)
   found = glob.glob(spec, recursive=True)  # noqa: PTH207 (pathlib cannot match absolute globs)
   paths = sorted(p for p in found if pathlib.Path(p).is_file())
   if not paths:
@@ -36,6 +43,9 @@ def expand(spec: str) -> dict[str, int]:
 
 def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
   """Yield (text, id) of every document in a file; id is '' without `id_field`."""
+  if path.startswith(tfds.PREFIX):
+    yield from tfds.read(path, text_field, id_field)
+    return
   if re.search(r'\.txt(\.gz|\.zst)?$', path):
     yield from ((text, '') for text in _cut(_lines(path, _PIECE)))
     return
