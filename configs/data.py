@@ -4,7 +4,8 @@ SETS is `name=source,...` with one set named generic. A source is a glob of .jso
 (.gz or .zst too), a TFDS set that is on disk, `tfds:c4/en?split=train` (slm/data/tfds.py), or
 `python:docs` or `python:licences`, optionally with `?max_mb=NUMBER`.
 `name=source` is split by a hash of the document; `name.train=source,name.test=source` is not.
-A training document whose exact text is held out, in any set, is dropped; near-duplicates are kept.
+A training document whose exact text is held out, in any set, is dropped, and near-duplicates with
+near_duplicates.
 Without SETS: docstrings of Python and of what slm requires, and their licences as the domain.
 """
 
@@ -31,6 +32,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.text_field = 'text'  # field of a JSON line that holds the document
   c.id_field = ''  # field whose hash chooses the split; '' = the text's hash
   c.heldout = (0.05, 0.1)  # shares of documents for validation and test
+  c.near_duplicates = 0.0  # drop training documents this similar (Jaccard, 0.8 say); 0: exact only
   c.workers = 0  # processes; 0 = one per usable core
   c.seed = 0  # of samples, clusters and nested sets
   return c

@@ -7,7 +7,7 @@ r"""Prepare text for training: duplicates out, split, tokenise, cluster, pack in
 Can be killed at any moment and run again: what is complete is kept. DIR/windows holds
 intermediates and may be deleted afterwards. Exact copies of a document are dropped, from training
 first: no training document of any set is, word for word, a held-out document of this or another
-set. Near-duplicates are not looked for.
+set. Near-duplicates are looked for with near_duplicates (slm/data/near.py).
 """
 
 import dataclasses
@@ -67,6 +67,7 @@ class PrepareConfig:
   heldout: tuple[float, float]
   workers: int
   seed: int
+  near_duplicates: float = 0.0
 
   def __post_init__(self) -> None:
     if not self.out:
@@ -81,6 +82,10 @@ class PrepareConfig:
       raise ValueError(f'levels={self.levels}: expected distinct numbers of clusters')
     if min(self.fit_windows, self.dims) < 1 or self.workers < 0 or min(self.sizes, default=1) < 1:
       raise ValueError('fit_windows, dims and sizes must be at least 1, workers at least 0')
+    if not 0 <= self.near_duplicates <= 1:
+      raise ValueError(
+        f'near_duplicates={self.near_duplicates}: expected a similarity, or 0 for off'
+      )
     if len(self.heldout) != 2 or min(self.heldout) < 0 or sum(self.heldout) >= 1:
       raise ValueError(f'heldout={self.heldout}: expected two shares with a sum below 1')
 
@@ -169,7 +174,7 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool)
   for name in cfg.sets:
     read[name], summaries = _read(cfg, out, name, paths[name], pool)
     _add(cost, 'documents', summaries)
-  shards = _cuts(cfg, out, read)
+  shards = _cuts(cfg, out, read, pool)
   _add(cost, 'tokenizer', _tokenizer(cfg, out, shards['generic']))
   tasks = {c.out / f'{c.shard}.json': c for cuts in shards.values() for c in cuts}
   done = work.run(pool, 'tokens and windows', documents.cut, tasks)
@@ -229,9 +234,11 @@ def _read(
 
 
 def _cuts(
-  cfg: PrepareConfig, out: Path, read: dict[str, dict[Path, int]]
+  cfg: PrepareConfig, out: Path, read: dict[str, dict[Path, int]], pool: work.Pool
 ) -> dict[str, list[documents.Cut]]:
   """Mark every set's duplicates, once all sets are read; return the tokenising tasks."""
+  if cfg.near_duplicates:
+    _near_duplicates(cfg, out, read, pool)
   cuts: dict[str, list[documents.Cut]] = {}
   for name, shards in read.items():
     folder = out / 'windows' / 'documents' / name
@@ -246,6 +253,29 @@ def _cuts(
       for shard, start in zip(shards, starts, strict=False)
     ]
   return cuts
+
+
+def _near_duplicates(
+  cfg: PrepareConfig, out: Path, read: dict[str, dict[Path, int]], pool: work.Pool
+) -> None:
+  """Write every set's keep.npy without exact and near duplicates."""
+  from slm.data import near  # few runs need it
+
+  folder = out / 'windows' / 'documents'
+  paths = {name: folder / name / 'keep.npy' for name in read}
+  if all(path.exists() for path in paths.values()):
+    return
+  tasks = {s.with_name(f'{s.name}.minhash.json'): s for shards in read.values() for s in shards}
+  work.run(pool, 'signatures', near.sign, tasks)
+  keep = {}
+  for name, shards in read.items():
+    others = {s: n for other in read if other != name for s, n in read[other].items()}
+    exact = folder / name / 'exact.npy'
+    documents.duplicates(shards, others, exact)
+    keep[name] = files.read_npy(exact).copy()
+  near.mark(read, keep, cfg.near_duplicates)
+  for name, path in paths.items():
+    files.write_npy(path, keep[name])
 
 
 def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list[dict[str, Any]]:
