@@ -26,8 +26,8 @@ Table = tuple[list[str], list[list[str]]]
 Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
 _CSV = (
-  'method', 'label', 'kind', 'size', 'on', 'status', 'loss', 'ppl', 'bpb', 'difference', 'low',
-  'high', 'verdict', 'seeds', 'seed_spread', 'params', 'generic_tokens', 'generic_flops',
+  'method', 'label', 'kind', 'budget', 'size', 'on', 'status', 'loss', 'ppl', 'bpb', 'difference',
+  'low', 'high', 'verdict', 'seeds', 'seed_spread', 'params', 'generic_tokens', 'generic_flops',
   'generic_seconds', 'specialise_tokens', 'specialise_flops', 'specialise_seconds',
   *(f'total_flops_{n}' for n in NUM_DOMAINS),
 )  # fmt: skip
@@ -186,12 +186,10 @@ def table_md(c: Comparison, advice: list[str], behind: list[Section]) -> str:
   return '\n\n'.join(part.rstrip() for part in parts) + '\n'
 
 
-def _claims(path: Path) -> list[Section]:
-  """Read what the experiment found about the claims it tests, if it wrote that."""
-  if not (path / 'claims.json').exists():
-    return []
-  found = files.read_json(path / 'claims.json')
-  return [(found['title'], found['note'], (found['head'], found['rows']))]
+def _written(path: Path) -> list[Section]:
+  """Read the tables that the experiment itself wrote to STUDY/sections, if it did."""
+  found = [files.read_json(file) for file in sorted((path / 'sections').glob('*.json'))]
+  return [(x['title'], x['note'], (x['head'], x['rows'])) for x in found]
 
 
 def _groups(whole: Study) -> list[Section]:
@@ -261,21 +259,35 @@ DOMAIN_NOTE = (
 )
 
 
-def results_csv(c: Comparison) -> str:
+def results_csv(comparisons: list[Comparison]) -> str:
   """Write every number unrounded: a line per method, size and test set, and for the average."""
   out = io.StringIO()
   writer = csv.DictWriter(out, _CSV, restval='', lineterminator='\n')
   writer.writeheader()
-  for cell in c.cells.values():
-    average = cell.average if cell.complete else None
-    for on, loss, found in [
-      ('average', average, c.to_baseline(cell)),
-      *((t, cell.losses.get(t), c.to_baseline(cell, t)) for t in (*c.tests, *c.others)),
-    ]:
-      writer.writerow(_line(c.study, cell.method, cell.size, on, loss, found) | _cost_keys(cell))
-  for method, loss in c.generic.items():
-    writer.writerow(_line(c.study, method, '', f'{c.study.generic}/test', loss, None))
+  for c in comparisons:
+    budget = {'budget': c.study.budget}
+    for cell in c.cells.values():
+      if _own(c.study, cell.method):
+        writer.writerows(budget | line for line in _lines(c, cell))
+    for method, loss in c.generic.items():
+      if _own(c.study, method):
+        line = _line(c.study, method, '', f'{c.study.generic}/test', loss, None)
+        writer.writerow(budget | line)
   return out.getvalue()
+
+
+def _own(study: Study, method: str) -> bool:
+  """Say whether a method stands in a table of its own right, not as the reference of a group."""
+  return method != BASELINE or not study.groups
+
+
+def _lines(c: Comparison, cell: Cell) -> list[dict[str, Any]]:
+  """Return a cell's lines: the average, then every test set."""
+  average = cell.average if cell.complete else None
+  found = [('average', average, c.to_baseline(cell))]
+  found += [(t, cell.losses.get(t), c.to_baseline(cell, t)) for t in (*c.tests, *c.others)]
+  costs = _cost_keys(cell)
+  return [_line(c.study, cell.method, cell.size, *x) | costs for x in found]
 
 
 def _line(
@@ -336,10 +348,11 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
   advice, drawn = advise(c), plots.plots(c)
   if (growth := budgets.plot(found)) is not None:
     drawn.insert(2, growth)
-  behind = [*_claims(whole.path), *_groups(whole), *_budget_sections(found), *sections(c)]
+  behind = [*_written(whole.path), *_groups(whole), *_budget_sections(found), *sections(c)]
   for plot in drawn:
     files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
-  files.write_text(out / 'results.csv', results_csv(c))
+  further = [comparison.compare(whole.only(group)) for group in whole.groups]
+  files.write_text(out / 'results.csv', results_csv([*found.values(), *further]))
   files.write_text(out / 'table.md', table_md(c, advice, behind))
   main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
   html = page.render(c, advice, notes(c), main_tables, DOMAIN_NOTE, drawn, behind, out)

@@ -177,7 +177,17 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
 
 @pytest.mark.parametrize(
   'module',
-  ['train', 'evaluate', 'generate', 'specialise', 'report', 'data.prepare', 'data.importance'],
+  [
+    'train',
+    'evaluate',
+    'generate',
+    'specialise',
+    'report',
+    'advise',
+    'data.prepare',
+    'data.importance',
+    'data.dsir',
+  ],
 )
 def test_help(module):
   done = subprocess.run(

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from slm import budgets, files
+from slm import budgets
 from slm.advice import count
 from slm.comparison import Comparison, Difference, compare, difference
 from slm.study import Study
@@ -242,7 +241,7 @@ def verdict(found: list[Evidence]) -> str:
 
 
 def table(study: Study) -> dict[str, Any]:
-  """Judge every claim: what slm.report shows of STUDY/claims.json."""
+  """Judge every claim: a section of the report."""
   groups = {g: compare(study.only(g)) for g in study.groups}
   found = Found(study, compare(study.only()), groups, budgets.by_budget(study))
   rows = []
@@ -269,8 +268,3 @@ NOTE = (
   'on agrees beyond its interval and in every seed, not reproduced if one clearly does not (no), '
   'within noise otherwise (?).'
 )
-
-
-def write(study: Study, path: Path) -> None:
-  """Write STUDY/claims.json."""
-  files.write_json(path / 'claims.json', table(study))

@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.specialise import claims, runs
+from experiments.specialise import check, claims, runs
 from experiments.specialise.methods import FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, Scale
 from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
@@ -145,7 +145,9 @@ def study(scale_name: str, corpus: str, root: Path) -> None:
     do_evaluate(job, root, mesh)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
   write_study(scale_name, planned, root)
-  claims.write(load_study(root), root)
+  found = load_study(root)
+  for name, table in (('1-claims', claims.table), ('2-advice', check.table)):
+    files.write_json(root / 'sections' / f'{name}.json', table(found))
   report.report(root)
 
 

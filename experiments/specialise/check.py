@@ -1,0 +1,128 @@
+"""How good would the advice have been? Each domain in turn is left out and then advised on."""
+
+import csv
+import dataclasses
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm import advise, budgets, report
+from slm.comparison import Cell, Comparison, difference
+from slm.study import BASELINE, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One question about one left-out domain: what was advised, and what fits the budget there."""
+
+  domain: str
+  want: advise.Want
+  chosen: str
+  cells: dict[str, Cell]
+
+  def regret(self, method: str) -> float:
+    """Return how much higher a method's loss is than the best that fits, nats per token."""
+    values = {m: cell.average.value for m, cell in self.cells.items()}
+    return values[method] - min(values.values())
+
+  def close(self, method: str) -> bool:
+    """Say whether a method is the best that fits, or cannot be told from it."""
+    best = min(self.cells, key=lambda m: self.cells[m].average.value)
+    if method == best:
+      return True
+    d = difference(self.cells[method].average, self.cells[best].average)
+    return d is not None and d.verdict == 'within noise'
+
+
+def cases(study: Study) -> list[Case]:
+  """Ask for advice on every left-out domain: each budget and size, with little or much after."""
+  found = []
+  for domain in study.domains:
+    others = tuple(d for d in study.domains if d != domain)
+    if not others:
+      return []
+    there = budgets.by_budget(_on(study, (domain,)))
+    known = budgets.by_budget(_on(study, others))
+    points = _points(known)
+    for want, budget, size in _wants(known, points):
+      fits, chosen, _ = advise.measured(points, want)
+      cells = {o.method: _cell(there, o, size, budget) for o in fits}
+      cells = {m: cell for m, cell in cells.items() if cell is not None}
+      if chosen is not None and chosen.method in cells and len(cells) > 1:
+        found.append(Case(domain, want, chosen.method, cells))
+  return found
+
+
+def _on(study: Study, domains: tuple[str, ...]) -> Study:
+  planned = tuple(r for r in study.planned if r['domain'] in (None, *domains))
+  return dataclasses.replace(study, domains=domains, planned=planned)
+
+
+def _points(found: dict[float, Comparison]) -> list[advise.Point]:
+  lines = list(csv.DictReader(io.StringIO(report.results_csv(list(found.values())))))
+  return advise.parse(lines, Path('left-out') / 'results.csv')
+
+
+def _wants(
+  known: dict[float, Comparison], points: list[advise.Point]
+) -> Iterator[tuple[advise.Want, float, int]]:
+  """List (want, share of the pretraining, size): the budgets that the SLM was measured with.
+
+  What may be spent per domain is either enough for any fine-tuning, or a pretraining more.
+  """
+  sizes = sorted({p.size for p in points})
+  for (share, c), size, much in itertools.product(known.items(), sizes, (False, True)):
+    mine = [p for p in points if p.method == BASELINE and p.size == size]
+    cell = c.cells[BASELINE, size]
+    if not cell.complete or cell.generic is None:
+      continue
+    scale = max(p.pretrain for p in mine) / known[max(known)].cells[BASELINE, size].generic.flops
+    pretrain = cell.generic.flops * scale
+    tuning = 2 * max(p.specialise for p in mine)
+    yield advise.Want(pretrain, tuning + 1.01 * pretrain * much, mine[0].text, 1), share, size
+
+
+def _cell(
+  there: dict[float, Comparison], option: advise.Option, size: int, budget: float
+) -> Cell | None:
+  """Find what an option is on the left-out domain: at this budget, or what no budget changes."""
+  for at in (budget, max(there)):
+    cell = there[at].cells.get((option.method, size))
+    if cell is not None and cell.complete:
+      return cell
+  return None
+
+
+def table(study: Study) -> dict[str, Any]:
+  """Compare the advice with always choosing one method: a section of the report."""
+  found, rows = cases(study.only()), []
+  if found:
+    rows.append(_row('as advised', [(case, case.chosen) for case in found]))
+  for method in (BASELINE, 'importance', 'project', 'mixture') if found else ():
+    fallback = [(case, method if method in case.cells else BASELINE) for case in found]
+    rows.append(_row(f'always {study.label(method)}', fallback))
+  return {
+    'title': 'The advice, checked',
+    'note': NOTE,
+    'head': ['strategy', 'best or within noise', 'mean regret, nats/token', 'largest'],
+    'rows': rows,
+  }
+
+
+def _row(name: str, chosen: list[tuple[Case, str]]) -> list[str]:
+  close = np.mean([case.close(method) for case, method in chosen])
+  regret = [case.regret(method) for case, method in chosen]
+  share = f'{close:.0%} of {len(chosen)}'
+  return [name, share, f'{np.mean(regret):.3f}', f'{max(regret):.3f}']
+
+
+NOTE = (
+  'Each domain is left out, slm.advise is asked with what the other domains measured, for every '
+  'budget and set size, with money for fine-tuning alone or for a pretraining per domain. Then the '
+  'left-out domain says which of the affordable methods was best. A method that is not affordable '
+  'falls back to the plain SLM.'
+)

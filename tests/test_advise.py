@@ -1,0 +1,178 @@
+"""Advice for a budget: interpolation, what fits, how sure, the paper's table, and its check."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import studies
+import toy
+
+from experiments.specialise import check
+from slm import advise, data, report
+from slm.study import load_study
+
+SLM_PARAMS = 126_000_000
+UNIT = 6 * SLM_PARAMS**2
+PER_TUNE = studies.TUNE_FLOPS / UNIT
+
+
+def point(method='slm', pretrain=100.0, specialise=1.0, text=0.1, loss=3.0, **more):
+  rest = dict(
+    study='s', label=method, params=1.0, low=-0.01, high=0.01, seeds=3, size=int(text * 1000),
+    better=3, domains=3,
+  )  # fmt: skip
+  return advise.Point(method=method, pretrain=pretrain, specialise=specialise, text=text,
+                      loss=loss, **rest | more)  # fmt: skip
+
+
+def grid(method, loss, once=True, **more):
+  """Measure a method at budgets 10 and 1000 and 0.01 and 1 tokens of text per parameter."""
+  return [
+    point(method, *((b, 0.1) if once else (0.0, b)), text=t, loss=loss(b, t), **more)
+    for b in (10.0, 1000.0)
+    for t in (0.01, 1.0)
+  ]
+
+
+PLANE = lambda b, t: 5 - 0.2 * math.log(b) - 0.1 * math.log(t)
+
+
+@pytest.mark.parametrize(('budget', 'text'), [(10, 0.01), (100, 0.1), (37, 0.6), (1000, 1.0)])
+def test_interpolation_is_exact_on_a_plane_in_logarithms(budget, text):
+  (found,) = advise.options(grid('slm', PLANE), advise.Want(budget, 1.0, text, 1))
+  assert found.loss == pytest.approx(PLANE(budget, text), abs=1e-9)
+  assert 1 <= len(found.points) <= 4
+
+
+def test_a_method_spends_the_budget_of_its_kind():
+  """What is paid per domain follows the money after, and is out of reach without it."""
+  points = grid('slm', PLANE) + grid('importance', PLANE, once=False)
+  names = lambda want: [o.method for o in advise.options(points, want)]
+  assert names(advise.Want(100, 1.0, 0.1, 1)) == ['slm']
+  rich = advise.options(points, advise.Want(100, 1000, 0.1, 1))
+  losses = {o.method: o.loss for o in rich}
+  assert losses['importance'] == pytest.approx(PLANE(1000, 0.1))
+  assert losses['slm'] == pytest.approx(PLANE(100, 0.1))
+  costs = {o.method: o.cost for o in advise.options(points, advise.Want(100, 1000, 0.1, 50))}
+  assert costs['importance'] == pytest.approx(50 * 1000)
+  assert costs['slm'] == pytest.approx(100 + 50 * 0.1)
+
+
+def test_beyond_what_was_measured_there_is_no_option():
+  points = grid('slm', PLANE)
+  for want in ((100, 1.0, 9.0, 1), (100, 1.0, 0.001, 1), (1, 1.0, 0.1, 1), (100, 0.01, 0.1, 1)):
+    assert not advise.options(points, advise.Want(*want))
+  # More money than was measured gives what the most measured gave, unless far more.
+  (found,) = advise.options(points, advise.Want(2000, 1.0, 0.1, 1))
+  assert found.loss == pytest.approx(PLANE(1000, 0.1))
+  assert advise.nearest({'a': points}, advise.Want(2000, 1.0, 0.1, 1)) == 'a'
+  assert advise.nearest({'a': points}, advise.Want(9000, 1.0, 0.1, 1)) is None
+
+
+def lower(by):
+  return lambda b, t: PLANE(b, t) - by
+
+
+def test_the_plain_slm_where_nothing_is_clearly_better():
+  want = advise.Want(100, 1.0, 0.1, 1)
+  for points in (grid('slm', PLANE), grid('slm', PLANE) + grid('project', lower(0.015))):
+    _, chosen, _ = advise.measured(points, want)
+    assert chosen.method == 'slm'
+  _, chosen, how = advise.measured(grid('slm', PLANE) + grid('project', lower(0.1)), want)
+  assert chosen.method == 'project' and how == 'better on every domain and in every seed measured'
+  some = grid('project', lower(0.1), better=1, seeds=1)
+  _, chosen, how = advise.measured(grid('slm', PLANE) + some, want)
+  assert chosen.method == 'project' and how.startswith('likely: clearly better on 33%')
+
+
+def test_a_cheaper_method_that_cannot_be_told_apart_is_advised():
+  points = grid('slm', PLANE) + grid('project', lower(0.1))
+  points += grid('importance', lambda b, t: PLANE(100, t) - 0.105, once=False)
+  _, chosen, how = advise.measured(points, advise.Want(100, 1000, 0.1, 50))
+  assert chosen.method == 'project' and 'importance may be a little better' in how
+
+
+def test_a_larger_model_only_where_it_may_be_served():
+  points = grid('slm', PLANE) + grid('llm', lower(0.3), params=6.0)
+  want = lambda large: advise.Want(100, 1, 0.1, 1, large)
+  names = lambda large: {o.method for o in advise.options(points, want(large))}
+  assert names(0.0) == {'slm'} and names(6.2) == {'slm', 'llm'} and names(60.0) == {'slm'}
+
+
+@pytest.mark.parametrize(
+  ('want', 'spread', 'start'),
+  [
+    ((500, 0.1, 0.01, 50), 0.0, 'SLM-pn'),
+    ((500, 0.1, 0.01, 50), 0.4, 'The plain SLM: the domain lies in 40%'),
+    ((500, 400, 0.01, 1), 0.0, 'SLM-is'),
+    ((100, 0.1, 0.01, 50), 0.0, 'The plain SLM'),
+    ((500, 0.1, 0.5, 50), 0.0, 'The plain SLM'),
+    ((500, 0.1, 0.01, 50, 6.0), 0.0, 'The LLM'),
+    ((500, 0.1, 5.0, 1), 0.0, 'I do not know'),
+    ((0.1, 0.1, 0.01, 1), 0.0, 'I do not know'),
+  ],
+)
+def test_the_papers_table(want, spread, start):
+  lines = advise.advise({}, advise.Want(*want), spread)
+  assert lines[0].startswith('Outside of what was measured') and lines[1].startswith(start)
+
+
+def test_reads_what_a_report_wrote(tmp_path):
+  m = studies.Maker(tmp_path / 'study', ('law', 'news'), (1_000_000, 8_000_000), (0, 1, 2))
+  for method, offset in {'slm': 0.0, 'project': -0.1, 'llm': -0.3, 'importance': 0.0}.items():
+    m.add(method, offset)
+  report.report(m.save())
+  points = advise.read(tmp_path / 'study' / 'results.csv')
+  first = next(p for p in points if p.method == 'project')
+  assert (first.study, first.size, first.seeds, first.domains) == ('study', 1_000_000, 3, 2)
+  assert first.text == pytest.approx(1 / 126) and first.params == 1
+  assert first.better == 2
+  want = advise.Want(1e14 * 1.6 / UNIT, PER_TUNE, first.text, 1)
+  lines = advise.advise({'study': points}, want)
+  assert lines[0] == (
+    'Use SLM-pn, projected network (better on every domain and in every seed measured).'
+  )
+  assert not any('LLM' in line for line in lines)
+  broken = tmp_path / 'results.csv'
+  broken.write_text('a,b\n1,2\n')
+  with pytest.raises(ValueError, match='expected a results.csv of slm.report'):
+    advise.read(broken)
+
+
+def test_check_leaves_each_domain_out(tmp_path):
+  m = studies.Maker(tmp_path, ('law', 'news', 'bio'), (10_000, 80_000), (0,))
+  for method, offset in {'slm': 0.0, 'mixture': -0.1, 'project': -0.3, 'importance': 0.05}.items():
+    m.add(method, offset)  # the projected network costs too much
+  study = load_study(m.save())
+  found = check.cases(study)
+  assert {c.domain for c in found} == {'law', 'news', 'bio'}
+  assert {c.chosen for c in found} == {'mixture'}
+  assert all(c.close('mixture') and c.regret('mixture') == 0 for c in found)
+  assert all(not c.close('slm') and c.regret('slm') > 0.02 for c in found)
+  assert {'importance' in c.cells for c in found} == {True, False}  # as the money allows
+  rows = check.table(study)['rows']
+  assert rows[0][0] == 'as advised' and rows[0][1].startswith('100% of')
+  assert [r[0] for r in rows[1:3]] == ['always SLM', 'always SLM-is, importance sampling']
+  alone = dataclasses.replace(study, domains=('law',))
+  assert check.table(alone)['rows'] == []
+
+
+def run(*arguments):
+  command = [sys.executable, '-m', 'slm.advise', *arguments]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_reads_the_spread_of_a_domain(tmp_path):
+  path = toy.prepared()
+  file = toy.write_jsonl(tmp_path / 'law.jsonl', toy.documents(['law'], 20, 7))
+  budget = ['--params=126e6', '--pretrain_flops=5e19', '--specialise_flops=1e16']
+  done = run(*budget, '--domain_tokens=1e6', f'--domain_text={file}', f'--data={path}')
+  assert done.returncode == 0, done.stderr
+  assert 'of 8 clusters' in done.stdout and 'Budget per served parameter: 525 tokens' in done.stdout
+  counts = data.window_counts(path, 'generic', 'train', 8)
+  assert len(counts) == 8
+  refused = run(*budget, '--domain_tokens=1e6', f'--domain_text={file}')
+  assert refused.returncode == 1 and '--domain_text needs --data' in refused.stderr
+  assert 'expected --params' in run('--params=1e6').stderr
