@@ -27,7 +27,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.context = 256  # tokens in a row
   c.levels = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
   c.fit_windows = 20_000  # windows of generic/train that the clusters are fitted on
-  c.dims = 64  # of a window's embedding
+  c.dims = 64  # of a window's embedding by TF-IDF and SVD
+  c.sbert = ''  # directory of a sentence-transformers model to embed windows with instead
   c.sizes = (20_000, 80_000)  # tokens of the nested specialisation sets of each domain
   c.text_field = 'text'  # field of a JSON line that holds the document
   c.id_field = ''  # field whose hash chooses the split; '' = the text's hash

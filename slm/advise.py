@@ -282,7 +282,7 @@ def entropy(data: str, texts: list[Path]) -> tuple[float, int]:
   ]
   if not windows:
     raise ValueError(f'--domain_text: {", ".join(map(str, texts))}: no text')
-  found = cluster.assign(model.centroids, cluster.embed(model, cluster.count(windows)))
+  found = cluster.assign(model.centroids, cluster.embed(model, windows)[0])
   p = np.bincount(found) / len(found)
   p = p[p > 0]
   return float(np.exp(-(p * np.log(p)).sum())), len(model.centroids)

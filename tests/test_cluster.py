@@ -28,17 +28,17 @@ def test_embeddings_equal_scikit_learn(model):
   )
   with threadpoolctl.threadpool_limits(1):  # the order of sums decides weak directions
     expected = pipeline.fit(counts).transform(counts)
-  np.testing.assert_allclose(cluster.embed(model, counts), expected, atol=1e-5)
+  np.testing.assert_allclose(cluster.embed(model, TEXTS)[0], expected, atol=1e-5)
 
 
 def test_assignment_equals_predict(model):
-  points = cluster.embed(model, cluster.count(toy.documents(list(toy.TOPICS), 100, 7)))
-  kmeans = KMeans(12, n_init=1, random_state=0).fit(cluster.embed(model, cluster.count(TEXTS)))
+  points = cluster.embed(model, toy.documents(list(toy.TOPICS), 100, 7))[0]
+  kmeans = KMeans(12, n_init=1, random_state=0).fit(cluster.embed(model, TEXTS)[0])
   np.testing.assert_array_equal(cluster.assign(model.centroids, points), kmeans.predict(points))
 
 
 def test_topics_are_found(model):
-  found = cluster.assign(model.centroids, cluster.embed(model, cluster.count(TEXTS)))
+  found = cluster.assign(model.centroids, cluster.embed(model, TEXTS)[0])
   found = model.parents[4][found]
   topic = np.arange(len(TEXTS)) % 4
   for c in range(4):
@@ -72,7 +72,7 @@ def test_save_and_load(model, tmp_path):
 
 
 def test_text_without_words_has_a_cluster(model):
-  points = cluster.embed(model, cluster.count(['', '1234 5678', 'the of and']))
+  points = cluster.embed(model, ['', '1234 5678', 'the of and'])[0]
   np.testing.assert_array_equal(points, 0)
   assert cluster.assign(model.centroids, points).shape == (3,)
 
@@ -87,3 +87,44 @@ def test_domain_histogram_is_concentrated():
   law, generic = (data.histogram(path, s, 'train', 8) for s in ('law', 'generic'))
   assert law.sum() == pytest.approx(1) and generic.sum() == pytest.approx(1)
   assert (law > 0).sum() < (generic > 0).sum()
+
+
+@pytest.fixture(scope='module')
+def sbert(tmp_path_factory) -> str:
+  """Save a tiny random Sentence-BERT model, as no trained one is at hand."""
+  transformers = pytest.importorskip('transformers')
+  st = pytest.importorskip('sentence_transformers')
+  root = tmp_path_factory.mktemp('sbert')
+  words = sorted({w for topic in toy.TOPICS.values() for w in topic.split()})
+  (root / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words]))
+  shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+  config = transformers.BertConfig(vocab_size=len(words) + 5, **shape)
+  transformers.BertModel(config).save_pretrained(root / 'bert')
+  transformers.BertTokenizer(str(root / 'vocab.txt')).save_pretrained(root / 'bert')
+  from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+  word = Transformer(str(root / 'bert'), max_seq_length=64)
+  st.SentenceTransformer(modules=[word, Pooling(16)]).save(str(root / 'model'))
+  return str(root / 'model')
+
+
+def test_sentence_bert_embeds_instead(sbert, tmp_path):
+  st = pytest.importorskip('sentence_transformers')
+  fitted, flops = cluster.fit(TEXTS, (2, 4, 12), 8, 0, sbert)
+  points, _ = cluster.embed(fitted, TEXTS)
+  want = st.SentenceTransformer(sbert).encode(TEXTS, normalize_embeddings=True)
+  np.testing.assert_allclose(points, want, atol=1e-5)
+  assert fitted.centroids.shape == (12, 16) and flops > 0
+  cluster.save(fitted, tmp_path / 'm.safetensors')
+  again = cluster.load(tmp_path / 'm.safetensors')
+  assert again.sbert == sbert
+  np.testing.assert_array_equal(
+    cluster.assign(again.centroids, cluster.embed(again, TEXTS)[0]),
+    cluster.assign(fitted.centroids, points),
+  )
+
+
+def test_a_missing_sentence_bert_model_is_named(tmp_path):
+  pytest.importorskip('sentence_transformers')
+  with pytest.raises(ValueError, match='expected the directory of a sentence-transformers model'):
+    cluster.fit(TEXTS, (2,), 8, 0, str(tmp_path))

@@ -68,6 +68,7 @@ class PrepareConfig:
   workers: int
   seed: int
   near_duplicates: float = 0.0
+  sbert: str = ''
 
   def __post_init__(self) -> None:
     if not self.out:
@@ -326,10 +327,11 @@ def _clusters(
   path = out / 'clusters' / 'model.safetensors'
 
   def fit(cuts: list[documents.Cut]) -> dict[str, Any]:
+    sbert = cfg.sbert and str(Path(cfg.sbert).resolve())
     texts = documents.sample_windows(
       cuts, [summaries[c]['windows'][0] for c in cuts], cfg.fit_windows, cfg.seed
     )
-    model, flops = cluster.fit(texts, cfg.levels, cfg.dims, cfg.seed)
+    model, flops = cluster.fit(texts, cfg.levels, cfg.dims, cfg.seed, sbert)
     cluster.save(model, path)
     return {'files': [path.name], 'flops': flops}
 
