@@ -184,6 +184,7 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
     'specialise',
     'report',
     'advise',
+    'route',
     'data.prepare',
     'data.importance',
     'data.dsir',
