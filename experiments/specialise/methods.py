@@ -15,7 +15,7 @@ class Family:
   Attributes:
     config: which file of configs/ it starts from.
     large: whether it trains the large model.
-    clusters: how many specialists it holds: a level, 'clusters' for the scale's own, 0 for none.
+    clusters: how many specialists it holds: a level, the scale's key that says so, 0 for none.
     rows: rows of one cluster (or histogram) in a batch; 0: the scale's own.
     set: dotted config keys on top.
     mlp: width of the MLP, as a share of the small model's.
@@ -47,7 +47,7 @@ _CAPACITY = {'reparam.capacity': 'clusters', 'reparam.code': 'clusters'}
 FAMILIES = {
   'slm': Family(),
   'llm': Family(large=True),
-  'mixture': Family('mixture', clusters='clusters'),
+  'mixture': Family('mixture', clusters='mixture_clusters'),
   'project': Family('project', clusters='clusters', set=_CAPACITY),
   'importance': Family('importance', select={'do': 'importance'}),
   # The number of clusters.
@@ -69,7 +69,7 @@ FAMILIES = {
   ),
   'hyper': Family('hyper', clusters='clusters'),
   'demix': Family('demix', clusters='clusters'),
-  'cbtm': Family('mixture', clusters='clusters', init='slm', init_share=0.5, share=0.5),
+  'cbtm': Family('mixture', clusters='mixture_clusters', init='slm', init_share=0.5, share=0.5),
   'moe_active': Family('moe', set={'model.num_experts': 16}, mlp=0.5),
   'moe_total': Family('moe', set={'model.num_experts': 16}, mlp=1 / 16),
 }  # fmt: skip

@@ -2,11 +2,14 @@
 
 python -m experiments.specialise.run --scale=quick --out=runs/quick
 python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out=runs/cpu
+python -m experiments.specialise.run --scale=paper --dry_run --devices=64 --chip=tpu-v5p
 """
 
 import copy
 import dataclasses
 import importlib
+import json
+import math
 import signal
 import sys
 import time
@@ -20,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments.specialise import check, claims, runs
 from experiments.specialise.methods import FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, Scale
-from slm import cli, data, evaluate, files, report, rundir, sharding, specialise, train
+from slm import cli, data, evaluate, files, plan, report, rundir, sharding, specialise, train
 from slm.data import dsir, importance, prepare
 from slm.study import load_study
 
@@ -179,11 +182,58 @@ def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
   )
 
 
+def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
+  """Say what a scale would train, by kind of run, without data: no teacher's forward passes."""
+  vocab, context = scale.prepare['tokenizer.vocab'], scale.prepare['context']
+  planned = runs.Study(scale, '', context, vocab)
+  kinds: dict[str, list[dict[str, Any]]] = {}
+  plans: dict[str, dict[str, Any]] = {}
+  for job in planned.jobs.values():
+    if job['do'] == 'train':
+      cfg = config(job['config'], {**job['set'], 'model.vocab': vocab}).to_dict()
+      if cfg['reparam']['name'] in ('code', 'lora', 'mask'):
+        cfg['reparam'] = {'name': 'full'}  # these cost what training all weights does
+      # A vector of rows divides over fewer devices than a pretraining's batch.
+      cfg['mesh'] = {'data': math.gcd(devices, cfg['data']['batch_size'])}
+      if cfg['data']['level']:
+        groups = cfg['data']['batch_size'] // cfg['data']['rows_per_group']
+        cfg['mesh'] = {'data': math.gcd(devices, groups)}
+      cfg |= {'teacher': '', 'init': ''}
+      cfg['data'] |= {'path': '', 'set': '', 'index': '', 'mix_set': '', 'mix_index': ''}
+      what = json.dumps({**cfg, 'seed': 0}, sort_keys=True)
+      if what not in plans:  # runs differ mostly in their text
+        plans[what] = plan.plan(cfg, cfg['mesh']['data'], chip, mfu, context)
+      found = plans[what]
+      name = job['name'].split('-')[0] if cfg['phase'] == 'pretrain' else cfg['phase']
+      kinds.setdefault(name, []).append(found)
+  head = ('runs', 'count', 'served', 'trained', 'steps', 'tokens', 'FLOPs', f'{chip}-hours')
+  lines = ['{:16} {:>6} {:>9} {:>9} {:>10} {:>9} {:>9} {:>12}'.format(*head)]
+  for name, found in kinds.items():
+    first = found[0]
+    total = lambda key, found=found: sum(x[key] for x in found)
+    hours = sum(x['hours'] * math.prod(x['mesh'].values()) for x in found)
+    size = lambda key, first=first: sum(first[key].values())
+    lines.append(
+      f'{name:16} {len(found):6} {size("served parameters"):9.3g} '
+      f'{size("trained parameters"):9.3g} {first["steps"]:10,} {total("tokens"):9.3g} '
+      f'{total("FLOPs"):9.3g} {hours:12,.3g}'
+    )
+  every = [x for found in kinds.values() for x in found]
+  flops = sum(x['FLOPs'] for x in every)
+  hours = sum(x['hours'] * math.prod(x['mesh'].values()) for x in every)
+  return '\n'.join(
+    [*lines, f'in all {len(every)} runs, {flops:.3g} FLOPs, {hours:,.3g} {chip}-hours at {mfu:.0%}']
+  )
+
+
 def main(_: list[str]) -> None:
   """Run the study that the flags name."""
   f = flags.FLAGS
   if f.scale not in SCALES:
     raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
+  if f.dry_run:
+    print(dry_run(SCALES[f.scale], f.devices, f.chip, f.mfu))
+    return
   cache = Path(f.cache).expanduser()
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -199,4 +249,8 @@ if __name__ == '__main__':
   flags.DEFINE_string('corpus', '', 'Directory of the corpora, for scales that read files.')
   flags.DEFINE_string('out', 'runs/quick', 'Where data, runs and the report go.')
   flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
+  flags.DEFINE_bool('dry_run', False, 'Print what would be trained and its cost; train nothing.')
+  flags.DEFINE_integer('devices', 8, '--dry_run: how many chips at most a run is spread over.')
+  flags.DEFINE_enum('chip', 'h100', sorted(plan.CHIPS), '--dry_run: on what.')
+  flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
   cli.run(main)

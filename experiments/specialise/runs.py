@@ -55,11 +55,20 @@ class Study:
     return max(int(self.scale.steps * family.share * flops(Family()) / flops(family)), 1)
 
   def _batch(self, family: Family) -> int:
-    every = self._clusters(family) * self.scale.mixture_rows
-    return every if family.config == 'mixture' else self.scale.batch_size
+    if family.config == 'mixture':
+      return self._clusters(family) * self._rows(family)
+    return self.scale.batch_size
+
+  def _rows(self, family: Family) -> int:
+    """Return the rows of one cluster in a batch."""
+    if family.config == 'mixture' and self.scale.mixture_rows:
+      return self.scale.mixture_rows
+    return family.rows or max(self.scale.batch_size // self._clusters(family), 1)
 
   def _clusters(self, family: Family) -> int:
-    return self.scale.clusters if family.clusters == 'clusters' else family.clusters
+    if isinstance(family.clusters, int):
+      return family.clusters
+    return getattr(self.scale, family.clusters) or self.scale.clusters
 
   def _shape(self, family: Family) -> dict[str, int]:
     """Return the served model's config keys."""
@@ -92,19 +101,20 @@ class Study:
       'data.batch_size': self._batch(family),
       'schedule.name': s.schedule,
       'schedule.peak': s.large_peak if family.large else s.peak,
-      'schedule.warmup': steps // 20,
+      'schedule.warmup': s.warmup or steps // 20,
       'eval.every': max(steps // 8, 1),
-      'checkpoint.every': max(steps // 8, 1),
+      'checkpoint.every': min(max(steps // 8, 1), 2000),
       'checkpoint.milestones': tuple(round(steps * b) for b in s.budgets if b < 1),
     }
     if clusters:
-      rows = s.mixture_rows if family.config == 'mixture' else max(s.batch_size // clusters, 1)
       settings |= {
         'data.level': clusters,
         'reparam.clusters': clusters,
-        'data.rows_per_group': family.rows or rows,
+        'data.rows_per_group': self._rows(family),
       }
     settings |= {k: clusters if v == 'clusters' else v for k, v in family.set.items()}
+    if family.config == 'project':
+      settings['reparam.last_layers'] = s.projected_layers
     run = f'{name}-{domain}-{seed}' if domain else f'{name}-{seed}'
     if family.init:
       settings['init'] = self._init(family, seed)
