@@ -5,6 +5,7 @@ from typing import Any
 
 from experiments.specialise.methods import FAMILIES, METHODS, Family, Method
 from experiments.specialise.scales import Scale
+from slm import optim
 from slm.models.decoder import DecoderConfig, forward_flops, num_params
 
 Job = dict[str, Any]
@@ -118,7 +119,8 @@ class Study:
     run = f'{name}-{domain}-{seed}' if domain else f'{name}-{seed}'
     if family.init:
       settings['init'] = self._init(family, seed)
-      settings['schedule.peak'] *= s.finetune_rate  # it continues where rates have decayed
+      # Held where the rate of what it starts from was: a decay of its own would be an advantage.
+      settings |= {'schedule.name': 'constant', 'schedule.peak': self._rate(family)}
     if family.select:
       how = {'domain': domain, 'domain_index': self._smallest(domain), 'seed': seed}
       if family.select['do'] == 'importance':
@@ -141,6 +143,14 @@ class Study:
     """Name the weights that a family starts from."""
     run = self._pretrain(family.init, '', seed)
     return self._at(run, FAMILIES[family.init], family.init_share)
+
+  def _rate(self, family: Family) -> float:
+    """Return the learning rate at the step whose weights a family starts from."""
+    steps = self._steps(FAMILIES[family.init])
+    warmup = self.scale.warmup or steps // 20
+    found = {'name': self.scale.schedule, 'peak': self.scale.peak, 'warmup': warmup}
+    schedule = optim.schedule({**found, 'final': 0.1, 'decay': 0.2}, steps)
+    return float(schedule(round(steps * family.init_share)))
 
   def _smallest(self, domain: str) -> str:
     return f'{domain}-{self.scale.sizes[0]}'
