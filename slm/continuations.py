@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from slm import cli, data, files, load, models, reparam, rundir, sharding
+from slm import cli, data, files, load, models, record, reparam, rundir, sharding
 from slm.data import tokenizer
 from slm.generate import Completions, generate, sampled
 from slm.models.decoder import forward_flops
-from slm.record import phase_entry
 
 Params = dict[str, Any]
 _ABOUT = 'continuations.json'
@@ -133,10 +132,8 @@ def write(
     'rows': count, 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': temperature,
     'seed': seed, 'batch_size': batch_size,
   }  # fmt: skip
-  made = files.read_json(folder / _ABOUT) if (folder / _ABOUT).exists() else about
-  for name, value in made.items():
-    if about[name] != value:
-      raise ValueError(f'{folder}: was made with {name}={value}, now {about[name]}; choose another')
+  if (folder / _ABOUT).exists():
+    rundir.check_same(folder, files.read_json(folder / _ABOUT), about, 'other continuations')
   files.write_json(folder / _ABOUT, about)
   tok = tokenizer.load(f'{path}/tokenizer')
   params = reparam.cast(loaded.params(), jnp.dtype(loaded.cfg['dtype']))
@@ -163,19 +160,11 @@ def write(
           lines += _lines(tok, rows, begun, mask, found)
           made += int((np.asarray(found.lengths) * mask.any(1)).sum())
         files.write_text(shard, ''.join(lines))
-        _spend(folder, about['run'], made, made * flops, time.monotonic() - began)
+        took = (time.monotonic() - began) * jax.device_count()
+        record.spend(folder, 'continue', made, made * flops, took, ancestors=[about['run']])
       written += len(shard.read_text().splitlines())
       progress.update(len(part))
   return written
-
-
-def _spend(folder: Path, run: str, tokens: int, flops: float, seconds: float) -> None:
-  """Add what a shard took to the directory's ledger."""
-  spent = tokens, flops, seconds * jax.device_count()
-  for before in rundir.read_ledger(folder)['phases']:
-    names = ('tokens', 'flops', 'device_seconds')
-    spent = tuple(before[name] + more for name, more in zip(names, spent, strict=True))
-  rundir.write_ledger(folder, [phase_entry('continue', *spent)], [run])
 
 
 def _lines(

@@ -205,3 +205,14 @@ def phase_entry(phase: str, tokens: int, flops: float, device_seconds: float) ->
     'devices': jax.device_count(),
     'kind': jax.devices()[0].device_kind,
   }
+
+
+def spend(
+  folder: Path, phase: str, tokens: int, flops: float, device_seconds: float, ancestors: list[str]
+) -> None:
+  """Add a cost to a phase's entry in the folder's ledger."""
+  cost = {'tokens': tokens, 'flops': flops, 'device_seconds': device_seconds}
+  for before in rundir.read_ledger(folder)['phases']:
+    if before['phase'] == phase:
+      cost = {name: before[name] + more for name, more in cost.items()}
+  rundir.write_ledger(folder, [phase_entry(phase, **cost)], ancestors)

@@ -49,10 +49,19 @@ def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
   path = workdir / 'config.json'
   if path.exists():
     what = lambda c: {k: v for k, v in c.items() if k not in OPERATIONAL}
-    if found := difference(what(files.read_json(path)), what(_plain(config))):
-      raise ValueError(f'{workdir} holds another run: {found}; choose another --workdir')
+    check_same(workdir, what(files.read_json(path)), what(_plain(config)), 'another run')
   elif workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
+
+
+def check_same(folder: Path, was: Any, now: Any, what: str) -> None:
+  """Refuse to go on in a folder that was made for something else.
+
+  Raises:
+    ValueError: if it was, naming the first difference.
+  """
+  if found := difference(was, now):
+    raise ValueError(f'{folder} holds {what}: {found}; choose another directory')
 
 
 def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from slm import cli, data, files, load, losses, reparam, rundir, sharding
+from slm import cli, data, files, load, losses, record, reparam, rundir, sharding
 from slm.data import rows
 from slm.models.decoder import forward_flops, head, logits
-from slm.record import phase_entry
 
 MODES = ('topk', 'sampled')
 _ABOUT = 'signals.json'
@@ -184,10 +183,8 @@ def write(
     'data': str(Path(path).resolve()), 'on': on, 'index': index, 'rows_sha256': split.sha256,
     'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed, 'shard_rows': shard_rows,
   }  # fmt: skip
-  made = files.read_json(folder / _ABOUT) if (folder / _ABOUT).exists() else about
-  for key, value in made.items():
-    if about[key] != value:
-      raise ValueError(f'{folder}: was made with {key}={value}, now {about[key]}; choose another')
+  if (folder / _ABOUT).exists():
+    rundir.check_same(folder, files.read_json(folder / _ABOUT), about, 'other signals')
   files.write_json(folder / _ABOUT, about)
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
@@ -202,10 +199,7 @@ def write(
       files.write_npy(shard, _compute(signal, params, read, layout(about), batch_size, mesh))
       took = (time.monotonic() - began) * jax.device_count()
       cost = int(split.counts[ids, 1].sum()), len(ids) * about['context'] * flops, took
-      for before in rundir.read_ledger(folder)['phases']:
-        names = ('tokens', 'flops', 'device_seconds')
-        cost = tuple(before[name] + more for name, more in zip(names, cost, strict=True))
-      rundir.write_ledger(folder, [phase_entry('signals', *cost)], [about['teacher']])
+      record.spend(folder, 'signals', *cost, ancestors=[about['teacher']])
       progress.update(len(ids))
   return about
 

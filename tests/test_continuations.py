@@ -143,7 +143,7 @@ def test_a_corpus_of_continuations(tiny_config, tmp_path):
   before = path.read_text()
   path.unlink()
   assert write(tmp_path / 'text') == count and path.read_text() == before
-  with pytest.raises(ValueError, match='was made with seed=0, now 1'):
+  with pytest.raises(ValueError, match='other continuations: seed was 0, now 1'):
     write(tmp_path / 'text', seed=1)
   with pytest.raises(ValueError, match='expected --prompt of 1 to 32'):
     write(tmp_path / 'none', prompt=33)

@@ -265,7 +265,7 @@ def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
   done = run('export', tmp_path / 'run', tmp_path / 'out')
   assert done.returncode == 0 and 'llama' in done.stdout, done.stderr
   done = run('verify', tmp_path / 'out')
-  assert done.returncode == 0 and done.stdout.count('%  ok\n') == 3, done.stdout + done.stderr
+  assert done.returncode == 0 and done.stdout.count('%  ok\n') == 4, done.stdout + done.stderr
   assert card.write(tmp_path / 'out', 'apache-2.0') == str(tmp_path / 'out' / 'README.md')
   text = (tmp_path / 'out' / 'README.md').read_text()
   assert 'license: apache-2.0' in text and '| run | pretrain | next_token |' in text

@@ -7,6 +7,7 @@ import pytest
 import toy
 
 from configs import minitron_published as recipes
+from experiments import common
 from experiments.minitron import claims, results, run
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
@@ -72,7 +73,7 @@ def test_every_student_has_a_schedule(scale, tmp_path):
   for student in STUDENTS:
     steps = max(round(s.steps * student.steps), 1)
     settings = Study(s, tmp_path).settings(0, steps, s.peak, 'generic')
-    config = run.config('recover' if student.guide else 'pretrain', settings | dict(student.set))
+    config = common.config('recover' if student.guide else 'pretrain', settings | dict(student.set))
     assert optim.schedule(config['schedule'], steps)(steps) >= 0
 
 

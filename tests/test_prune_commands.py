@@ -66,7 +66,7 @@ def test_calibration_continues_where_it_stopped(trained, tmp_path, monkeypatch):
   assert (again['count'], again['tokens']) == (40, whole['tokens'])
   jax.tree.map(np.testing.assert_array_equal, again['sums'], whole['sums'])
   assert calibrate(run, tmp_path / 'halves')['count'] == 40 and len(calls) == 6
-  with pytest.raises(ValueError, match='was made with rows=40, now 41'):
+  with pytest.raises(ValueError, match='other sums: rows was 40, now 41'):
     calibrate(run, tmp_path / 'halves', rows=41)
   file = tmp_path / 'halves' / 'stats.safetensors'
   file.write_bytes(file.read_bytes()[:50])

@@ -67,21 +67,21 @@ def test_last_layers_projects_those_alone():
   k, h, m = 3, 4, 5
   cfg = {'name': 'project', 'clusters': k, 'capacity': h, 'code': m, 'leaves': MLP}
   rep = reparam.build({**cfg, 'shared_mix': True, 'last_layers': 1}, MODEL.init)
-  theta = rep.init(KEY)
-  grouped = rep.materialize(theta, {}, jnp.arange(k))['blocks']['mlp']
-  for name in MLP:
-    shared = theta['shared']['blocks']['mlp'][name]
-    basis = theta['blocks']['mlp']['bases'][name]
-    assert (len(shared), len(basis)) == (1, 1)
-    for i in range(k):
-      dense = rep.materialize(theta, {}, i)['blocks']['mlp'][name]
-      want = jnp.einsum(
-        'q,qr,r...->...', theta['expert_code'][i], theta['blocks']['mix'][0], basis[0]
-      )
-      np.testing.assert_array_equal(dense[0], shared[0])
-      np.testing.assert_allclose(dense[1], want, rtol=1e-5, atol=1e-6)
-      np.testing.assert_array_equal(grouped[name][0, i], shared[0])
-      np.testing.assert_allclose(grouped[name][1, i], want, rtol=1e-5, atol=1e-6)
+  with jax.enable_x64(True):  # in float32 the two orders of one sum differ by more than 1e-6
+    theta = jax.tree.map(lambda x: x.astype(jnp.float64), rep.init(KEY))
+    grouped = rep.materialize(theta, {}, jnp.arange(k))['blocks']['mlp']
+    for name in MLP:
+      shared = theta['shared']['blocks']['mlp'][name]
+      basis = theta['blocks']['mlp']['bases'][name]
+      assert (len(shared), len(basis)) == (1, 1)
+      for i in range(k):
+        dense = rep.materialize(theta, {}, i)['blocks']['mlp'][name]
+        want = jnp.einsum(
+          'q,qr,r...->...', theta['expert_code'][i], theta['blocks']['mix'][0], basis[0]
+        )
+        np.testing.assert_array_equal(dense[0], shared[0])
+        np.testing.assert_allclose(dense[1], want, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(grouped[name][:, i], dense, rtol=1e-12)
   with pytest.raises(ValueError, match='last_layers: expected 0 to 2, found 3'):
     reparam.build({**cfg, 'shared_mix': True, 'last_layers': 3}, MODEL.init).init(KEY)
 

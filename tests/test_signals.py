@@ -155,7 +155,7 @@ def test_writing_continues_and_refuses_another_command(made, tmp_path):
   np.testing.assert_array_equal(np.load(paths[1]), whole)
   after = [p.stat().st_mtime_ns for p in paths]
   assert [a == b for a, b in zip(before, after, strict=True)] == [i != 1 for i in range(len(paths))]
-  with pytest.raises(ValueError, match='was made with k=4, now 5'):
+  with pytest.raises(ValueError, match='other signals: k was 4, now 5'):
     write(made, tmp_path, mode='topk', k=5)
 
 

@@ -4,35 +4,25 @@ python -m experiments.minitron.run --scale=smoke --out=runs/minitron_smoke
 python -m experiments.minitron.run --scale=cpu --corpus=/path/to/corpora --out=runs/minitron
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
+from experiments import common
 from experiments.minitron import report, results
+from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
 from experiments.minitron.students import CORRECTED, STUDENTS, Student, cut_run
 from slm import cli, data, evaluate, rundir, sharding, train
-from slm.data import prepare
 from slm.models.decoder import DecoderConfig
 from slm.prune import commands, slicing
 
 BY_NAME = {s.name: s for s in STUDENTS}
-TEACHER = 'teacher'
-
-
-def config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-  """Load configs/<name>.py and set dotted keys, as the command line would."""
-  found: ConfigDict = importlib.import_module(f'configs.{name}').get_config()
-  found.update_from_flattened_dict(dict(overrides))
-  return found.to_dict()
 
 
 class Study:
@@ -41,21 +31,6 @@ class Study:
   def __init__(self, scale: Scale, root: Path):
     self.scale, self.root, self.runs = scale, root, root / 'runs'
     self.mesh = sharding.make_mesh({'data': -1})
-
-  def prepare(self, corpus: str) -> None:
-    """Prepare the generic set and the domain's."""
-    if not corpus and any(isinstance(s, dict) for s in self.scale.sources.values()):
-      raise ValueError('--corpus: this scale needs the directory of the corpora')
-    found = importlib.import_module('configs.data').get_config()
-    found.sets = {
-      name: {split: str(Path(corpus) / glob) for split, glob in source.items()}
-      if isinstance(source, dict)
-      else {prepare.ALL: source}
-      for name, source in self.scale.sources.items()
-    }
-    how = {**self.scale.prepare, 'sizes': (), 'out': str(self.root / 'data')}
-    found.update_from_flattened_dict(how)
-    prepare.prepare(prepare.PrepareConfig.of(found))
 
   def settings(self, seed: int, steps: int, peak: float, on: str) -> dict[str, Any]:
     """Return what every training sets."""
@@ -77,7 +52,7 @@ class Study:
   def train(self, name: str, config_name: str, settings: Mapping[str, Any], on: str) -> Path:
     """Train a run and evaluate it on its set's test split."""
     path = self.runs / name
-    train.train(config(config_name, settings), path)
+    train.train(common.config(config_name, settings), path)
     return self.evaluate(path, on)
 
   def evaluate(self, path: Path, on: str) -> Path:
@@ -169,13 +144,12 @@ def main(_: list[str]) -> None:
     raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
   if unknown := [name for name in f.only if name not in BY_NAME]:
     raise ValueError(f'--only: expected some of {", ".join(BY_NAME)}, found {unknown}')
-  jax.config.update('jax_compilation_cache_dir', str(Path(f.cache).expanduser()))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  study, began = Study(SCALES[f.scale], Path(f.out)), time.monotonic()
-  study.prepare(f.corpus)
-  study.run([BY_NAME[name] for name in f.only] or STUDENTS)
+  common.cache(f.cache)
+  scale, root, began = SCALES[f.scale], Path(f.out), time.monotonic()
+  common.prepare_data(scale.sources, scale.prepare, (), f.corpus, root / 'data')
+  Study(scale, root).run([BY_NAME[name] for name in f.only] or STUDENTS)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
-  report.write(SCALES[f.scale], Path(f.out), f.rounds)
+  report.write(scale, root, f.rounds)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ python -m experiments.specialise.run --scale=paper --dry_run --devices=64 --chip
 
 import copy
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -17,8 +16,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
+from experiments import common
 from experiments.specialise import check, claims, runs
 from experiments.specialise.methods import FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
@@ -35,31 +34,8 @@ from slm import (
   specialise,
   train,
 )
-from slm.data import dsir, importance, prepare
+from slm.data import dsir, importance
 from slm.study import load_study
-
-
-def config(path: str, overrides: dict[str, Any]) -> ConfigDict:
-  """Load configs/<x>.py and set dotted keys, as the command line would."""
-  module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
-  found = module.get_config()
-  found.update_from_flattened_dict(overrides)
-  return found
-
-
-def prepare_data(scale: Scale, corpus: str, out: Path) -> None:
-  """Prepare the scale's sets below out/data."""
-  if not corpus and any(isinstance(s, dict) for s in scale.sources.values()):
-    raise ValueError('--corpus: this scale needs the directory of the corpora')
-  found = config('configs/data.py', {})
-  found.sets = {
-    name: {split: str(Path(corpus) / glob) for split, glob in source.items()}
-    if isinstance(source, dict)
-    else {prepare.ALL: source}
-    for name, source in scale.sources.items()
-  }
-  found.update_from_flattened_dict({**scale.prepare, 'sizes': scale.sizes, 'out': str(out)})
-  prepare.prepare(prepare.PrepareConfig.of(found))
 
 
 def do_train(job: dict[str, Any], root: Path) -> None:
@@ -68,7 +44,7 @@ def do_train(job: dict[str, Any], root: Path) -> None:
   for key in ('init', 'teacher'):
     if overrides.get(key):
       overrides[key] = str(root / 'runs' / overrides[key])
-  train.train(config(job['config'], overrides).to_dict(), root / 'runs' / job['name'])
+  train.train(common.config(job['config'], overrides), root / 'runs' / job['name'])
 
 
 def do_importance(job: dict[str, Any], root: Path) -> None:
@@ -158,7 +134,7 @@ def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> Non
 def study(scale_name: str, corpus: str, root: Path, seeds: tuple[int, ...] = ()) -> None:
   """Run every job of a scale, then write the report; or every job of some seeds, and no more."""
   scale = SCALES[scale_name]
-  prepare_data(scale, corpus, root / 'data')
+  common.prepare_data(scale.sources, scale.prepare, scale.sizes, corpus, root / 'data')
   manifest = data.manifest(root / 'data')
   vocab = manifest['tokenizer']['vocab']
   planned = runs.Study(scale, str(root / 'data'), manifest['context'], vocab, seeds)
@@ -216,7 +192,7 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
   plans: dict[str, dict[str, Any]] = {}
   for job in planned.jobs.values():
     if job['do'] == 'train':
-      cfg = config(job['config'], {**job['set'], 'model.vocab': vocab}).to_dict()
+      cfg = common.config(job['config'], {**job['set'], 'model.vocab': vocab})
       if cfg['reparam']['name'] in ('code', 'lora', 'mask'):
         cfg['reparam'] = {'name': 'full'}  # these cost what training all weights does
       # A vector of rows divides over fewer devices than a pretraining's batch.
@@ -264,9 +240,7 @@ def main(_: list[str]) -> None:
   if f.dry_run:
     print(dry_run(SCALES[f.scale], f.devices, f.chip, f.mfu))
     return
-  cache = Path(f.cache).expanduser()
-  jax.config.update('jax_compilation_cache_dir', str(cache))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  common.cache(f.cache)
   study(f.scale, f.corpus, Path(f.out), seeds)
 
 

@@ -142,7 +142,7 @@ class Study:
         'data.mix_index': self._smallest(domain),
       }
     generic = [] if domain else ['generic/test']
-    self._add(run, 'train', generic, config=f'configs/{family.config}.py', set=settings)
+    self._add(run, 'train', generic, config=family.config, set=settings)
     for budget in s.budgets if generic else ():
       self._add(self._at(run, family, budget), 'evaluate', generic)
     return run
@@ -197,7 +197,7 @@ class Study:
     if method.rule == 'code':
       steps = self.scale.finetune_steps[0]
       settings = {**self._tuning(domain, 0, steps, seed), 'init': ref}
-      self._add(name, 'train', self._tests(domain), config='configs/code.py', set=settings)
+      self._add(name, 'train', self._tests(domain), config='code', set=settings)
     else:
       how = {'run': ref, 'domain': domain, 'index': self._smallest(domain), 'rule': method.rule}
       self._add(name, 'specialise', self._tests(domain), **how)
@@ -273,7 +273,7 @@ class Study:
     if method.teacher:
       settings['teacher'] = f'{method.teacher}-{domain}-{size}-{seed}' + _tag(budget)
     name = f'{method.name}-{domain}-{size}-{seed}' + _tag(budget)
-    config = f'configs/{method.tune}.py'
+    config = method.tune
     return self._add(name, 'train', self._tests(domain), config=config, set=settings)
 
   def _row(

@@ -69,11 +69,7 @@ def _sum(
   about, stats = ({'asked': asked}, {})
   if (folder / f'{name}.safetensors').exists():
     about, stats = read(folder, name)
-  for key, value in about['asked'].items():
-    if asked.get(key) != value:
-      raise ValueError(
-        f'{folder}: was made with {key}={value}, now {asked.get(key)}; choose another'
-      )
+  rundir.check_same(folder, about['asked'], asked, 'other sums')
   if about.get('finished'):
     return about, stats
   a, mesh = asked, sharding.make_mesh({'data': -1})

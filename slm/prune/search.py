@@ -140,9 +140,8 @@ def search(
   }  # fmt: skip
   asked, path = json.loads(json.dumps(asked)), workdir / 'search.json'
   found = files.read_json(path) if path.exists() else {}
-  if other := rundir.difference(found.get('asked', asked), asked):
-    raise ValueError(f'{workdir} holds another search: {other}; choose another --workdir')
-  found = {'asked': asked, 'token_ms': {}, 'zero_shot': {}, 'rungs': [], 'flops': 0.0} | found
+  rundir.check_same(workdir, found.get('asked', asked), asked, 'another search')
+  found = {'asked': asked, 'token_ms': {}, 'zero_shot': {}, 'rungs': []} | found
   save = lambda: files.write_json(path, found)
   listed = shapes(loaded.model.cfg, grid, bounds)
   chosen = _fast_enough(listed, bounds, count, rounds, found['token_ms'], save)
