@@ -11,14 +11,13 @@ from matplotlib.figure import Figure
 from experiments.minitron import claims, results
 from experiments.minitron.results import TEACHER, Found
 from experiments.minitron.scales import Scale
-from experiments.minitron.students import LENGTHS, STUDENTS
+from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
 from slm import files, latency, page, plots, rundir
 from slm.advice import count
 from slm.report import Table, duration, markdown, number
 from slm.verdicts import interval
 
-# Whose speed is measured, and their colours.
-SERVED = {'teacher': '#000000', 'width': '#0072b2', 'depth': '#d55e00', 'both': '#009e73'}
+COLOURS = {TEACHER: '#000000', 'width': '#0072b2', 'depth': '#d55e00', 'both': '#009e73'}
 BATCHES = (1, 8)
 PROMPT, NEW_TOKENS = 128, 64
 
@@ -69,7 +68,7 @@ def headline(f: Found) -> Table:
 
 def deployment(f: Found, rounds: int) -> dict[str, Any]:
   """Measure the teacher and three students on this machine, and what bytes and FLOPs predict."""
-  shapes = {n: f.shapes[n] for n in SERVED if n in f.shapes}
+  shapes = {n: f.shapes[n] for n in (TEACHER, *SERVED) if n in f.shapes}
   found: dict[str, Any] = {n: {} for n in shapes}
   for batch in BATCHES:
     times = latency.measure(shapes, 'float32', batch, PROMPT, NEW_TOKENS, rounds)
@@ -101,6 +100,28 @@ def deployment_table(f: Found, speed: dict[str, Any]) -> Table:
   return head, rows
 
 
+def tasks_table(f: Found) -> Table:
+  """Build the table of what the models answer: a line each, as cut and as trained."""
+  rows, runs = [], {'teacher': f.runs(TEACHER)}
+  for name in SERVED:
+    student = next(s for s in STUDENTS if s.name == name)
+    runs[f'{name}, as cut'] = [f.root / 'runs' / cut_run(student, f.scale.seeds[0])]
+    runs[name] = f.runs(name)
+  head = ['model', *(f'{Path(task).name.partition(".")[0]}, {what}' for task in f.scale.tasks
+                     for what in ('accuracy', 'bits per byte'))]  # fmt: skip
+  for name, paths in runs.items():
+    files_ = [rundir.evaluations(p, 'tasks').with_suffix('.json') for p in paths]
+    found = [files.read_json(p) for p in files_ if p.exists()]
+    cells = []
+    for task in f.scale.tasks if found else ():
+      mine = [x[Path(task).name.partition('.')[0]] for x in found]
+      for score, form in (('acc', '.1%'), ('bpb', '.3f')):
+        mean, error = (float(np.mean([x[k] for x in mine])) for k in (score, f'{score}_stderr'))
+        cells.append(f'{mean:{form}} ± {error:{form}}')
+    rows.append([name, *(cells or ['not run'] * (len(head) - 1))])
+  return head, rows
+
+
 def figures(f: Found, speed: dict[str, Any]) -> list[plots.Plot]:
   """Draw what the study has data for."""
   with matplotlib.rc_context(plots.RC):
@@ -111,7 +132,7 @@ def _recovery(f: Found) -> plots.Plot | None:
   """Draw held-out loss while students of equal size recover."""
   figure = Figure(figsize=(7.6, 4.2), layout='constrained')
   ax, drawn = figure.subplots(), 0
-  for name, colour in {**SERVED, 'mlp': '#cc79a7'}.items():
+  for name, colour in {**COLOURS, 'mlp': '#cc79a7'}.items():
     if name == TEACHER or not f.runs(name):
       continue
     curves = []
@@ -143,8 +164,8 @@ def _tokens(f: Found) -> plots.Plot | None:
   points = [(f.training(n).tokens, f.trained[n].value) for n in names]
   ax.plot(*zip(*points, strict=True), 'o-', color='#555555', label='trained from nothing')
   mine = f.training('width').tokens, f.trained['width'].value
-  ax.plot(*mine, 'D', color=SERVED['width'], label='cut in width and distilled')
-  ax.axhline(mine[1], color=SERVED['width'], linewidth=0.8, linestyle=':')
+  ax.plot(*mine, 'D', color=COLOURS['width'], label='cut in width and distilled')
+  ax.axhline(mine[1], color=COLOURS['width'], linewidth=0.8, linestyle=':')
   ax.axhline(f.trained[TEACHER].value, color='#000000', linewidth=0.8, linestyle='--')
   ax.annotate('teacher', (points[-1][0], f.trained[TEACHER].value), va='bottom', ha='right')
   ax.set(xscale='log', xlabel='tokens', ylabel='held-out loss, nats per token')
@@ -165,8 +186,8 @@ def _latency(f: Found, speed: dict[str, Any]) -> plots.Plot | None:
   for name, mine in speed['models'].items():
     one, loss = mine['1'], f.trained[name]
     x, dx = 1e3 * one['token'], 1e3 * one['token_spread']
-    ax.errorbar(x, loss.value, xerr=dx, fmt='o', color=SERVED[name])
-    ax.annotate(f' {name}', (x, loss.value), va='bottom', color=SERVED[name])
+    ax.errorbar(x, loss.value, xerr=dx, fmt='o', color=COLOURS[name])
+    ax.annotate(f' {name}', (x, loss.value), va='bottom', color=COLOURS[name])
   ax.set(xlabel='milliseconds per token, one row', ylabel='held-out loss, nats per token')
   caption = 'Held-out loss against the measured time of a decoding step on this machine.'
   return plots.save(figure, 'latency', 'Quality against speed', caption)
@@ -186,6 +207,7 @@ def write(scale: Scale, root: Path, rounds: int) -> None:
     ('The claims of the papers', claims.NOTE, claims.table(found)),
     ('Tokens to the same loss', _HEADLINE, headline(found)),
     ('What is served', _DEPLOYMENT, deployment_table(found, speed)),
+    *([('What is answered', _TASKS, tasks_table(found))] if scale.tasks else []),
     ('Every student', _STUDENTS, main_table(found)),
   ]
   answer = _answer(found)
@@ -209,6 +231,11 @@ _STUDENTS = (
 _HEADLINE = (
   'The shape of the student `width`, trained from nothing for 1 to 36 times its tokens, each run '
   "with a schedule of its own. The last column adds the teacher's whole training to the student's."
+)
+_TASKS = (
+  'The first 1,000 questions of public tasks without examples: the share answered right and the '
+  'bits per byte of the right answer (of the last word, for LAMBADA), averaged over seeds; ± is '
+  'the standard error over questions. Where accuracy is at chance, bits still tell models apart.'
 )
 _DEPLOYMENT = (
   f'Tokens per second on this machine in float32: prompts of {PROMPT} tokens, then {NEW_TOKENS} '

@@ -17,12 +17,13 @@ from experiments import common
 from experiments.minitron import report, results
 from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
-from experiments.minitron.students import CORRECTED, STUDENTS, Student, cut_run
-from slm import cli, data, evaluate, rundir, sharding, train
+from experiments.minitron.students import CORRECTED, SERVED, STUDENTS, Student, cut_run
+from slm import cli, data, evaluate, rundir, sharding, tasks, train
 from slm.models.decoder import DecoderConfig
 from slm.prune import commands, slicing
 
 BY_NAME = {s.name: s for s in STUDENTS}
+_ITEMS = 1000  # of a task file, the first
 
 
 class Study:
@@ -120,6 +121,15 @@ class Study:
     config_name = 'recover' if student.guide else 'pretrain'
     return self.train(f'{student.name}-{seed}', config_name, settings | dict(student.set), on)
 
+  def ask(self, corpus: str) -> None:
+    """Put the scale's tasks to the teacher and to what is served, as cut and as trained."""
+    paths = [str(Path(corpus) / task) for task in self.scale.tasks]
+    wanted = [TEACHER, *(cut_run(BY_NAME[name], 0) for name in SERVED)]
+    wanted += [f'{name}-{seed}' for name in SERVED for seed in self.scale.seeds]
+    for name in wanted:
+      if paths and (self.runs / name / 'result.json').exists():
+        tasks.run(self.runs / name, paths, self.mesh, 32, limit=_ITEMS)
+
   def run(self, students: Iterable[Student]) -> None:
     """Make every student; a seed at a time, so that all are there early."""
     self.teachers()
@@ -147,7 +157,9 @@ def main(_: list[str]) -> None:
   common.cache(f.cache)
   scale, root, began = SCALES[f.scale], Path(f.out), time.monotonic()
   common.prepare_data(scale.sources, scale.prepare, (), f.corpus, root / 'data')
-  Study(scale, root).run([BY_NAME[name] for name in f.only] or STUDENTS)
+  study = Study(scale, root)
+  study.run([BY_NAME[name] for name in f.only] or STUDENTS)
+  study.ask(f.corpus)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
   report.write(scale, root, f.rounds)
 

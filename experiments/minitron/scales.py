@@ -22,6 +22,7 @@ class Scale:
   calibration: int = 512  # rows
   align: int = 8  # of widths
   seeds: tuple[int, ...] = (0, 1, 2)
+  tasks: tuple[str, ...] = ()  # files below the corpus directory, put to what is served
   train: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -53,6 +54,7 @@ CPU = Scale(
   },
   steps=300,
   peak=2e-3,
+  tasks=tuple(f'eval/{name}.jsonl.gz' for name in ('arc_easy', 'piqa', 'lambada')),
 )  # fmt: skip
 
 # Seconds a row, on text that is on every machine: to see that all of it works.
@@ -66,6 +68,7 @@ SMOKE = dataclasses.replace(
   batch_size=8,
   calibration=32,
   seeds=(0,),
+  tasks=(),
 )
 
 # 88M parameters on C4, for one accelerator.

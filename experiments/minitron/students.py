@@ -40,6 +40,7 @@ class Student:
 
 # Teachers trained on a little more: on the domain, and on their own text as the control.
 CORRECTED = {'corrected': True, 'corrected_control': False}
+SERVED = ('width', 'depth', 'both')  # of about equal size: their speed and answers are measured
 AGGREGATORS = ('mean', 'l2', 'var')
 LENGTHS = (2, 4, 8, 16, 36)  # of training from nothing, in recoveries; the last pays a teacher too
 

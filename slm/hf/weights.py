@@ -17,6 +17,7 @@ import safetensors.numpy
 from slm import files
 from slm.hf.families import FAMILIES
 from slm.models.config import DecoderConfig
+from slm.reparam.base import flatten, unflatten
 from slm.sharding import AXES, INPUTS, Params
 
 INDEX = 'model.safetensors.index.json'
@@ -146,7 +147,7 @@ def plan(
     ValueError: naming the first such tensor.
   """
   found, used = {}, set()
-  for path, leaf in flat(shapes):
+  for path, leaf in flatten(shapes):
     found[path] = names(path, cfg, family)
     expected = their_shape(path[-1], leaf.shape[found[path].ndim :])
     for name in found[path].ravel().tolist():
@@ -175,11 +176,13 @@ def _redundant(cfg: DecoderConfig, tensors: Tensors) -> set[str]:
 def load(
   tensors: Tensors, cfg: DecoderConfig, family: str, shapes: Params, where: Params, dtype: Any
 ) -> Params:
-  """Read weights onto their shardings: each device's part is made of the tensors it needs."""
+  """Read weights onto their shardings: each device's part is made of the tensors it needs.
+
+  One leaf at a time and the largest first, so that what is read lies beside little else.
+  """
   planned = plan(tensors, cfg, family, shapes)
 
   def leaf(path, shape, there):
-    path = tuple(k.key for k in path)
     wanted = planned[path]
     own = shape.shape[wanted.ndim :]
 
@@ -195,15 +198,11 @@ def load(
         out[i] = one
       return out
 
-    return jax.make_array_from_callback(shape.shape, there, part)
+    return jax.block_until_ready(jax.make_array_from_callback(shape.shape, there, part))
 
-  return jax.tree_util.tree_map_with_path(leaf, shapes, where)
-
-
-def flat(params: Params) -> list[tuple[tuple[str, ...], Any]]:
-  """List (path, leaf)."""
-  found = jax.tree_util.tree_leaves_with_path(params)
-  return [(tuple(k.key for k in path), leaf) for path, leaf in found]
+  order = sorted(flatten(shapes), key=lambda x: -x[1].size)
+  places = dict(flatten(where))
+  return unflatten({path: leaf(path, shape, places[path]) for path, shape in order})
 
 
 def tensors_of(
@@ -211,7 +210,7 @@ def tensors_of(
 ) -> list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
   """List (name, shape, function that makes it) of every tensor of a model, layer by layer."""
   found = []
-  for path, w in flat(params):
+  for path, w in flatten(params):
     wanted = names(path, cfg, family)
     shape = their_shape(path[-1], w.shape[wanted.ndim :])
     for i in np.ndindex(wanted.shape):
