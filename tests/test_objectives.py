@@ -93,6 +93,23 @@ def test_divergences_equal_optax_and_torch():
   np.testing.assert_allclose(losses.forward_kl(teacher, student), theirs, atol=1e-4)
 
 
+def test_the_gradient_of_the_kl_is_that_of_its_definition():
+  """To the teacher's logits and the student's: the gradient is written by hand."""
+  with jax.enable_x64(True):
+    pair = 3 * jax.random.normal(jax.random.key(0), (2, 4, 11), jnp.float64)
+
+    def definition(teacher, student):
+      p, q = (jax.nn.softmax(x, axis=-1) for x in (teacher, student))
+      return jnp.sum(p * jnp.log(p / q), axis=-1)
+
+    weighted = lambda kl: lambda *x: jnp.sum(kl(*x) * jnp.arange(1.0, 5))
+    for a, b in zip(
+      *(jax.grad(weighted(kl), (0, 1))(*pair) for kl in (losses.forward_kl, definition)),
+      strict=True,
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize('chunk', [4, 8, 21, 64])  # 21 tokens: a rest, a rest, exact, too large
 @pytest.mark.parametrize('cfg', [CE, KD, {**KD, 'kl': 'reverse'}], ids=['ce', 'kd', 'reverse'])
 def test_chunks_give_the_value_and_gradient_of_full_logits(cfg, chunk):
