@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import recover
+from configs import pretrain, recover
 
 
 def get_config() -> ConfigDict:
@@ -17,5 +17,11 @@ def get_config() -> ConfigDict:
   # See slm.prune cut; with a task file the window of layers is chosen by its items.
   c.cut = {'norm_gain': 'none', 'depth': 'influence', 'task': '', 'limit': 0, 'align': 0}
   c.recover = recover.get_config()
+  # If so many steps on the recovery's text lower the teacher's held-out loss by more than `worth`
+  # nats, it is corrected: by `correct` before it is cut, or at steps=0 while it teaches.
+  c.probe = {'steps': 0, 'worth': 0.01}
+  c.correct = pretrain.get_config()
+  c.correct.steps = 0
+  c.correct.schedule.update(peak=4e-4)  # a fifth of the pretraining peak
   c.export = {'dtype': '', 'licence': '', 'tolerance': 1e-4}
   return c

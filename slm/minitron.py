@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from slm import cli, evaluate, files, latency, models, plan, rundir, sharding, train
+from slm import cli, comparison, evaluate, files, latency, models, plan, rundir, sharding, train
 from slm.hf import card, convert, verify
 from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import commands, slicing
@@ -29,7 +29,8 @@ from slm.prune import commands, slicing
 def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """Make the small model below a directory; returns what summary.json holds.
 
-  Writes teacher/ (if imported), stats/, cut/, student/ and export/.
+  Writes teacher/ (if imported), probe/ and corrected/ (if asked for, and if it pays), stats/, cut/,
+  student/ and export/.
 
   Raises:
     ValueError: if a part of the config does not fit the teacher or the data.
@@ -55,19 +56,28 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     raise ValueError(
       'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
     )
+  recover['data']['path'] = cfg['data']
+  runs, found = {'teacher': teacher}, {}
+  if cfg['probe']['steps']:
+    found['probe'] = _probe(cfg, teacher, folder / 'probe')
+    runs['probe'] = folder / 'probe'
+  if found and found['probe']['pays'] and cfg['correct']['steps']:
+    runs['corrected'] = teacher = folder / 'corrected'
+    train.train(_correction(cfg, runs['teacher'], cfg['correct']['steps']), teacher)
+  elif found and found['probe']['pays']:
+    recover['objective']['correct'] = True
   c = cfg['calibrate']
   commands.calibrate(
     str(teacher), cfg['data'], str(folder / 'stats'), c['set'], c['split'], c['index'], c['rows'],
     c['batch_size'],
   )  # fmt: skip
   commands.cut(str(teacher), [str(folder / 'stats')], sizes, str(folder / 'cut'), **cfg['cut'])
-  recover['data']['path'] = cfg['data']
   recover |= {'init': str(folder / 'cut'), 'teacher': str(teacher)}
   train.train(recover, folder / 'student')
   how = cfg['export']
   convert.export_model(folder / 'student', folder / 'export', dtype=how['dtype'])
   card.write(folder / 'export', how['licence'])
-  found = _summary({'teacher': teacher, 'cut': folder / 'cut', 'student': folder / 'student'}, cfg)
+  found |= _summary(runs | {'cut': folder / 'cut', 'student': folder / 'student'}, cfg)
   if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
     found['verified'] = verify.verify([folder / 'export'], how['tolerance'])
     if found['verified'] > how['tolerance']:
@@ -76,6 +86,41 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       )
   files.write_json(folder / 'summary.json', found)
   return found
+
+
+def _correction(cfg: Mapping[str, Any], teacher: Path, steps: int) -> dict[str, Any]:
+  """Return the config of a teacher's training on the text of the recovery."""
+  correct, recover = cfg['correct'], cfg['recover']
+  schedule = correct['schedule']
+  return correct | {
+    'phase': 'correct',
+    'init': str(teacher),
+    'steps': steps,
+    'data': correct['data'] | {name: recover['data'][name] for name in ('path', 'set', 'index')},
+    'schedule': schedule | {'warmup': min(schedule['warmup'], steps // 10)},
+  }
+
+
+def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
+  """Find out whether correcting a teacher pays (arXiv 2408.11796, section 3.1), by a short run.
+
+  It does if the held-out loss falls by more than what is asked, at the lower end of the paired
+  bootstrap's 95 % interval.
+  """
+  train.train(_correction(cfg, teacher, cfg['probe']['steps']), run)
+  split, values = cfg['recover']['data']['set'], []
+  for path in (teacher, run):
+    batch = cfg['recover']['eval']['batch_size']
+    on, mesh = f'{split}/validation', sharding.make_mesh({'data': -1})
+    evaluate.run(path, cfg['data'], [on], mesh, batch)
+    values.append(files.read_npy(rundir.evaluations(path) / f'{split}-validation.npy'))
+  nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
+  documents = files.read_npy(Path(cfg['data']) / split / 'validation' / 'documents.npy')
+  many = documents if len(np.unique(documents)) > 1 else ()
+  drawn = comparison.resample(nll, tokens, 0, documents=many)
+  low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975)).tolist()
+  gain = float((nll[:, 0] - nll[:, 1]).sum() / tokens.sum())
+  return {'gain': gain, 'interval': [low, high], 'pays': low > cfg['probe']['worth']}
 
 
 def _summary(runs: Mapping[str, Path], cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +167,13 @@ def table(found: Mapping[str, Any]) -> str:
       f'{cost}'
     )
   lines.append(f'loss in nats per token on {found["on"]}, decoding at one row on this machine')
+  if 'probe' in found:
+    p = found['probe']
+    lines.append(
+      f"a short correction lowers the teacher's held-out loss by {p['gain']:.4f} "
+      f'[{p["interval"][0]:.4f}, {p["interval"][1]:.4f}]: '
+      + ('it was corrected' if p['pays'] else 'it was left as it is')
+    )
   if 'verified' in found:
     lines.append(f'transformers computes the same logits, within {found["verified"]:.1e}')
   return '\n'.join(lines)

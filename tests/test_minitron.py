@@ -1,18 +1,20 @@
 """The Minitron study: its rows, its claims, the published recipes' shapes, the whole recipe."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import toy
 
+from configs import minitron as recipe
 from configs import minitron_published as recipes
 from experiments import common
 from experiments.minitron import claims, results, run
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, STUDENTS
-from slm import minitron, optim, rundir, verdicts
+from slm import minitron, optim, rundir, train, verdicts
 from slm.comparison import Loss
 from slm.data import prepare
 from slm.models.decoder import DecoderConfig, num_params
@@ -168,3 +170,41 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
   before = {p: p.stat().st_mtime_ns for p in root.rglob('*.jsonl')}
   study.run([BY_NAME[n] for n in names])
   assert before == {p: p.stat().st_mtime_ns for p in root.rglob('*.jsonl')}
+
+
+@pytest.mark.parametrize(('steps', 'worth'), [(2, -1.0), (0, -1.0), (2, 9.0)])
+def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_path):
+  """With a teacher corrected before, meanwhile, or not at all, as its probe says."""
+  train.train(tiny_config.to_dict(), tmp_path / 'whole')
+  c = recipe.get_config()
+  c.teacher, c.data, c.sizes = str(tmp_path / 'whole'), tiny_config.data.path, 'mlp=16'
+  c.calibrate.update(rows=16, batch_size=8)
+  c.cut.align = 8
+  for part in (c.recover, c.correct):
+    part.update(steps=2, tensorboard=False)
+    part.data.batch_size = 8
+    part.schedule.warmup = 1
+    part.eval.update(every=2, max_rows=8, batch_size=8)
+  c.correct.steps, c.probe.steps, c.probe.worth = steps, 2, worth
+  found = minitron.minitron(c.to_dict(), tmp_path / 'small')
+  assert found['probe']['pays'] == (worth < 0)
+  low, high = found['probe']['interval']
+  assert low <= found['probe']['gain'] <= high
+  losses = [
+    json.loads((tmp_path / run / 'eval.json').read_text())['generic/validation']['loss']
+    for run in ('whole', 'small/probe')
+  ]
+  np.testing.assert_allclose(found['probe']['gain'], losses[0] - losses[1], rtol=1e-6)
+  student = rundir.read_config(tmp_path / 'small' / 'student')
+  before, meanwhile = steps and worth < 0, not steps
+  guide = 'small/corrected' if before else 'whole'
+  assert student['teacher'] == str(tmp_path / guide)
+  assert rundir.read_config(tmp_path / 'small' / 'cut')['init'] == str(tmp_path / guide)
+  assert student['objective'].get('correct', False) == meanwhile
+  models = {'teacher', 'probe', 'cut', 'student', *(['corrected'] if before else [])}
+  assert set(found['models']) == models and 'held-out loss by' in minitron.table(found)
+  assert found.get('verified', 0) < 1e-4 and (tmp_path / 'small' / 'export' / 'README.md').exists()
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.jsonl')}
+  again = minitron.minitron(c.to_dict(), tmp_path / 'small')
+  assert again['probe'] == found['probe']
+  assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.jsonl')}
