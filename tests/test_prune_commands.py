@@ -100,6 +100,9 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
     other = load.load(tmp_path / by, ONE()).params()['blocks']['mlp']['w_up']
     mine = {n: teacher.params()['blocks']['mlp']['w_up'][..., n] for n in range(24)}
     assert all(any((c == w[0]).all() for w in mine.values()) for c in other[0].T)
+  groups = {'kv_heads': 1, 'heads': 2}
+  cfg, _ = commands.cut(str(run), [str(tmp_path / 'stats')], groups, str(tmp_path / 'groups'))
+  assert (cfg.num_heads, cfg.num_kv_heads) == (2, 1)
   for refused, message in (
     ({'embed': 10}, 'embed=10: expected a multiple of 4'),
     ({'mlp': 28}, 'mlp=28: expected 1 to 24'),

@@ -149,6 +149,20 @@ def test_scores_find_what_was_planted():
   np.testing.assert_array_equal(magnitude, kept['mlp'])
 
 
+def test_key_value_heads_go_by_the_sum_of_their_query_heads():
+  rng = np.random.default_rng(0)
+  score = rng.random((3, 8))  # 4 groups of 2
+  kept = importance.keep({'heads': score}, {'kv_heads': 2, 'heads': 2}, 4)
+  for layer in range(3):
+    best = np.sort(np.argsort([-score[layer, 2 * g : 2 * g + 2].sum() for g in range(4)])[:2])
+    np.testing.assert_array_equal(kept['kv_heads'][layer], best)
+    heads = [2 * g + int(score[layer, 2 * g + 1] > score[layer, 2 * g]) for g in best]
+    np.testing.assert_array_equal(kept['heads'][layer], heads)
+  whole = importance.keep({'heads': score}, {'kv_heads': 2, 'heads': 4}, 4)
+  np.testing.assert_array_equal(whole['heads'] // 2, np.repeat(whole['kv_heads'], 2, axis=1))
+  assert 'kv_heads' not in importance.keep({'heads': score}, {'heads': 4}, 4)
+
+
 def test_weight_scores_are_sums_over_the_axis_table():
   model, params = make('untied')
   mlp, attn = params['blocks']['mlp'], params['blocks']['attn']
@@ -221,6 +235,8 @@ def test_experts_are_scored_alike_by_both_dispatches_and_cut():
   [
     ({'mlp': 21}, 'mlp: expected 1 to 20, found 21'),
     ({'heads': 3}, '3 heads do not share 2 key-value heads'),
+    ({'kv_heads': 1}, 'kv_heads: expected a size of heads beside it'),
+    ({'kv_heads': 3, 'heads': 3}, 'kv_heads: expected 1 to 2, found 3'),
     ({'depth': 2}, "no scores for 'depth'"),
   ],
 )

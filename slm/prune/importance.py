@@ -141,23 +141,30 @@ def keep(scores: Scores, sizes: Mapping[str, int], num_kv_heads: int) -> dict[st
   """Choose the highest scores of each axis, indices ascending: kept sets of slm.prune.slicing.
 
   Channels are the same in every layer. Every group of query heads keeps equally many. Scores of
-  'windows' [n] choose the contiguous layers that go, the lowest score.
+  'windows' [n] choose the contiguous layers that go, the lowest score. A key-value head, which no
+  published recipe removes, is worth what its query heads are; 'heads' says how many of those stay.
 
   Raises:
     ValueError: if an axis has no scores, or a size does not fit.
   """
   found = {}
   for axis, size in sizes.items():
+    if axis == 'kv_heads':
+      if 'heads' not in sizes:
+        raise ValueError('prune: kv_heads: expected a size of heads beside it')
+      continue  # chosen with the heads
     if axis not in scores:
       raise ValueError(f'prune: no scores for {axis!r}, there are: {", ".join(scores)}')
     score = scores[axis]
     if axis == 'heads':
-      if size % num_kv_heads:
-        raise ValueError(f'prune: {size} heads do not share {num_kv_heads} key-value heads equally')
+      kv = sizes.get('kv_heads', num_kv_heads)
+      if size % kv:
+        raise ValueError(f'prune: {size} heads do not share {kv} key-value heads equally')
       groups = score.reshape(*score.shape[:-1], num_kv_heads, -1)
-      mine = _top(groups, size // num_kv_heads, axis)
-      first = np.arange(num_kv_heads)[:, None] * groups.shape[-1]
-      found[axis] = (mine + first).reshape(*score.shape[:-1], size)
+      of = _top(groups.sum(-1), kv, 'kv_heads')
+      mine = _top(np.take_along_axis(groups, of[..., None], -2), size // kv, axis)
+      found[axis] = (mine + of[..., None] * groups.shape[-1]).reshape(*score.shape[:-1], size)
+      found |= {'kv_heads': of} if kv < num_kv_heads else {}
     elif axis == 'layers' and 'windows' in scores:
       gates = measure.windows(len(score), len(score) - size)
       found[axis] = np.flatnonzero(gates[np.argmin(scores['windows'])])
