@@ -173,6 +173,14 @@ def _redundant(cfg: DecoderConfig, tensors: Tensors) -> set[str]:
   return found
 
 
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """Allocate an array as JAX wants it on a CPU: it takes it over instead of copying it."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def load(
   tensors: Tensors, cfg: DecoderConfig, family: str, shapes: Params, where: Params, dtype: Any
 ) -> Params:
@@ -188,13 +196,10 @@ def load(
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
       first, rest = index[: wanted.ndim], index[wanted.ndim :]
-      if not wanted.ndim:
-        one = to_ours(path[-1], tensors.read(wanted.item()), own)[rest]
-        return np.ascontiguousarray(one, dtype)
-      chosen, out = wanted[first], None
+      chosen, out = np.asarray(wanted[first]), None
       for i in np.ndindex(chosen.shape):
         one = to_ours(path[-1], tensors.read(chosen[i]), own)[rest]
-        out = np.empty((*chosen.shape, *one.shape), dtype) if out is None else out
+        out = _aligned((*chosen.shape, *one.shape), dtype) if out is None else out
         out[i] = one
       return out
 
