@@ -121,9 +121,8 @@ class Study:
     config_name = 'recover' if student.guide else 'pretrain'
     return self.train(f'{student.name}-{seed}', config_name, settings | dict(student.set), on)
 
-  def ask(self, corpus: str) -> None:
-    """Put the scale's tasks to the teacher and to what is served, as cut and as trained."""
-    paths = [str(Path(corpus) / task) for task in self.scale.tasks]
+  def ask(self, paths: list[str]) -> None:
+    """Put task files to the teacher and to what is served, as cut and as trained."""
     wanted = [TEACHER, *(cut_run(BY_NAME[name], 0) for name in SERVED)]
     wanted += [f'{name}-{seed}' for name in SERVED for seed in self.scale.seeds]
     for name in wanted:
@@ -157,9 +156,12 @@ def main(_: list[str]) -> None:
   common.cache(f.cache)
   scale, root, began = SCALES[f.scale], Path(f.out), time.monotonic()
   common.prepare_data(scale.sources, scale.prepare, (), f.corpus, root / 'data')
+  asked = [str(Path(f.corpus) / task) for task in scale.tasks]
+  for path in asked:
+    tasks.read(path)  # a file that is not there is named now, not after hours
   study = Study(scale, root)
   study.run([BY_NAME[name] for name in f.only] or STUDENTS)
-  study.ask(f.corpus)
+  study.ask(asked)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
   report.write(scale, root, f.rounds)
 
