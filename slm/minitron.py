@@ -57,14 +57,14 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
     )
   recover['data']['path'] = cfg['data']
-  runs, found = {'teacher': teacher}, {}
+  runs, found, pays = {'teacher': teacher}, {}, False
   if cfg['probe']['steps']:
     found['probe'] = _probe(cfg, teacher, folder / 'probe')
-    runs['probe'] = folder / 'probe'
-  if found and found['probe']['pays'] and cfg['correct']['steps']:
+    runs['probe'], pays = folder / 'probe', found['probe']['pays']
+  if pays and cfg['correct']['steps']:
     runs['corrected'] = teacher = folder / 'corrected'
     train.train(_correction(cfg, runs['teacher'], cfg['correct']['steps']), teacher)
-  elif found and found['probe']['pays']:
+  elif pays:
     recover['objective']['correct'] = True
   c = cfg['calibrate']
   commands.calibrate(
@@ -108,14 +108,13 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
   bootstrap's 95 % interval.
   """
   train.train(_correction(cfg, teacher, cfg['probe']['steps']), run)
-  split, values = cfg['recover']['data']['set'], []
+  name, batch = cfg['recover']['data']['set'], cfg['recover']['eval']['batch_size']
+  mesh, values = sharding.make_mesh({'data': -1}), []
   for path in (teacher, run):
-    batch = cfg['recover']['eval']['batch_size']
-    on, mesh = f'{split}/validation', sharding.make_mesh({'data': -1})
-    evaluate.run(path, cfg['data'], [on], mesh, batch)
-    values.append(files.read_npy(rundir.evaluations(path) / f'{split}-validation.npy'))
+    evaluate.run(path, cfg['data'], [f'{name}/validation'], mesh, batch)
+    values.append(files.read_npy(rundir.evaluations(path) / f'{name}-validation.npy'))
   nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
-  documents = files.read_npy(Path(cfg['data']) / split / 'validation' / 'documents.npy')
+  documents = files.read_npy(Path(cfg['data']) / name / 'validation' / 'documents.npy')
   many = documents if len(np.unique(documents)) > 1 else ()
   drawn = comparison.resample(nll, tokens, 0, documents=many)
   low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975)).tolist()

@@ -196,12 +196,12 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
   ]
   np.testing.assert_allclose(found['probe']['gain'], losses[0] - losses[1], rtol=1e-6)
   student = rundir.read_config(tmp_path / 'small' / 'student')
-  before, meanwhile = steps and worth < 0, not steps
-  guide = 'small/corrected' if before else 'whole'
+  first, meanwhile = steps and worth < 0, not steps
+  guide = 'small/corrected' if first else 'whole'
   assert student['teacher'] == str(tmp_path / guide)
   assert rundir.read_config(tmp_path / 'small' / 'cut')['init'] == str(tmp_path / guide)
   assert student['objective'].get('correct', False) == meanwhile
-  models = {'teacher', 'probe', 'cut', 'student', *(['corrected'] if before else [])}
+  models = {'teacher', 'probe', 'cut', 'student', *(['corrected'] if first else [])}
   assert set(found['models']) == models and 'held-out loss by' in minitron.table(found)
   assert found.get('verified', 0) < 1e-4 and (tmp_path / 'small' / 'export' / 'README.md').exists()
   before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.jsonl')}

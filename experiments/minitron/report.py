@@ -102,23 +102,22 @@ def deployment_table(f: Found, speed: dict[str, Any]) -> Table:
 
 def tasks_table(f: Found) -> Table:
   """Build the table of what the models answer: a line each, as cut and as trained."""
-  rows, runs = [], {'teacher': f.runs(TEACHER)}
+  rows, runs = [], {TEACHER: f.runs(TEACHER)}
+  names = [Path(task).name.partition('.')[0] for task in f.scale.tasks]
   for name in SERVED:
     student = next(s for s in STUDENTS if s.name == name)
     runs[f'{name}, as cut'] = [f.root / 'runs' / cut_run(student, f.scale.seeds[0])]
     runs[name] = f.runs(name)
-  head = ['model', *(f'{Path(task).name.partition(".")[0]}, {what}' for task in f.scale.tasks
-                     for what in ('accuracy', 'bits per byte'))]  # fmt: skip
-  for name, paths in runs.items():
-    files_ = [rundir.evaluations(p, 'tasks').with_suffix('.json') for p in paths]
-    found = [files.read_json(p) for p in files_ if p.exists()]
+  head = ['model', *(f'{task}, {what}' for task in names for what in ('accuracy', 'bits per byte'))]
+  for model, paths in runs.items():
+    there = [rundir.evaluations(p, 'tasks').with_suffix('.json') for p in paths]
+    found = [files.read_json(p) for p in there if p.exists()]
     cells = []
-    for task in f.scale.tasks if found else ():
-      mine = [x[Path(task).name.partition('.')[0]] for x in found]
+    for task in names if found else ():
       for score, form in (('acc', '.1%'), ('bpb', '.3f')):
-        mean, error = (float(np.mean([x[k] for x in mine])) for k in (score, f'{score}_stderr'))
-        cells.append(f'{mean:{form}} ± {error:{form}}')
-    rows.append([name, *(cells or ['not run'] * (len(head) - 1))])
+        pair = [np.mean([x[task][k] for x in found]) for k in (score, f'{score}_stderr')]
+        cells.append(f'{pair[0]:{form}} ± {pair[1]:{form}}')
+    rows.append([model, *(cells or ['not run'] * (len(head) - 1))])
   return head, rows
 
 
