@@ -3,7 +3,8 @@
 import math
 
 from slm import files
-from slm.comparison import BASELINE, Cell, Comparison, Difference, Loss, difference
+from slm.comparison import Cell, Comparison, Difference, Loss, difference
+from slm.study import BASELINE
 
 NUM_DOMAINS = (1, 7, 50)
 _MATTERS = 0.02  # nats per token, the smallest effect the paper's table rests on
@@ -279,7 +280,7 @@ def unfinished(c: Comparison) -> list[tuple[str, int]]:
 _TUNED = ('finetune', 'distill')
 
 
-def still_improving(c: Comparison, cells: list[tuple[str, int]]) -> str:
+def listed_cells(c: Comparison, cells: list[tuple[str, int]]) -> str:
   """List methods with the set sizes at which they are: SLM (20k and 80k tokens)."""
   sizes = {m: [count(s) for n, s in cells if n == m] for m in c.study.methods}
   return '; '.join(f'{c.study.label(m)} ({_listed(x)} tokens)' for m, x in sizes.items() if x)
@@ -292,26 +293,24 @@ def _improving(c: Comparison, winners: dict[int, Cell]) -> list[str]:
     return []
   return [
     'Some tuned models were still improving when they ended, so that training longer may change '
-    f'how they compare: {still_improving(c, found)}.'
+    f'how they compare: {listed_cells(c, found)}.'
   ]
 
 
 def _seeds(c: Comparison, winners: dict[int, Cell]) -> str:
-  seeds = [w.average.seeds for w in winners.values()]
+  cells = [cell for cell in c.cells.values() if cell.complete]
+  single = [(cell.method, cell.size) for cell in cells if len(cell.average.seeds) == 1]
   most = max(len(_rivals(c, s)) for s in winners)
-  if min(map(len, seeds)) < 2:
-    text = (
-      'Intervals cover the choice of held-out text only: with one seed, seed noise (how much a '
-      'training run varies) is not in them, so a difference near the edge of its interval may not '
-      'repeat.'
+  text = 'Intervals cover the choice of held-out text'
+  if len(single) < len(cells):
+    text += ' and, over several seeds, how much training runs vary'
+  if single:
+    which = '' if len(single) == len(cells) else f' ({listed_cells(c, single)})'
+    text += (
+      f'; with one seed{which} how much a training run varies is not in them, so a difference near '
+      'the edge of its interval may not repeat'
     )
-  else:
-    spread = max(max(s.values()) - min(s.values()) for s in seeds)
-    text = (
-      f'Results are averages over {min(map(len, seeds))} seeds, which differ by up to '
-      f'{spread:.3f} nats/token; intervals cover the choice of held-out text, and a difference '
-      'counts only if every seed agrees with its sign.'
-    )
+  text += '.'
   if most > 1:
     text += (
       f' The best of {most + 1} small models is picked after looking at the same text, which '

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from slm import plots
 from slm.advice import count
-from slm.comparison import BASELINE, Comparison, Difference, compare
-from slm.study import Study
+from slm.comparison import Comparison, Difference, compare
+from slm.study import BASELINE, Study
 
 Table = tuple[list[str], list[list[str]]]
 

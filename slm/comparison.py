@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from slm import files, rundir
-from slm.study import BASELINE, TEST, Study
+from slm.study import TEST, Study
 
 RESAMPLES = 2000
 _CHUNK = 1 << 22  # resampled row counts held at once
@@ -70,15 +71,21 @@ class Cell:
   @functools.cached_property
   def complete(self) -> bool:
     """Say whether some seed was run on every domain, so that averages mean the same."""
-    return bool(self.tests) and all(t in self.losses for t in self.tests) and bool(self._shared())
-
-  def _shared(self) -> list[int]:
-    return sorted(set.intersection(*(set(self.losses[t].seeds) for t in self.tests)))
+    return self.over(self.tests) is not None
 
   @functools.cached_property
   def average(self) -> Loss:
-    """Average seeds run on every domain, domains weighing the same: exp(value) is ppl_avg."""
-    losses, seeds = [self.losses[t] for t in self.tests], self._shared()
+    """Average a complete cell over its domains: exp(value) is ppl_avg."""
+    return self.over(self.tests)
+
+  def over(self, tests: Iterable[str]) -> Loss | None:
+    """Average seeds run on all of some test sets, which weigh the same; None if none was."""
+    losses = [self.losses.get(t) for t in tests]
+    if not losses or None in losses:
+      return None
+    seeds = sorted(set.intersection(*(set(x.seeds) for x in losses)))
+    if not seeds:
+      return None
     return Loss(
       {s: float(np.mean([x.seeds[s] for x in losses])) for s in seeds},
       {s: float(np.mean([x.bits[s] for x in losses])) for s in seeds},
@@ -96,6 +103,7 @@ class Cell:
 class Difference:
   """A difference in nats per token (negative: lower loss) with its 95 % interval.
 
+  The interval is of held-out text, and of training runs too where there are two seeds or more.
   seeds: the difference of each seed both models have.
   """
 
@@ -106,12 +114,8 @@ class Difference:
 
   @property
   def verdict(self) -> str:
-    """Say better or worse only if the interval excludes zero and no seed says the opposite."""
-    if self.high < 0 and all(d < 0 for d in self.seeds):
-      return 'better'
-    if self.low > 0 and all(d > 0 for d in self.seeds):
-      return 'worse'
-    return 'within noise'
+    """Say better or worse only if the interval excludes zero."""
+    return 'better' if self.high < 0 else 'worse' if self.low > 0 else 'within noise'
 
 
 def difference(a: Loss, b: Loss) -> Difference | None:
@@ -120,9 +124,24 @@ def difference(a: Loss, b: Loss) -> Difference | None:
   if not shared:
     return None
   replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
-  low, high = np.percentile(replicates, [2.5, 97.5])
   seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
-  return Difference(float(np.mean(seeds)), float(low), float(high), seeds)
+  value, runs = float(np.mean(seeds)), _half_interval(seeds)
+  # Text and training runs vary independently: what they add to the interval adds in squares.
+  low, high = (math.hypot(x - value, runs) for x in np.percentile(replicates, [2.5, 97.5]))
+  return Difference(value, value - low, value + high, seeds)
+
+
+def _half_interval(seeds: tuple[float, ...]) -> float:
+  """Return half of Student's 95 % interval of a mean over training runs; 0 for a single one."""
+  n = len(seeds)
+  return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5) if n > 1 else 0.0
+
+
+def between(a: Cell, b: Cell) -> Difference | None:
+  """Compare two cells on the test sets that both are averaged over, a minus b."""
+  tests = [t for t in a.tests if t in b.tests]
+  pair = a.over(tests), b.over(tests)
+  return None if None in pair else difference(*pair)
 
 
 def resample(
@@ -151,7 +170,7 @@ def resample(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Every method at every size, on the domains that were run at all."""
+  """Every method at every size, on the domains that all are planned for and some was run on."""
 
   study: Study
   tests: tuple[str, ...]  # the averaged test sets, one per domain
@@ -167,13 +186,12 @@ class Comparison:
     return sorted((c for c in cells if c.complete), key=lambda c: c.average.value)
 
   def to_baseline(self, cell: Cell, test: str | None = None) -> Difference | None:
-    """Compare a cell with the plain SLM of its size, on average or on one test set."""
-    base = self.cells.get((BASELINE, cell.size))
-    if base is None or cell.method == BASELINE:
+    """Compare a cell with the study's baseline at its size, on average or on one test set."""
+    base = self.cells.get((self.study.baseline, cell.size))
+    if base is None or cell.method == self.study.baseline:
       return None
     if test is None:
-      both = cell.complete and base.complete
-      return difference(cell.average, base.average) if both else None
+      return between(cell, base)
     both = test in cell.losses and test in base.losses
     return difference(cell.losses[test], base.losses[test]) if both else None
 
@@ -188,7 +206,7 @@ def compare(study: Study) -> Comparison:
   """
   found = {name: _losses(study, d, name) for d in study.domains for name in _sets(study, d)}
   found = {name: losses for name, losses in found.items() if losses}
-  tests = tuple(f'{d}/{TEST}' for d in study.domains if f'{d}/{TEST}' in found)
+  tests = tuple(f'{d}/{TEST}' for d in study.shared_domains if f'{d}/{TEST}' in found)
   clustering, cells = _clustering(study), {}
   for method in study.methods:
     for size in study.sizes:

@@ -183,7 +183,23 @@ def _list(items: Iterable[str]) -> str:
 
 def evidence(label: str, method: str, on: int | str, budget: float = 1) -> str:
   """Link text to a method's runs on a set size or the generic set, on the page and in table.md."""
-  return f'[{label}](report.html#{method}-{on}-{budget:g})'
+  return f'[{label}](report.html#{_anchor(method, on, budget)})'
+
+
+def _anchor(method: str, on: int | str, budget: float) -> str:
+  return f'{method}-{on}-{budget:g}'.replace(' ', '-')
+
+
+ANY = 'any size'  # where a model that is not fine-tuned stands
+
+
+def cells(study: Study) -> dict[tuple[str, int | str, float], list[dict[str, Any]]]:
+  """Group a study's rows by method, set size (or the generic set) and budget."""
+  found: dict[tuple, list[dict[str, Any]]] = {}
+  for run in study.planned:
+    on = study.generic if run['domain'] is None else run['size'] or ANY
+    found.setdefault((run['method'], on, run.get('budget', 1)), []).append(run)
+  return found
 
 
 def _environment(study: Study) -> Table:
@@ -207,10 +223,6 @@ def _runs(study: Study, out: Path) -> Table:
 
   A copy of the page elsewhere goes without the runs, so it only names them.
   """
-  cells: dict[tuple, list[dict[str, Any]]] = {}
-  for run in study.planned:
-    on = study.generic if run['domain'] is None else run['size'] or 'any size'
-    cells.setdefault((run['method'], on, run.get('budget', 1)), []).append(run)
 
   def link(path: str, name: str) -> str:
     run, _ = rundir.split_ref(study.path / path)
@@ -221,12 +233,12 @@ def _runs(study: Study, out: Path) -> Table:
     return f'<a href="{html.escape(os.path.relpath(run, out), quote=True)}/">{_text(name)}</a>'
 
   rows = []
-  for (method, on, budget), runs in cells.items():
+  for (method, on, budget), runs in cells(study).items():
     what = on if isinstance(on, str) else f'{count(on)} tokens'
     at = '' if budget == 1 else f', {budget:.3g} of the pretraining'
     served = [link(r['run'], f'{r["domain"] or study.generic} {r["seed"]}') for r in runs]
     every = [p for r in runs for p in (*r['generic_runs'], *r['specialise_runs'])]
     paid = [link(p, p.removeprefix('runs/')) for p in dict.fromkeys(every)]
-    name = f'<span id="{method}-{on}-{budget:g}">{_text(study.label(method))}</span>'
+    name = f'<span id="{_anchor(method, on, budget)}">{_text(study.label(method))}</span>'
     rows.append([name, _text(what + at), ', '.join(served), ', '.join(paid)])
   return ['method', 'set', 'serves (domain, seed)', 'paid for'], rows

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from slm import files, rundir
 from slm.advice import NUM_DOMAINS, count, perplexity
-from slm.comparison import BASELINE, Cell, Comparison
-from slm.study import Study
+from slm.comparison import Cell, Comparison
+from slm.study import BASELINE, Study
 
 INK = '#2a2d34'  # stands for the page's text colour
 # Okabe and Ito's palette, safe for colour-blind readers; ink and greys for the reference rows.

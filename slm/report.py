@@ -18,8 +18,8 @@ import rich.table
 from absl import flags
 
 from slm import budgets, cli, comparison, files, page, plots, sweeps
-from slm.advice import NUM_DOMAINS, advise, count, perplexity, still_improving, unfinished
-from slm.comparison import BASELINE, Cell, Comparison, Cost, Difference, Loss
+from slm.advice import NUM_DOMAINS, advise, count, listed_cells, perplexity, unfinished
+from slm.comparison import Cell, Comparison, Cost, Difference, Loss
 from slm.study import Study, load_study
 from slm.verdicts import interval
 
@@ -27,9 +27,10 @@ Table = tuple[list[str], list[list[str]]]
 Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
 _CSV = (
-  'method', 'label', 'kind', 'budget', 'size', 'on', 'status', 'loss', 'ppl', 'bpb', 'difference',
-  'low', 'high', 'verdict', 'seeds', 'seed_spread', 'params', 'generic_tokens', 'generic_flops',
-  'generic_seconds', 'specialise_tokens', 'specialise_flops', 'specialise_seconds',
+  'method', 'label', 'kind', 'budget', 'size', 'on', 'domains', 'status', 'loss', 'ppl', 'bpb',
+  'reference', 'difference', 'low', 'high', 'verdict', 'seeds', 'seed_spread', 'params',
+  'generic_tokens', 'generic_flops', 'generic_seconds', 'specialise_tokens', 'specialise_flops',
+  'specialise_seconds',
   *(f'total_flops_{n}' for n in NUM_DOMAINS),
 )  # fmt: skip
 
@@ -75,14 +76,15 @@ def _half(values: Any) -> float:
 
 def main_table(c: Comparison, size: int) -> Table:
   """Build the comparison at one set size, one row per method."""
-  head = ['method', 'perplexity', 'bits/byte', 'nats/token above SLM', 'verdict', 'seeds']
+  above = f'nats/token above {c.study.label(c.study.baseline)}'
+  head = ['method', 'perplexity', 'bits/byte', above, 'verdict', 'seeds']
   head += ['served parameters', 'generic FLOPs', 'FLOPs/domain', 'time/domain']
   rows, early = [], unfinished(c)
   for method in c.study.methods:
     cell = c.cells[method, size]
     found, done = c.to_baseline(cell), cell.complete
     bpb = f'{cell.average.bpb:.3f}' if done and not math.isnan(cell.average.bpb) else _NONE
-    verdict = 'reference' if method == BASELINE else found.verdict if found else _NONE
+    verdict = 'reference' if method == c.study.baseline else found.verdict if found else _NONE
     params = c.study.params
     rows.append(
       [c.study.label(method), _average(cell) + (' †' if done and (method, size) in early else '')]
@@ -193,11 +195,14 @@ def _groups(further: list[Comparison]) -> list[Section]:
   for c in further:
     methods = [m for m in c.study.methods.values() if m.get('group')]
     described = ' '.join(f'{m["label"]}: {m["describe"]}' for m in methods)
-    for size in c.study.sizes:
+    if len(c.tests) < len(c.study.domains):
+      described += f' Averages are over {", ".join(t.partition("/")[0] for t in c.tests)} alone.'
+    tuned = any(r['size'] is not None for r in c.study.runs)
+    for size in c.study.sizes if tuned else c.study.sizes[:1]:
       head, rows = main_table(c, size)
       rows = [row for row in rows if row[1] != _NOT_RUN]
-      if len(rows) > 1:  # more than the plain SLM
-        title = f'{methods[0]["group"]}, {count(size)} tokens of domain text'
+      if len(rows) > 1:  # more than the baseline
+        title = methods[0]['group'] + f', {count(size)} tokens of domain text' * tuned
         found.append((title, described, (head, rows)))
   return found
 
@@ -232,7 +237,7 @@ def notes(c: Comparison) -> list[str]:
       f'Intervals resample single rows on {", ".join(by_row)}, where the data do not say which of '
       'several documents a row is from: rows of one document are alike, so they are too narrow.'
     )
-  if early := still_improving(c, unfinished(c)):
+  if early := listed_cells(c, unfinished(c)):
     found.append(f'† Still improving when it ended (its best step is its last): {early}.')
   return found
 
@@ -242,8 +247,9 @@ MAIN_NOTE = (
   'trained on generic text and fine-tuned; LLM is the larger model beside it. '
   'Perplexity is exp of the loss averaged over domains with equal weight; lower is better. The '
   'difference is to the plain SLM with the same domain text, in nats per token, over the seeds '
-  'both have, with a paired bootstrap 95 % interval over held-out text. Better and worse mean that '
-  'the interval excludes zero and that no seed says the opposite; everything else is within noise. '
+  'both have, with its 95 % interval: a paired bootstrap over held-out text and, with two seeds or '
+  "more, Student's interval over training runs, added in squares. Better and worse mean that the "
+  'interval excludes zero; everything else is within noise. '
   'Seeds: their number and half the range of their losses.'
 )
 COST_NOTE = (
@@ -275,7 +281,7 @@ def results_csv(comparisons: list[Comparison]) -> str:
 
 def _own(study: Study, method: str) -> bool:
   """Say whether a method stands in a table of its own right, not as the reference of a group."""
-  return method != BASELINE or not study.groups
+  return method != study.baseline or not study.groups
 
 
 def _lines(c: Comparison, cell: Cell) -> list[dict[str, Any]]:
@@ -283,7 +289,7 @@ def _lines(c: Comparison, cell: Cell) -> list[dict[str, Any]]:
   average = cell.average if cell.complete else None
   found = [('average', average, c.to_baseline(cell))]
   found += [(t, cell.losses.get(t), c.to_baseline(cell, t)) for t in (*c.tests, *c.others)]
-  costs = _cost_keys(cell)
+  costs = _cost_keys(cell) | {'domains': len(c.tests)}
   return [_line(c.study, cell.method, cell.size, *x) | costs for x in found]
 
 
@@ -297,7 +303,8 @@ def _line(
     line |= {'loss': loss.value, 'ppl': math.exp(loss.value), 'bpb': loss.bpb}
     line |= {'seeds': len(loss.seeds), 'seed_spread': 2 * _half(loss.seeds.values())}
   if d is not None:
-    line |= {'difference': d.value, 'low': d.low, 'high': d.high, 'verdict': d.verdict}
+    line |= {'reference': study.baseline, 'difference': d.value, 'low': d.low, 'high': d.high}
+    line['verdict'] = d.verdict
   return line
 
 

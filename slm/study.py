@@ -40,6 +40,7 @@ class Study:
   params: dict[str, int]
   notes: tuple[str, ...]
   budget: float = 1
+  baseline: str = BASELINE  # what every method is compared with
 
   @functools.cached_property
   def runs(self) -> tuple[dict[str, Any], ...]:
@@ -57,10 +58,26 @@ class Study:
     return tuple(dict.fromkeys(g for m in self.methods.values() if (g := m.get('group', ''))))
 
   def only(self, group: str = '', budget: float = 1) -> 'Study':
-    """Return the study of one group's methods (and the plain SLM) at one budget."""
-    chosen = {n: m for n, m in self.methods.items() if n == BASELINE or m.get('group', '') == group}
+    """Return the study of one group's methods at one budget, and of what they are compared with.
+
+    That is the plain SLM, unless the group's methods name another by their key 'reference'.
+    """
+    mine = {n: m for n, m in self.methods.items() if m.get('group', '') == group}
+    baseline = next((m['reference'] for m in mine.values() if m.get('reference')), BASELINE)
+    chosen = {n: m for n, m in self.methods.items() if n == baseline or n in mine}
     planned = tuple(r for r in self.planned if r['method'] in chosen)
-    return dataclasses.replace(self, methods=chosen, planned=planned, budget=budget)
+    return dataclasses.replace(
+      self, methods=chosen, planned=planned, budget=budget, baseline=baseline
+    )
+
+  @functools.cached_property
+  def shared_domains(self) -> tuple[str, ...]:
+    """List the domains that all methods which this budget has runs of are planned for."""
+    planned: dict[str, set[str]] = {}
+    for r in self.runs:
+      if r['domain']:
+        planned.setdefault(r['method'], set()).add(r['domain'])
+    return tuple(d for d in self.domains if all(d in x for x in planned.values()))
 
   def label(self, method: str) -> str:
     """Return the name shown to people."""

@@ -72,7 +72,7 @@ OPPOSITES = {
   8: LATE,
   9: {'generic': {**GENERIC, 'mixture': 0.25}},
   10: {'further': {**FURTHER, 'importance_noft': 0.4, 'llm_noft': 0.45, 'project_noft': 0.5,
-                   'mixture_noft': 0.55}},
+                   'mixture_noft': 0.55}, 'shrink': {'slm': 1.0}},
   11: {'earlier': {**EARLIER, 0.5: {'distill': -0.3}}},
   12: {'further': {**FURTHER, 'project_64': -0.02}},
   13: {'further': {**FURTHER, 'importance_16': 0.1}},
@@ -168,8 +168,9 @@ def test_sweep_of_clusters(tmp_path):
   path = m.save(methods=methods)
   study = load_study(path)
   found = sweeps.by_clusters(study, [compare(study.only(g)) for g in ('', 'More')], 10_000)
-  assert list(found) == ['importance'] and list(found['importance']) == [16, 64, 256]
-  values = [d.value for d in found['importance'].values()]
+  tests, points = found.pop('importance')
+  assert not found and list(points) == [16, 64, 256] and tests == ('law/test', 'news/test')
+  values = [d.value for d in points.values()]
   assert values == pytest.approx([-0.05, -0.15, -0.25], abs=0.01)
   report.report(path)
   assert (path / 'plots' / 'clusters-sweep.svg').exists()

@@ -168,13 +168,15 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_study_is_planned_before_it_is_run():
+@pytest.mark.parametrize(('scale', 'count'), [('quick', 19), ('long', 494)])
+def test_a_study_is_planned_before_it_is_run(scale, count):
   """Equal FLOPs for every family, within what whole steps allow; every run is counted once."""
   from experiments.specialise import run, scales
 
-  lines = run.dry_run(scales.QUICK, 8, 'h100', 0.4).split('\n')
+  lines = run.dry_run(scales.SCALES[scale], 8, 'h100', 0.4).split('\n')
   flops = {line.split()[0]: float(line.split()[6]) for line in lines[1:-1]}
+  each = {line.split()[0]: int(line.split()[1]) for line in lines[1:-1]}
   for name in ('mixture', 'project', 'llm', 'importance'):
-    assert flops[name] == pytest.approx(flops['slm'], rel=0.03)
-  assert lines[-1].startswith('in all 19 runs, ')
+    assert flops[name] / each[name] == pytest.approx(flops['slm'] / each['slm'], rel=0.03)
+  assert lines[-1].startswith(f'in all {count} runs, ')
   assert float(lines[-1].split()[4]) == pytest.approx(sum(flops.values()), rel=0.01)

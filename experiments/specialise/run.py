@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import common
 from experiments.specialise import check, claims, runs
-from experiments.specialise.methods import FAMILIES, METHODS, uses_clusters
+from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
 from slm import (
   cli,
@@ -164,6 +164,7 @@ def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
     'label': m.label,
     'describe': m.describe,
     'group': m.group,
+    'reference': 'slm_noft' if m.group == BEFORE else '',
     'clusters': bool(m.family) and uses_clusters(FAMILIES[m.family]),
     'sweep': [m.sweep, planned.clusters(FAMILIES[m.family])] if m.sweep else [],
   }
@@ -201,7 +202,14 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
         groups = cfg['data']['batch_size'] // cfg['data']['rows_per_group']
         cfg['mesh'] = {'data': math.gcd(devices, groups)}
       cfg |= {'teacher': '', 'init': ''}
-      cfg['data'] |= {'path': '', 'set': '', 'index': '', 'mix_set': '', 'mix_index': ''}
+      cfg['data'] |= {
+        'path': '',
+        'set': '',
+        'index': '',
+        'mix_index': '',
+        'mix_set': '',
+        'mix_share': 0.0,
+      }
       what = json.dumps({**cfg, 'seed': 0}, sort_keys=True)
       if what not in plans:  # runs differ mostly in their text
         plans[what] = plan.plan(cfg, cfg['mesh']['data'], chip, mfu, context)
