@@ -3,14 +3,14 @@
     python -m slm.advise --params=126e6 --pretrain_flops=2e19 --specialise_flops=1e16 \
       --domain_tokens=1e6 --domains=7
 
-Studies of small models speak for large ones by what is counted per served parameter: tokens of
-domain text, and training FLOPs as the tokens per parameter that the plain SLM would see for them.
+Studies of small models speak for larger ones, up to ten times, by what is counted per served
+parameter: tokens of domain text, and training FLOPs as the tokens per parameter that the plain SLM
+would see for them.
 """
 
-import csv
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,51 +18,33 @@ from absl import flags
 
 from slm import cli
 from slm.advice import count, times
+from slm.data import histograms
+from slm.points import Budget, Point, Want, read
 from slm.study import BASELINE
 
-RESULTS = Path(__file__).parent.parent / 'experiments' / 'specialise' / 'results'
+_RESULTS = Path(__file__).parent.parent / 'experiments' / 'specialise' / 'results'
+# The committed studies that are large enough to go by.
+STUDIES = tuple(_RESULTS / name / 'results.csv' for name in ('cpu', 'long'))
 _BEYOND = 1.5  # how far outside of what was measured a number still counts as measured
+_OVER = 1.05  # how much of a budget a method that fits may take
+_SIZES = 10  # how many times larger or smaller a model than the measured one is still like it
 _LEAST, _MOST = 100, 1  # tokens per parameter of training and of domain text: the paper's reach
 _MATTERS = 0.02  # nats per token, the smallest effect the paper's table rests on
-_MANY_CLUSTERS = 0.25  # of all; the paper's Wikipedia and OpenWebText2 have 281 and 455 of 1024
+_WIDE = 0.25  # of the clusters; the paper's Wikipedia and OpenWebText2 have 281 and 455 of 1024
+_WINDOWS = 30  # of domain text, the fewest that say how widely it is spread
 _SAME = 0.1  # of the logarithm: nearer than this to a measured value is that value
-_REACH = 3.0  # how much more pretraining than was measured a study still speaks for
 
-
-@dataclasses.dataclass(frozen=True)
-class Want:
-  """What somebody has: per served parameter, see the module."""
-
-  pretrain: float  # FLOPs once, in tokens of training the served model
-  specialise: float  # FLOPs for every domain, likewise
-  text: float  # tokens of domain text per parameter
-  domains: int
-  large: float = 0.0  # parameters of a larger model that could be served too, as a multiple
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-  """A measured average over domains: a method at one budget and set size, in a Want's units."""
-
-  study: str
-  method: str
-  label: str
-  text: float
-  pretrain: float
-  specialise: float
-  params: float  # served, as a multiple of the SLM's
-  loss: float
-  low: float  # of the difference to the SLM, 95 %; nan for the SLM
-  high: float
-  seeds: int
-  size: int
-  better: int  # domains on which it clearly beats the SLM
-  domains: int
-
-  @property
-  def budget(self) -> float:
-    """Return what was paid in all for one domain."""
-    return self.pretrain + self.specialise
+# Grangier et al., Table 8: nats per token above the plain SLM, by its tokens per parameter and by
+# tokens of domain text per parameter (1M, 8M and 64M tokens for 126M parameters). Their 100, 200,
+# 400 and 600 A100-hours; the last is beside the SLM of 530, their longest.
+_PAPER_PARAMS = 126e6
+_PAPER_TEXT = (0.008, 0.063, 0.51)
+_TABLE_8 = {
+  360: {'SLM-pn': (-0.039, -0.002, 0.013), 'SLM-mix': (0.026, 0.013, 0.020)},
+  722: {'SLM-pn': (-0.045, -0.011, 0.003), 'SLM-mix': (-0.005, -0.009, 0.005)},
+  1440: {'SLM-pn': (-0.059, -0.022, -0.012), 'SLM-mix': (-0.037, -0.026, -0.013)},
+  2160: {'SLM-pn': (-0.071, -0.035, -0.022), 'SLM-mix': (-0.058, -0.041, -0.023)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,65 +59,6 @@ class Option:
   better: float  # the share of domains on which it clearly beats the SLM, the least of the points
   points: tuple[Point, ...]
   cost: float  # for all domains, in tokens per parameter
-
-
-def read(path: Path) -> list[Point]:
-  """Read the measured points of a study from its results.csv.
-
-  Raises:
-    ValueError: if the file is not such a table.
-  """
-  with path.open(newline='') as f:
-    return parse(list(csv.DictReader(f)), path)
-
-
-def parse(lines: list[dict[str, str]], path: Path) -> list[Point]:
-  """Turn the lines of a results.csv into points."""
-  needed = {
-    'method', 'size', 'on', 'loss', 'params', 'generic_tokens', 'generic_flops', 'specialise_flops'
-  }  # fmt: skip
-  if not lines or not needed <= set(lines[0]):
-    raise ValueError(f'{path}: expected a results.csv of slm.report with columns {sorted(needed)}')
-  key = lambda x: (x['method'], x.get('budget'), x['size'])
-  tests: dict[tuple, list[str]] = {}
-  for x in lines:
-    if x['on'].endswith('/test') and x['size'] and x['loss']:
-      tests.setdefault(key(x), []).append(x['verdict'])
-  lines = [x for x in lines if x['on'] == 'average' and x['loss'] and x['generic_flops']]
-  plain = {(x.get('budget'), x['size']): x for x in lines if x['method'] == BASELINE}
-  if not plain:
-    raise ValueError(f'{path}: holds no finished plain SLM to compare with')
-  for x in lines:
-    # Another method may have other seeds: the difference is over those that both have.
-    base = plain.get((x.get('budget'), x['size']))
-    if base is not None and x.get('difference'):
-      x['loss'] = float(base['loss']) + float(x['difference'])
-  base = next(iter(plain.values()))
-  params = float(base['params'])
-  unit = params * float(base['generic_flops']) / float(base['generic_tokens'])
-  return [_point(path, x, params, unit, tests.get(key(x), [])) for x in lines]
-
-
-def _point(
-  path: Path, x: Mapping[str, str], base: float, unit: float, verdicts: list[str]
-) -> Point:
-  number = lambda key: float(x[key]) if x.get(key) else math.nan
-  return Point(
-    study=path.parent.name,
-    method=x['method'],
-    label=x['label'],
-    text=number('size') / base,
-    pretrain=number('generic_flops') / unit,
-    specialise=number('specialise_flops') / unit,
-    params=number('params') / base,
-    loss=number('loss'),
-    low=number('low'),
-    high=number('high'),
-    seeds=int(x['seeds']),
-    size=int(x['size']),
-    better=verdicts.count('better'),
-    domains=len(verdicts),
-  )
 
 
 def options(points: Iterable[Point], want: Want) -> list[Option]:
@@ -181,17 +104,18 @@ def _along(
   """Find (loss, points, generic cost, cost per domain) on one set size's curve over budgets."""
   spent = [p.pretrain if once else p.specialise for p in curve]
   limit, other = (want.pretrain, want.specialise) if once else (want.specialise, want.pretrain)
-  rest = [p.specialise if once else p.pretrain for p in curve]
-  if min(rest) > _BEYOND * max(other, 1e-30) or spent[0] > _BEYOND * limit:
+  if spent[0] > _OVER * limit:
     return None
   if limit >= spent[-1]:
-    last = curve[-1]  # more was not measured: what the largest budget gave
-    return last.loss, (last,), last.pretrain, last.specialise
-  i, j, share = _between(spent, max(limit, spent[0]))
+    i, j, share = len(curve) - 1, len(curve) - 1, 0.0  # more was not measured
+  else:
+    i, j, share = _between(spent, max(limit, spent[0]))
   a, b = curve[i], curve[j]
   mean = lambda x, y: (1 - share) * x + share * y
   cost = lambda x, y: x ** (1 - share) * y**share if x and y else mean(x, y)
   costs = cost(a.pretrain, b.pretrain), cost(a.specialise, b.specialise)
+  if costs[1 if once else 0] > _OVER * other:
+    return None
   return mean(a.loss, b.loss), (a, b) if i != j else (a,), *costs
 
 
@@ -208,15 +132,17 @@ def _between(values: list[float], x: float) -> tuple[int, int, float] | None:
   return j - 1, j, math.log(x / low) / math.log(high / low)
 
 
-def nearest(studies: dict[str, list[Point]], want: Want) -> str | None:
+def nearest(studies: dict[str, list[Point]], budget: Budget) -> str | None:
   """Choose the study that measured the plain SLM nearest to what is wanted, if one did."""
   found = {}
   for name, points in studies.items():
     base = [p for p in points if p.method == BASELINE]
-    option = _option(BASELINE, base, want)
-    reach = max((p.pretrain for p in base), default=0.0)
-    if option is not None and want.pretrain <= _REACH * reach:
-      found[name] = abs(math.log(max(want.pretrain, 1e-30) / reach))
+    want = budget.want(base[0].per_token)
+    reach = max(p.pretrain for p in base)
+    size = abs(math.log(budget.params / base[0].slm_params))
+    near = size <= math.log(_SIZES) and want.pretrain <= _BEYOND * reach
+    if near and _option(BASELINE, base, want) is not None:
+      found[name] = size + abs(math.log(want.pretrain / reach))
   return min(found, key=found.get) if found else None
 
 
@@ -256,63 +182,66 @@ def table_of_the_paper(want: Want, effective: float) -> str:
   are our reading.
   """
   alone = want.specialise >= _LEAST and (want.domains <= 10 or want.pretrain < _LEAST)
-  if want.text > _MOST or max(want.pretrain, want.specialise) < _LEAST:
+  spent = max(want.pretrain, want.specialise)
+  if want.text > _MOST or not _LEAST <= spent <= 10 * max(_TABLE_8):
     return (
-      f'I do not know: the paper has no model with more than half a token of domain text per '
-      f'parameter, nor one trained on less than 360 tokens per parameter (asked up to {_MOST:g} '
-      f'and from {_LEAST:g}, its advice is stretched).'
+      'I do not know: the paper has no model with more than half a token of domain text per '
+      'parameter, nor one trained on less than 360 or more than about 2,000 tokens per parameter '
+      f'(its advice is stretched to {_MOST:g} token of text, and from {_LEAST:g} to '
+      f'{10 * max(_TABLE_8):,} of training).'
     )
   if want.large and not (alone and want.text < 0.02):
     return 'The LLM, pretrained and fine-tuned: best wherever it may be served (Table 4).'
   if alone:
     return 'SLM-is: the best small model for a single domain, paid once per domain (Fig. 4, 6).'
-  if effective > _MANY_CLUSTERS:
+  if effective > _WIDE:
     return (
-      f'The plain SLM: the domain lies in {effective:.0%} of the clusters, and on the two that '
-      'spread so far neither SLM-pn nor SLM-mix beat it (Appendix E).'
+      f'The plain SLM: the domain is spread {effective:.0%} as widely as generic text, and on the '
+      'two that spread so far neither SLM-pn nor SLM-mix beat it (Appendix E).'
     )
   if want.pretrain < 300:
     return 'The plain SLM: the paper tries no shared method below 360 tokens per parameter.'
-  if want.pretrain < 700 and want.text > 0.05:
-    return 'The plain SLM: SLM-pn and SLM-mix are within 0.02 nats of it or worse (Table 8).'
-  return 'SLM-pn, most frequent cluster: better than the SLM at 1M tokens everywhere (Table 8).'
+  row = min(_TABLE_8, key=lambda n: abs(math.log(want.pretrain / n)))
+  column = min(range(3), key=lambda i: abs(math.log(want.text / _PAPER_TEXT[i])))
+  gaps = {method: values[column] for method, values in _TABLE_8[row].items()}
+  best = min(gaps, key=gaps.get)
+  numbers = ', '.join(f'{method} {gap:+.3f}' for method, gap in gaps.items())
+  where = (
+    f'beside the SLM at {row} tokens per parameter and {_PAPER_TEXT[column]:g} of domain text '
+    f'(Table 8: {numbers} nats/token)'
+  )
+  if gaps[best] > -_MATTERS:
+    return f'The plain SLM: nothing shared gains {_MATTERS:g} nats/token {where}.'
+  return f'{best}, most frequent cluster: the best shared method {where}.'
 
 
-def entropy(data: str, texts: list[Path]) -> tuple[float, int]:
-  """Return exp(entropy) of a domain's texts over the finest clusters of DATA, and their number."""
-  from slm import data as loader
-  from slm.data import cluster, documents, sources, tokenizer
+def advise(studies: dict[str, list[Point]], budget: Budget, effective: float = 0.0) -> list[str]:
+  """Write the advice: what to use and how sure that is, then the numbers it comes from.
 
-  model = cluster.load(Path(data) / 'clusters' / 'model.safetensors')
-  tok = tokenizer.load(f'{data}/tokenizer')
-  context = loader.manifest(data)['context']
-  windows = [
-    tok.decode(window)
-    for path in texts
-    for text, _ in sources.read(str(path), 'text', '')
-    for window in documents.windows(tok.encode(text), context, tok.ids)
-  ]
-  if not windows:
-    raise ValueError(f'--domain_text: {", ".join(map(str, texts))}: no text')
-  found = cluster.assign(model.centroids, cluster.embed(model, windows)[0])
-  p = np.bincount(found) / len(found)
-  p = p[p > 0]
-  return float(np.exp(-(p * np.log(p)).sum())), len(model.centroids)
-
-
-def advise(studies: dict[str, list[Point]], want: Want, effective: float = 0.0) -> list[str]:
-  """Write the advice: what to use and how sure that is, then the numbers it comes from."""
-  name = nearest(studies, want)
+  effective: how widely the domain is spread over clusters, as a share of generic text's spread.
+  """
+  name = nearest(studies, budget)
   if name is None:
-    lines = ['Outside of what was measured; by the paper, not by measurement here:']
-    lines.append(table_of_the_paper(want, effective))
-    return lines + [_ranges(studies)]
-  found, chosen, how = measured(studies[name], want)
+    start = 'Outside of what was measured; by the paper, not by measurement here:'
+    if not 1 / _SIZES <= budget.params / _PAPER_PARAMS <= _SIZES:
+      start = (
+        f'I do not know: this was measured neither here nor, with models near '
+        f"{count(budget.params)} parameters, in the paper. Stretched from the paper's "
+        f'{count(_PAPER_PARAMS)}:'
+      )
+    return [start, table_of_the_paper(budget.want(), effective), _ranges(studies)]
+  points = studies[name]
+  want = budget.want(points[0].per_token)
+  found, chosen, how = measured(points, want)
   if chosen is None:
     return [f'I do not know: {how}.', _ranges(studies)]
   base = next(o for o in found if o.method == BASELINE)
   lines = [f'Use {chosen.label} ({how}).']
-  lines.append(f'From the study {name!r}, interpolated in log FLOPs and log tokens:')
+  lines.append(
+    f'From the study {name!r} of {count(points[0].slm_params)} parameters, interpolated in log '
+    f'FLOPs and log tokens; asked about are {want.pretrain:.3g} tokens per parameter of '
+    f'pretraining and {want.text:.3g} of domain text:'
+  )
   for o in found:
     gap = f'{o.loss - base.loss:+.3f} ± {o.half:.3f}' if o is not base else f'loss {o.loss:.3f}'
     near = '; '.join(f'{count(p.size)} tokens at {p.budget:.3g} tokens/parameter' for p in o.points)
@@ -320,10 +249,13 @@ def advise(studies: dict[str, list[Point]], want: Want, effective: float = 0.0) 
       f'  {o.label:32} {gap:18} cost {times(o.cost / base.cost):>6} of the SLM, '
       f'{o.seeds} seed{"s" * (o.seeds > 1)}, from {near}'
     )
-  if effective > _MANY_CLUSTERS and chosen.method in ('project', 'mixture'):
+  reach = max(p.pretrain for p in points if p.method == BASELINE)
+  if want.pretrain > _OVER * reach:
+    lines.append(f'No more than {reach:.3g} was measured: what the rest would give is not known.')
+  if effective > _WIDE and chosen.method in ('project', 'mixture'):
     lines.append(
-      f'But the domain lies in {effective:.0%} of the clusters, where a single one says little: '
-      'compare with the plain SLM before relying on it.'
+      f'But the domain is spread {effective:.0%} as widely as generic text, where one cluster says '
+      'little: compare with the plain SLM before relying on it.'
     )
   lines.append(
     'Measured on models of other sizes and other text: what carries over is counted per parameter.'
@@ -337,8 +269,8 @@ def _ranges(studies: dict[str, list[Point]]) -> str:
     base = [p for p in points if p.method == BASELINE]
     reach = lambda values: f'{min(values):.3g} to {max(values):.3g}'
     parts.append(
-      f'{name}: {reach([p.pretrain for p in base])} tokens per parameter of pretraining and '
-      f'{reach([p.text for p in base])} of domain text'
+      f'{name}: {count(base[0].slm_params)} parameters, {reach([p.pretrain for p in base])} tokens '
+      f'per parameter of pretraining and {reach([p.text for p in base])} of domain text'
     )
   return f'Measured: {"; ".join(parts) or "nothing"}.'
 
@@ -352,30 +284,29 @@ def main(_: list[str]) -> None:
     raise ValueError(
       'expected finite numbers, --params, --domain_tokens and --domains above 0, the rest not below'
     )
-  paths = [Path(p) for p in f.results] or sorted(RESULTS.glob('*/results.csv'))
-  if not paths:
-    raise ValueError(f'--results: name a results.csv of slm.report; there is none below {RESULTS}')
-  unit = 6 * f.params**2  # a token costs 6 FLOPs per parameter, attention left out
-  want = Want(
-    f.pretrain_flops / unit, f.specialise_flops / unit, f.domain_tokens / f.params, f.domains,
-    f.large_params / f.params,
-  )  # fmt: skip
-  print(
-    f'Budget per served parameter: {want.pretrain:.3g} tokens of pretraining once, '
-    f'{want.specialise:.3g} per domain, {want.text:.3g} tokens of domain text, '
-    f'{want.domains} domain{"s" * (want.domains > 1)}.'
+  if not 1e3 <= f.params <= 1e13:
+    raise ValueError(f'--params={f.params:g}: expected from 1e3 to 1e13')
+  paths = [Path(p) for p in f.results] or list(STUDIES)
+  names = [p.parent.name for p in paths]
+  keys = [n if names.count(n) == 1 else str(p.parent) for n, p in zip(names, paths, strict=True)]
+  studies = {key: read(p) for key, p in zip(keys, paths, strict=True)}
+  budget = Budget(
+    f.params, f.pretrain_flops, f.specialise_flops, f.domain_tokens, f.domains, f.large_params
   )
   effective = 0.0
   if f.domain_text:
     if not f.data:
       raise ValueError('--domain_text needs --data, the prepared directory that holds the clusters')
-    held, clusters = entropy(f.data, [Path(p) for p in f.domain_text])
-    effective = held / clusters
-    print(f'The domain text lies in about {held:.1f} of {clusters} clusters.')
-  names = [p.parent.name for p in paths]
-  keys = [n if names.count(n) == 1 else str(p.parent) for n, p in zip(names, paths, strict=True)]
-  studies = {key: read(p) for key, p in zip(keys, paths, strict=True)}
-  print('\n'.join(advise(studies, want, effective)))
+    windows, held, generic = histograms.spread(f.data, [Path(p) for p in f.domain_text])
+    print(
+      f'The domain text, {windows:,} windows, lies in about {held:.1f} clusters; as many of '
+      f'generic text lie in {generic:.1f}.'
+    )
+    if windows >= _WINDOWS:
+      effective = held / generic
+    else:
+      print(f'That is too little to say how widely it is spread: at least {_WINDOWS} windows are.')
+  print('\n'.join(advise(studies, budget, effective)))
 
 
 if __name__ == '__main__':

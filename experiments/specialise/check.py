@@ -12,6 +12,7 @@ import numpy as np
 
 from slm import advise, budgets, report
 from slm.comparison import Comparison
+from slm.points import Point, Want, parse
 from slm.study import BASELINE, Study
 
 
@@ -20,7 +21,7 @@ class Case:
   """One question about one left-out domain: what was advised, and what fits the budget there."""
 
   domain: str
-  want: advise.Want
+  want: Want
   chosen: str
   options: dict[str, advise.Option]  # what the left-out domain itself measured for the same money
 
@@ -60,15 +61,15 @@ def _on(study: Study, domains: tuple[str, ...]) -> Study:
   return dataclasses.replace(study, domains=domains, planned=planned)
 
 
-def _points(found: dict[float, Comparison]) -> list[advise.Point]:
+def _points(found: dict[float, Comparison]) -> list[Point]:
   """Return what was measured, nothing where the plain SLM was not."""
   if not any(c.complete for x in found.values() for (m, _), c in x.cells.items() if m == BASELINE):
     return []
   lines = list(csv.DictReader(io.StringIO(report.results_csv(list(found.values())))))
-  return advise.parse(lines, Path('left-out') / 'results.csv')
+  return parse(lines, Path('left-out') / 'results.csv')
 
 
-def _wants(known: dict[float, Comparison], points: list[advise.Point]) -> Iterator[advise.Want]:
+def _wants(known: dict[float, Comparison], points: list[Point]) -> Iterator[Want]:
   """List the budgets that the SLM was measured with, at every set size.
 
   What may be spent per domain is either enough for any fine-tuning, or a pretraining more.
@@ -82,7 +83,7 @@ def _wants(known: dict[float, Comparison], points: list[advise.Point]) -> Iterat
     scale = max(p.pretrain for p in mine) / known[max(known)].cells[BASELINE, size].generic.flops
     pretrain = cell.generic.flops * scale
     tuning = 2 * max(p.specialise for p in mine)
-    yield advise.Want(pretrain, tuning + 1.01 * pretrain * much, mine[0].text, 1)
+    yield Want(pretrain, tuning + 1.01 * pretrain * much, mine[0].text, 1)
 
 
 def table(study: Study) -> dict[str, Any]:

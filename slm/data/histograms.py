@@ -7,7 +7,7 @@ import numpy as np
 
 from slm import data as loader
 from slm import files
-from slm.data import importance
+from slm.data import cluster, documents, importance, sources, tokenizer
 
 Path = pathlib.Path
 _COLUMNS = ('entropy', 'effective_clusters', 'ess_fraction', 'top_cluster')
@@ -46,6 +46,43 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         f'{s["effective_clusters"]:.1f} | {s["ess_fraction"]:.3f} | {s["top_cluster"]:.1%} |'
       )
   return '\n'.join(lines) + '\n'
+
+
+def spread(data: str, texts: list[pathlib.Path]) -> tuple[int, float, float]:
+  """Say over how many of the finest clusters of DATA a domain's texts lie.
+
+  Returns their windows, exp(entropy) of the clusters these lie in, and what as many windows of
+  generic text have on average: entropy grows with the number of windows, whatever the text.
+
+  Raises:
+    ValueError: if a text or DATA cannot be read, or its clusters are not of text embeddings.
+  """
+  if missing := [str(path) for path in texts if not path.is_file()]:
+    raise ValueError(f'--domain_text: {", ".join(missing)}: no such file')
+  manifest = loader.manifest(data)
+  if 'routed_from' in manifest:
+    raise ValueError(f'{data}: its clusters are by likelihood; name the data that it was made of')
+  model = cluster.load(Path(data) / 'clusters' / 'model.safetensors')
+  tok = tokenizer.load(f'{data}/tokenizer')
+  windows = [
+    tok.decode(window)
+    for path in texts
+    for text, _ in sources.read(str(path), 'text', '')
+    if text.strip()
+    for window in documents.windows(tok.encode(text), manifest['context'], tok.ids)
+  ]
+  if not windows:
+    raise ValueError(f'--domain_text: {", ".join(map(str, texts))}: no text')
+  found = cluster.assign(model.centroids, cluster.embed(model, windows)[0])
+  counts = loader.window_counts(data, 'generic', 'train', len(model.centroids))
+  rng = np.random.default_rng(0)
+  generic = rng.multinomial(len(windows), counts / counts.sum(), 200)
+  return len(windows), _effective(np.bincount(found)), float(np.mean([*map(_effective, generic)]))
+
+
+def _effective(counts: np.ndarray) -> float:
+  p = counts[counts > 0] / counts.sum()
+  return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:
