@@ -55,8 +55,8 @@ def plan(
   Temporaries of single operations and the runtime's own memory come on top.
 
   Raises:
-    ValueError: if the chip is unknown, the vocabulary or context is not known, or the mesh does not
-      fit the devices or the weights.
+    ValueError: if the chip is unknown, the vocabulary, context or teacher of a distillation is not
+      known, or the mesh does not fit the devices or the weights.
   """
   if chip not in CHIPS:
     raise ValueError(f'--chip: expected one of {sorted(CHIPS)}, found {chip!r}')
@@ -84,6 +84,8 @@ def plan(
     memory |= {'frozen weights': 4.0 * frozen} | _changed(cfg, model, theta, mesh)
   if cfg['teacher']:
     teacher = models.build(rundir.read_config(cfg['teacher'])['model']).cfg
+  if cfg['objective']['name'] == 'distill' and not (teacher or cfg['teacher_cache']):
+    raise ValueError('teacher: --dry_run of a distillation counts its forward passes: name its run')
   if teacher:
     teacher_flops = distill.flops(cfg['objective'], teacher, model.cfg, context)
     copies = 4 if cfg['objective'].get('correct') else 1  # with its gradient and moments

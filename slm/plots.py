@@ -280,7 +280,8 @@ def legend(figure: Figure, study: Study, names: list[str]) -> None:
     lines.Line2D([], [], color=style[n][0], marker=style[n][1], ls='', **marks(n)) for n in names
   ]
   labels = [study.label(n) for n in names]
-  figure.legend(handles, labels, loc='outside lower center', ncols=min(len(names), 4),
+  columns = max(int(figure.get_figwidth() / 2.6), 1)
+  figure.legend(handles, labels, loc='outside lower center', ncols=min(len(names), columns),
                 frameon=False, fontsize=8.5)  # fmt: skip
 
 
@@ -364,8 +365,7 @@ def _clusters(c: Comparison) -> Plot | None:
   levels = histograms(c)
   if not levels:
     return None
-  level = max((x for x in levels if int(x) <= 64), key=int, default=next(iter(levels)))
-  sets = levels[level]
+  *_, (level, sets) = levels.items()  # the finest: importance sampling's, unless it says otherwise
   share: Callable[[str], np.ndarray] = lambda s: _normalised(sets[s]['windows'])
   domains = [s for s in sets if s != c.study.generic]
   if not domains or c.study.generic not in sets:

@@ -180,3 +180,10 @@ def test_a_study_is_planned_before_it_is_run(scale, count):
     assert flops[name] / each[name] == pytest.approx(flops['slm'] / each['slm'], rel=0.03)
   assert lines[-1].startswith(f'in all {count} runs, ')
   assert float(lines[-1].split()[4]) == pytest.approx(sum(flops.values()), rel=0.01)
+
+
+def test_a_distillation_is_not_planned_without_its_teacher():
+  cfg = config(SMALL)
+  cfg['objective'] = {**cfg['objective'], 'name': 'distill'}
+  with pytest.raises(ValueError, match='--dry_run of a distillation counts its forward passes'):
+    planned(cfg)

@@ -116,6 +116,7 @@ def _row(name: str, chosen: list[tuple[Case, str]]) -> list[str]:
 NOTE = (
   'Each domain is left out, slm.advise is asked with what the other domains measured, for every '
   'budget and set size, with money for fine-tuning alone or for a pretraining per domain. Then the '
-  'left-out domain says which of the affordable methods was best. A method that is not affordable '
-  'falls back to the plain SLM.'
+  'left-out domain says which of the affordable methods was best; larger models are not among '
+  'them. A method that is not affordable falls back to the plain SLM. All questions are at budgets '
+  'and set sizes that were measured: what is checked is the choice of a method, not interpolation.'
 )

@@ -27,6 +27,7 @@ from slm import (
   ensemble,
   evaluate,
   files,
+  models,
   plan,
   report,
   rundir,
@@ -186,7 +187,7 @@ def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
 
 
 def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
-  """Say what a scale would train, by kind of run, without data: no teacher's forward passes."""
+  """Say what a scale would train, by kind of run, without data."""
   vocab, context = scale.prepare['tokenizer.vocab'], scale.prepare['context']
   planned = runs.Study(scale, '', context, vocab)
   kinds: dict[str, list[dict[str, Any]]] = {}
@@ -201,6 +202,7 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
       if cfg['data']['level']:
         groups = cfg['data']['batch_size'] // cfg['data']['rows_per_group']
         cfg['mesh'] = {'data': math.gcd(devices, groups)}
+      taught = planned.jobs.get(cfg['teacher'])
       cfg |= {'teacher': '', 'init': ''}
       cfg['data'] |= {
         'path': '',
@@ -210,9 +212,13 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
         'mix_set': '',
         'mix_share': 0.0,
       }
-      what = json.dumps({**cfg, 'seed': 0}, sort_keys=True)
+      teacher = (
+        taught and common.config(taught['config'], {**taught['set'], 'model.vocab': vocab})['model']
+      )
+      what = json.dumps([{**cfg, 'seed': 0}, teacher], sort_keys=True)
       if what not in plans:  # runs differ mostly in their text
-        plans[what] = plan.plan(cfg, cfg['mesh']['data'], chip, mfu, context)
+        shape = teacher and models.build(teacher).cfg
+        plans[what] = plan.plan(cfg, cfg['mesh']['data'], chip, mfu, context, shape)
       found = plans[what]
       name = job['name'].split('-')[0] if cfg['phase'] == 'pretrain' else cfg['phase']
       kinds.setdefault(name, []).append(found)
