@@ -145,9 +145,9 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'Run directory; repeat to compare several.')
-  flags.DEFINE_string('dtype', 'float32', 'Of weights and cache: float32 or bfloat16.')
-  flags.DEFINE_integer('batch', 1, 'Rows answered together.')
-  flags.DEFINE_integer('prompt', 128, 'Tokens of a prompt.')
-  flags.DEFINE_integer('new_tokens', 64, 'Tokens decoded after it.')
-  flags.DEFINE_integer('rounds', 5, 'Interleaved repeats.')
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of weights and cache.')
+  flags.DEFINE_integer('batch', 1, 'Rows answered together.', lower_bound=1)
+  flags.DEFINE_integer('prompt', 128, 'Tokens of a prompt.', lower_bound=1)
+  flags.DEFINE_integer('new_tokens', 64, 'Tokens decoded after it.', lower_bound=1)
+  flags.DEFINE_integer('rounds', 5, 'Interleaved repeats.', lower_bound=1)
   cli.run(main)

@@ -201,6 +201,9 @@ def test_configs_of_transformers_4_mean_the_same(directories, tmp_path):
     ({'num_hidden_layers': 2}, 'not part of llama (9 such tensors)'),
     ({'attention_bias': True}, 'missing'),
     ({'tie_word_embeddings': True}, 'lm_head.weight: differs from the embedding'),
+    ({'hidden_size': 48.0}, 'hidden_size=48.0: expected a whole number above 0'),
+    ({'num_attention_heads': 0}, 'num_attention_heads=0: expected a whole number'),
+    ({'rms_norm_eps': None}, 'rms_norm_eps=None: expected a number above 0'),
   ],
 )
 def test_what_cannot_be_read_is_refused_by_name(changes, message, directories, tmp_path):
@@ -230,11 +233,102 @@ def test_damaged_directories_are_refused_by_name(directories, tmp_path):
   safetensors.numpy.save_file(dict(list(arrays.items())[1:]), file)
   with refused('lacks .* which model.safetensors.index.json says'):
     convert.import_model(path, tmp_path / 'run')
-  (path / weights.INDEX).write_text('{')
-  with refused('model.safetensors.index.json: truncated or damaged'):
+  for text, message in (
+    ('{', 'truncated or damaged'),
+    ('[]', 'expected weight_map'),
+    ('{"weight_map": ["a"]}', 'expected weight_map'),
+    ('{"weight_map": {"a": "../other/model.safetensors"}}', 'expected a file of its own directory'),
+    ('{"weight_map": {"a": "/tmp/model.safetensors"}}', 'expected a file of its own directory'),
+  ):
+    (path / weights.INDEX).write_text(text)
+    with refused(f'model.safetensors.index.json: .*{message}'):
+      convert.import_model(path, tmp_path / 'run')
+  safetensors.numpy.save_file({}, path / 'model.safetensors')
+  with refused('model.safetensors holds no tensor'):
+    convert.import_model(path, tmp_path / 'run')
+  (path / 'config.json').write_text('[]')
+  with refused('config.json: expected an object'):
     convert.import_model(path, tmp_path / 'run')
   with refused('holds no config.json'):
     convert.import_model(tmp_path, tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+  ('case', 'keys'),
+  [
+    ('gemma2', ('attn_logit_softcapping', 'final_logit_softcapping')),
+    ('mistral', ('sliding_window',)),
+  ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(case, keys, directories, tmp_path):
+  shutil.copytree(directories(case), tmp_path / 'model')
+  config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+  (tmp_path / 'model' / 'config.json').write_text(
+    json.dumps({key: value for key, value in config.items() if key not in keys})
+  )
+  shape = convert.read_config(tmp_path / 'model')[1]
+  default = getattr(transformers, f'{CASES[case][0]}Config')()
+  ours = {'attn_logit_softcapping': 'attention_cap', 'final_logit_softcapping': 'logit_cap'}
+  for key in keys:
+    assert getattr(shape, ours.get(key, 'window')) == getattr(default, key)
+  assert verify.verify([tmp_path / 'model'], 1e-4) < 1e-4
+
+
+def test_numbers_that_are_none_are_no_agreement(directories, tmp_path):
+  shutil.copytree(directories('llama2'), tmp_path / 'model')
+  file = tmp_path / 'model' / 'model.safetensors'
+  arrays = safetensors.numpy.load_file(file)
+  arrays['model.norm.weight'] = np.full_like(arrays['model.norm.weight'], np.nan)
+  safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
+  assert verify.verify([tmp_path / 'model'], 1e-4) == np.inf
+
+
+def test_other_weights_at_the_same_place_are_another_import(directories, tmp_path):
+  shutil.copytree(directories('llama2'), tmp_path / 'model')
+  convert.import_model(tmp_path / 'model', tmp_path / 'run')
+  convert.import_model(tmp_path / 'model', tmp_path / 'run')  # the same: nothing to do
+  file = tmp_path / 'model' / 'model.safetensors'
+  arrays = {n: 2 * w for n, w in safetensors.numpy.load_file(file).items()}
+  safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
+  with pytest.raises(ValueError, match='hf.files.model.safetensors'):
+    convert.import_model(tmp_path / 'model', tmp_path / 'run')
+
+
+def test_two_types_of_16_bits_become_one_that_holds_both(directories, tmp_path):
+  shutil.copytree(directories('llama2'), tmp_path / 'model')
+  file = tmp_path / 'model' / 'model.safetensors'
+  arrays = {n: w.astype(np.float16) for n, w in safetensors.numpy.load_file(file).items()}
+  norm = arrays['model.norm.weight'].astype(weights.jax.numpy.bfloat16)
+  safetensors.numpy.save_file({**arrays, 'model.norm.weight': norm}, file, {'format': 'pt'})
+  convert.import_model(tmp_path / 'model', tmp_path / 'run')
+  about = convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert about['dtype'] == 'float32'
+  for name, (_, w) in tensors(tmp_path / 'out').items():
+    np.testing.assert_array_equal(
+      w,
+      arrays[name].astype(np.float32)
+      if name in arrays and name != 'model.norm.weight'
+      else norm.astype(np.float32),
+    )
+
+
+def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
+  convert.import_model(directories('llama2'), tmp_path / 'run')
+  out = tmp_path / 'out'
+
+  def stopped(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    m.setattr(convert.weights, 'save', stopped)
+    convert.export_model(tmp_path / 'run', out)
+  assert not (out / 'config.json').exists()  # nothing that loads
+  (out / 'tokenizer.json').write_text('{}')  # of what stood there before
+  convert.export_model(tmp_path / 'run', out)
+  assert not (out / 'tokenizer.json').exists()
+  assert verify.verify([out], 1e-4) < 1e-4
+  with pytest.raises(ValueError, match='--dtype=int8: expected one of float32, bfloat16'):
+    convert.export_model(tmp_path / 'run', out, 'int8')
 
 
 def test_a_shape_goes_out_as_a_family_that_has_it():
@@ -325,3 +419,6 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   assert before.keys() == after.keys()
   name = 'model.layers.0.mlp.up_proj.weight'
   assert np.abs(before[name][1] - after[name][1]).max() > 0
+  (tmp_path / 'run').rename(tmp_path / 'elsewhere')
+  with pytest.raises(ValueError, match='run: gone, and .*tuned was made from it'):
+    convert.export_model(tmp_path / 'tuned', tmp_path / 'again')

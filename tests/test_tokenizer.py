@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, determinism, refusals."""
 
+import json
 import pathlib
 
 import pytest
@@ -102,3 +103,28 @@ def test_refusals(tmp_path):
     tokenizer.load(tmp_path / 'x.json')
   with pytest.raises(ValueError, match='none of the tokens'):
     tokenizer.load(huggingface_file(tmp_path / 'y.json', ['<weird>']))
+
+
+@pytest.mark.parametrize(
+  ('settings', 'ends'),
+  [
+    (None, ('<|im_start|>', '<|im_end|>')),
+    ({'bos_token': None, 'eos_token': '<|endoftext|>'}, ('<|endoftext|>', '<|endoftext|>')),
+    ({'eos_token': {'content': '<|im_end|>'}}, ('<|im_end|>', '<|im_end|>')),
+    (
+      {'bos_token': '<|im_start|>', 'eos_token': '<|endoftext|>'},
+      ('<|im_start|>', '<|endoftext|>'),
+    ),
+  ],
+)
+def test_the_settings_beside_a_tokenizer_say_how_texts_begin_and_end(tmp_path, settings, ends):
+  special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+  source = huggingface_file(tmp_path / 'tokenizer.json', special)
+  if settings:
+    (tmp_path / tokenizer.SETTINGS).write_text(json.dumps(settings))
+  built = tokenizer.build('huggingface', 0, str(source), [], tmp_path / 'out')
+  for tok in (tokenizer.load(tmp_path), tokenizer.load(source), built):
+    assert (tok.token(tok.ids.bos), tok.token(tok.ids.eos)) == ends
+  (tmp_path / tokenizer.SETTINGS).write_text('{"eos_token": "<gone>"}')
+  with pytest.raises(ValueError, match='tokenizer_config.json: the vocabulary has none of'):
+    tokenizer.load(tmp_path)

@@ -164,10 +164,11 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
 
 
 NOTE = (
-  'Differences in nats per token with paired bootstrap 95 % intervals (negative: the first has the '
-  'lower loss). A claim is reproduced if every comparison it stands on agrees beyond its interval '
-  'and in every seed, not reproduced if one clearly does not (no), not tested if a part was not '
-  'run, within noise otherwise (?). As good means at most 0.01 nats worse. A seed draws the order '
-  'of the text, and what a random cut keeps; the teacher, the calibration rows and so the scored '
-  'cuts are one draw, and a loss as cut is one measurement.'
+  'Differences in nats per token with 95 % intervals over text and, where there are several, over '
+  'seeds (negative: the first has the lower loss). A claim is reproduced if every comparison it '
+  'stands on agrees beyond its interval, not reproduced if one clearly does not (no), not tested '
+  'if a part was not run, within noise otherwise (?). Some sixty comparisons are made: a few of '
+  'those that are told will be so by chance. As good means at most 0.01 nats worse. A seed draws '
+  'the order of the text, and what a random cut keeps; the teacher, the calibration rows and so the '
+  'scored cuts are one draw, and a loss as cut is one measurement.'
 )

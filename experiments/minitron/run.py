@@ -71,8 +71,7 @@ class Study:
     path = self.train(TEACHER, 'pretrain', settings | shape, 'generic')
     for name, domain in CORRECTED.items():
       on = s.domain if domain else 'generic'
-      # At the rate of a teacher that is corrected while it teaches.
-      settings = self.settings(1, s.steps, s.peak, on) | {'init': str(path)}
+      settings = self.settings(1, s.steps, s.correct_peak, on) | {'init': str(path)}
       self.train(name, 'pretrain', settings | shape, on)
 
   def calibrated(self, run: Path, on: str) -> Path:

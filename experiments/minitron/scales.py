@@ -18,6 +18,7 @@ class Scale:
   shapes: dict[str, str]  # what is kept, by name
   steps: int  # of a recovery
   peak: float  # learning rate of every recovery
+  correct_peak: float  # of training a finished teacher on: a tenth, so that it loses nothing
   batch_size: int = 16
   calibration: int = 512  # rows
   align: int = 8  # of widths
@@ -54,6 +55,7 @@ CPU = Scale(
   },
   steps=300,
   peak=4e-3,  # see the README
+  correct_peak=4e-4,
   tasks=tuple(f'eval/{name}.jsonl.gz' for name in ('arc_easy', 'piqa', 'lambada')),
 )  # fmt: skip
 
@@ -99,6 +101,7 @@ GPU = dataclasses.replace(
   },
   steps=3000,
   peak=4e-4,
+  correct_peak=4e-5,
   batch_size=64,
   align=64,
   train={'dtype': 'bfloat16'},

@@ -248,8 +248,9 @@ class Study:
     s = self.scale
     if budget != 1:
       return s.sizes[:1]
-    again = method.name in s.once_largest and seed != s.seeds[0]
-    return s.sizes[:-1] if method.name in s.once or again else s.sizes
+    if method.name in s.once:
+      return s.sizes[:1]
+    return s.sizes[:-1] if method.name in s.once_largest and seed != s.seeds[0] else s.sizes
 
   def _tests(self, domain: str) -> list[str]:
     return [f'{domain}/{split}' for split in self.scale.eval_splits]

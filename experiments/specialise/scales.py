@@ -37,8 +37,8 @@ class Scale:
   projected_layers: int = 0  # the last ones of the projected network; 0: all
   warmup: int = 0  # steps of pretraining; 0: a twentieth
   methods: tuple[str, ...] = MAIN
-  # Methods that the first seed alone runs, on the two smaller sets; and on the first domain alone
-  # where every domain pretrains a model of its own.
+  # Methods that the first seed alone runs, on the smallest set; and on the first domain alone where
+  # every domain pretrains a model of its own.
   once: tuple[str, ...] = ()
   once_largest: tuple[str, ...] = ()  # methods that the first seed alone runs on the largest set
   budgets: tuple[float, ...] = (1,)  # shares of the pretraining after which models are specialised

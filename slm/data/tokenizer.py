@@ -15,6 +15,7 @@ from slm import files
 
 # SentencePiece writes a space as U+2581, so a real U+2581 must go round it, as three byte pieces.
 _SPACE = '\u2581'
+SETTINGS = 'tokenizer_config.json'  # beside a tokenizer.json: says which tokens begin and end
 _LINE = 2000  # characters per training sentence; SentencePiece drops those over 4192 bytes
 _BEGIN = ('<s>', '<bos>', '<|begin_of_text|>', '<|im_start|>', '[CLS]', '<|endoftext|>')
 _END = ('</s>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]', '<|endoftext|>')
@@ -119,17 +120,34 @@ class HuggingFace:
     self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
     # Not the number of tokens: the ids of a file may have gaps.
     self.vocab = max(self._model.get_vocab().values()) + 1
-    begin, end = (self._find(path, names) for names in (_BEGIN, _END))
+    begin, end = self._ends(path)
     pad = next((i for n in ('<pad>', '[PAD]') if (i := self._model.token_to_id(n)) is not None), 0)
     self.ids = Ids(pad, begin, end)
     self._special = {begin, end}
     self.begins = self._model.encode('a').ids[:1] == [begin]
 
+  def _ends(self, path: pathlib.Path) -> tuple[int, int]:
+    """Return the begin and end tokens: those that tokenizer_config.json names, or usual ones.
+
+    Where it names an end alone, texts begin with that (as lm-evaluation-harness has it).
+    """
+    file = path.with_name(SETTINGS)
+    settings = files.read_json(file) if file.exists() else {}
+    named = [settings.get(f'{which}_token') for which in ('bos', 'eos')]
+    begin, end = (x.get('content') if isinstance(x, dict) else x for x in named)
+    if end is None:
+      return self._find(path, _BEGIN), self._find(path, _END)
+    return self._find(file, [begin or end]), self._find(file, [end])
+
   def _find(self, path: pathlib.Path, names: Sequence[str]) -> int:
     for name in names:
       if (found := self._model.token_to_id(name)) is not None:
         return found
-    raise ValueError(f'{path}: has none of the tokens {", ".join(names)}')
+    raise ValueError(f'{path}: the vocabulary has none of the tokens {", ".join(names)}')
+
+  def token(self, i: int) -> str:
+    """Return the name of a token."""
+    return self._model.id_to_token(i)
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
@@ -170,8 +188,10 @@ def build(name: str, vocab: int, path: str, sample: Iterable[str], out: pathlib.
     kind = {'sentencepiece': 'tokenizer.model', 'huggingface': 'tokenizer.json'}[name]
     source = pathlib.Path(path)
     load(source)  # refuse a wrong file before it is copied
-    with files.replacing(out / kind) as temporary:
-      temporary.write_bytes(source.read_bytes())
+    settings = source.with_name(SETTINGS)
+    for file in (settings,) * (kind == 'tokenizer.json' and settings.exists()) + (source,):
+      with files.replacing(out / (kind if file is source else SETTINGS)) as temporary:
+        temporary.write_bytes(file.read_bytes())
   else:
     with files.replacing(out / 'tokenizer.model') as temporary:
       temporary.write_bytes(train(sample, vocab))

@@ -37,9 +37,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
   if not file.exists():
     raise ValueError(f'{path}: holds no config.json')
   hf = files.read_json(file)
+  if not isinstance(hf, dict):
+    raise ValueError(f'{file}: expected an object, found {str(hf)[:40]}')
   try:
     return hf, DecoderConfig(**families.read(hf))
-  except (ValueError, TypeError) as e:
+  except (ValueError, TypeError, AttributeError) as e:
     raise ValueError(f'{file}: {e}') from None
 
 
@@ -62,7 +64,8 @@ def read(
     found = {tensors.dtype(name) for name in tensors.files}
     if found - set(DTYPES):
       raise ValueError(f'{path}: tensors of type {sorted(found)}, expected one of {list(DTYPES)}')
-    own = DTYPES[sorted(found, key=list(DTYPES).index)[0]]  # the widest, if they differ
+    # The widest, if they differ; of the two of 16 bits neither holds the other's numbers.
+    own = 'float32' if {'BF16', 'F16'} <= found else DTYPES[min(found, key=list(DTYPES).index)]
     try:
       params = weights.load(
         tensors, shape, hf['model_type'], shapes, sharding.shardings(shapes, mesh),
@@ -97,7 +100,7 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
     'teacher': '',
     'clustering': '',
     'tokenizer': _fingerprint(path),
-    'hf': {'path': str(path.resolve()), 'config': hf},
+    'hf': {'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
   }
   rundir.check_run(workdir, config)
   if (workdir / 'result.json').exists():
@@ -111,6 +114,12 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
           shutil.copyfile(path / name, temporary)
   load.write_dense(workdir, config, params, [], dtype=own)
   return config
+
+
+def _stamps(path: Path) -> dict[str, list[int]]:
+  """Return the size and time of change of every file of weights: other weights, another run."""
+  found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
+  return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def _fingerprint(path: Path) -> str:
@@ -129,9 +138,11 @@ def export_model(
 
   Raises:
     ValueError: if the run is unfinished or holds several specialists, no architecture of
-      transformers has its shape, or the directory holds something else.
+      transformers has its shape, a run it was made from is gone, or the directory holds something
+      else.
   """
   run, out = Path(run), Path(out)
+  check_dtype(dtype)
   loaded = load.load(run, sharding.make_mesh({'data': -1}), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
@@ -143,16 +154,32 @@ def export_model(
   family, hf = families.find(loaded.model.cfg, known)
   dtype = dtype or origin.get('dtype', 'float32')
   hf |= {'torch_dtype': dtype, 'dtype': dtype}
+  # The directory is marked first, so that an export cut short can be begun again; and it does not
+  # load before its config is there, last.
+  files.write_json(out / LINEAGE, {'unfinished': True})
+  (out / 'config.json').unlink(missing_ok=True)
   carried = carry_tokenizer(history, out, hf)
   sizes = weights.save(
     loaded.params(), loaded.model.cfg, family, out, np.dtype(getattr(ml_dtypes, dtype, dtype)),
     shard_bytes,
   )  # fmt: skip
+  for name in set(_TOKENIZER) - set(carried):  # of an earlier export
+    (out / name).unlink(missing_ok=True)
   files.write_json(out / 'config.json', hf)
   about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': carried}
   about['history'] = [_public(entry) for entry in history]
   files.write_json(out / LINEAGE, about)
   return about
+
+
+def check_dtype(dtype: str) -> None:
+  """Refuse a type that weights cannot be kept in; '' stands for their own.
+
+  Raises:
+    ValueError: naming those they can.
+  """
+  if dtype not in ('', *DTYPES.values()):
+    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(DTYPES.values())}')
 
 
 def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:
@@ -180,12 +207,18 @@ def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]
   about |= {'add_prefix_space': False, 'clean_up_tokenization_spaces': False}
   if kind == 'LlamaTokenizer':
     about |= {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
+  else:
+    about |= {'bos_token': tok.token(tok.ids.bos), 'eos_token': tok.token(tok.ids.eos)}
   files.write_json(out / 'tokenizer_config.json', about)
   return [*carried, 'tokenizer_config.json']
 
 
 def lineage(run: str | Path) -> list[dict[str, Any]]:
-  """List a run and what its weights came from, newest first, with their costs and data."""
+  """List a run and what its weights came from, newest first, with their costs and data.
+
+  Raises:
+    ValueError: naming a run that weights came from and that is not there any more.
+  """
   found, todo, seen = [], [Path(run)], set()
   while todo:
     here = todo.pop(0)
@@ -213,6 +246,11 @@ def lineage(run: str | Path) -> list[dict[str, Any]]:
     if 'hf' in cfg:
       entry['hf'] = {**cfg['hf'], 'dtype': entry['result']['dtype']}
     found.append(entry)
+    for source in (cfg.get('init'), (cfg.get('specialist') or {}).get('of')):
+      if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
+        raise ValueError(
+          f'{source}: gone, and {path} was made from it: it has its tokenizer and type'
+        )
     sources = [cfg.get('init'), (cfg.get('specialist') or {}).get('of'), cfg.get('teacher')]
     todo += [Path(s) for s in sources if s] + [Path(a) for a in ledger['ancestors']]
   return found

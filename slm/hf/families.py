@@ -130,7 +130,9 @@ FAMILIES: dict[str, Family] = {
     divides=True,
   ),
   'mistral': Family(
-    'MistralForCausalLM', defaults={'tie_word_embeddings': False}, attention='every'
+    'MistralForCausalLM',
+    defaults={'tie_word_embeddings': False, 'sliding_window': 4096},
+    attention='every',
   ),
   'qwen2': Family(
     'Qwen2ForCausalLM',
@@ -156,8 +158,8 @@ FAMILIES: dict[str, Family] = {
     fixed=_GEMMA,
     keys=_GEMMA_KEYS,
     defaults={
-      **_NO_BIAS, 'tie_word_embeddings': True, 'attn_logit_softcapping': None,
-      'final_logit_softcapping': None, 'rope_theta': 10_000.0,
+      **_NO_BIAS, 'tie_word_embeddings': True, 'attn_logit_softcapping': 50.0,
+      'final_logit_softcapping': 30.0, 'rope_theta': 10_000.0,
     },
     attention='gemma2',
     divides=True,
@@ -234,8 +236,14 @@ def read(hf: Keys) -> dict[str, Any]:
     if key not in hf:
       raise ValueError(f'no key {key!r}')
   found = {ours: hf[key] for ours, key in keys.items()}
-  found['num_kv_heads'] = found['num_kv_heads'] or found['num_heads']
-  found['head_dim'] = found['head_dim'] or found['embed'] // found['num_heads']
+  if found['num_kv_heads'] is None:
+    found['num_kv_heads'] = found['num_heads']
+  for ours in _SIZES:
+    _check(keys[ours], found[ours], int)
+  if found['head_dim'] is None:
+    found['head_dim'] = found['embed'] // found['num_heads']
+  _check(keys['head_dim'], found['head_dim'], int)
+  _check(keys['norm_eps'], found['norm_eps'], float)
   for cap in ('attention_cap', 'logit_cap'):
     found[cap] = found.get(cap) or 0.0
   if 'bias' in found:
@@ -248,8 +256,20 @@ def read(hf: Keys) -> dict[str, Any]:
   types = _layer_types(hf, family)
   if set(types) != {'full'}:
     found['layer_types'] = tuple(types)
-  found['window'] = hf['sliding_window'] if 'window' in types else 0
+  found['window'] = 0
+  if 'window' in types:
+    _check('sliding_window', hf.get('sliding_window'), int)
+    found['window'] = hf['sliding_window']
   return {**family.fixed, **found, **_read_rope(hf, types)}
+
+
+_SIZES = ('vocab', 'embed', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp')
+
+
+def _check(key: str, value: Any, kind: type) -> None:
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  if not (whole or kind is float and isinstance(value, float)) or not value > 0:
+    raise ValueError(f'{key}={value!r}: expected a {"whole " * (kind is int)}number above 0')
 
 
 def _layer_types(hf: Keys, family: Family) -> list[str]:

@@ -89,6 +89,7 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
       if want.shape != got.shape:
         raise ValueError(f'{name}: logits of shape {want.shape}, here {got.shape}')
       gap = np.abs(want - got)[mask > 0].max() / np.abs(want[mask > 0]).max()
+      gap = gap if np.isfinite(gap) else np.inf
       same = np.mean((want.argmax(-1) == got.argmax(-1))[mask > 0])
       verdict = 'ok' if gap <= tolerance else 'DIFFERS'
       print(

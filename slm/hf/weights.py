@@ -100,11 +100,10 @@ class Tensors:
   """
 
   def __init__(self, path: Path, stack: contextlib.ExitStack):
-    index = path / INDEX
-    if index.exists():
-      self.files = dict(files.read_json(index)['weight_map'])
-    elif (path / 'model.safetensors').exists():
+    if (path / 'model.safetensors').exists():  # transformers prefers it too
       self.files = {}
+    elif (path / INDEX).exists():
+      self.files = _weight_map(path / INDEX)
     else:
       raise ValueError(f'{path}: holds neither model.safetensors nor {INDEX}')
     opened = {}
@@ -118,6 +117,8 @@ class Tensors:
     if not self.files:
       self.files = dict.fromkeys(opened['model.safetensors'].keys(), 'model.safetensors')
     self._open, self._path = opened, path
+    if not self.files:
+      raise ValueError(f'{path}: model.safetensors holds no tensor')
     held = {file: set(f.keys()) for file, f in opened.items()}
     for name, file in self.files.items():
       if name not in held[file]:
@@ -136,6 +137,22 @@ class Tensors:
     # By a mapping of its own, whose pages go with it instead of staying beside the model.
     with safetensors.safe_open(self._path / self.files[name], 'np') as file:
       return file.get_tensor(name)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+  """Read which file beside an index holds which tensor.
+
+  Raises:
+    ValueError: if it is no such index, or names a file elsewhere.
+  """
+  index = files.read_json(path)
+  found = index.get('weight_map') if isinstance(index, dict) else None
+  if not isinstance(found, dict) or not found:
+    raise ValueError(f'{path}: expected weight_map, tensor to file, found {str(found)[:40]}')
+  for name in set(map(str, found.values())):
+    if Path(name).name != name or name in ('.', '..'):
+      raise ValueError(f'{path}: names {name!r}, expected a file of its own directory')
+  return {tensor: str(file) for tensor, file in found.items()}
 
 
 def plan(

@@ -38,6 +38,8 @@ def calibrate(
     ValueError: if the run is unfinished or holds several models, its tokenizer is another, or the
       directory holds the sums of something else.
   """
+  if min(rows, batch_size) < 1:
+    raise ValueError(f'--rows={rows}, --batch_size={batch_size}: expected at least 1')
   mesh = sharding.make_mesh({'data': -1})
   loaded = load.load(run, mesh, finished=True)
   if loaded.reparam.clusters:
@@ -146,6 +148,8 @@ def compare(
   if first != second:
     raise ValueError(f'--stats: are of {first} and of {second}: not of one model')
   heads = rundir.read_config(first['run'])['model']['num_kv_heads']
+  if 'kv_heads' in wanted:
+    raise ValueError('--sizes: kv_heads: not compared; its heads are')
   how = (tokens, sequences)
   scores = [importance.activation_scores(s, *how) | {'vocab': s['sums']['vocab']} for _, s in both]
   a, b = (importance.keep(s, wanted, heads) for s in scores)
@@ -265,13 +269,18 @@ def cut(
     raise ValueError(
       f'--stats, --mix: expected one, or two and 0 to 1, found {len(stats)} and {mix}'
     )
+  for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
+    if value not in ('', 'none') and axis not in wanted:
+      raise ValueError(f'--{name}={value}: is for cutting {axis}, which --sizes does not name')
   loaded = load.load(run, sharding.make_mesh({'data': -1}), finished=True)
   old, params = loaded.model.cfg, loaded.params()
   check_sizes(old, wanted, align)
   run = str(Path(run).resolve())
   passes = [_Calibration(run, loaded, Path(s), []) for s in stats]
   how = {'by': by, 'depth': depth, 'tokens': tokens, 'sequences': sequences, 'seed': seed}
-  scores = [p.scores(wanted, **how) for p in passes]
+  # A task chooses the window by itself.
+  scored = how | {'depth': 'influence'} if task else how
+  scores = [p.scores(wanted, **scored) for p in passes]
   how |= {'norm_gain': norm_gain, 'mix': mix, 'task': task and Path(task).name, 'limit': limit}
   found = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
   widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
@@ -338,7 +347,10 @@ def _write_run(
   with files.replacing(folder / 'kept.safetensors') as temporary:
     safetensors.numpy.save_file(arrays, temporary)
   if smaller:
-    with files.replacing(folder / 'tokenizer' / smaller[0]) as temporary:
-      temporary.write_bytes(smaller[1])
+    of = Path(costs[0]['asked']['data']) / 'tokenizer' / tokenizer.SETTINGS
+    parts = {smaller[0]: smaller[1], **({of.name: of.read_bytes()} if of.exists() else {})}
+    for name, content in parts.items():
+      with files.replacing(folder / 'tokenizer' / name) as temporary:
+        temporary.write_bytes(content)
   spent = (sum(c[key] for c in costs) for key in ('tokens', 'flops', 'device_seconds'))
   load.write_dense(folder, config, params, [config['init']], [phase_entry('calibrate', *spent)])

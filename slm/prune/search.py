@@ -172,7 +172,9 @@ def search(
     for shape in rung['loss']
   ]
   trained = sum(phase['flops'] for ledger in ledgers for phase in ledger['phases'])
-  found |= {'best': left[0], 'flops': found['zero_shot_flops'] + trained}
+  calibration = commands.read(Path(stats), finished=True)[0]['flops']
+  spent = calibration + found['zero_shot_flops'] + trained
+  found |= {'best': left[0], 'flops': spent}
   save()
   return found
 
@@ -284,15 +286,15 @@ if __name__ == '__main__':
   flags.DEFINE_string('stats', '', 'What slm.prune calibrate wrote.')
   flags.DEFINE_string('workdir', '', 'Directory of the search.')
   flags.DEFINE_string('grid', '', 'axis=size:size,...; default: 60 % of widths, 80 % of depth up.')
-  flags.DEFINE_integer('multiple', 128, 'Of the widths of the default grid.')
+  flags.DEFINE_integer('multiple', 128, 'Of the widths of the default grid.', lower_bound=1)
   flags.DEFINE_float('max_params', 0.0, 'Most parameters.')
   flags.DEFINE_float('max_active', 0.0, 'Most parameters that a token passes through.')
   flags.DEFINE_float('max_memory', 0.0, 'Most bytes of weights and of the cache.')
   flags.DEFINE_float('max_token_ms', 0.0, 'Most milliseconds of a decoding step, measured here.')
   flags.DEFINE_integer('batch', 1, 'Rows answered together, for memory and speed.')
   flags.DEFINE_integer('context', 1024, 'Tokens in the cache, for memory and speed.')
-  flags.DEFINE_string('dtype', 'float32', 'Of served weights and cache.')
-  flags.DEFINE_integer('count', 10, 'How many shapes are scored: the largest.')
-  flags.DEFINE_integer('survivors', 4, 'How many of them are trained.')
-  flags.DEFINE_integer('rounds', 5, 'Interleaved repeats of a measurement of speed.')
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of served weights and cache.')
+  flags.DEFINE_integer('count', 10, 'How many shapes are scored: the largest.', lower_bound=1)
+  flags.DEFINE_integer('survivors', 4, 'How many of them are trained.', lower_bound=1)
+  flags.DEFINE_integer('rounds', 5, 'Interleaved repeats of measuring speed.', lower_bound=1)
   cli.run(main)
