@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from slm import cli, comparison, evaluate, files, latency, models, plan, rundir, sharding, train
-from slm.hf import card, convert, verify
+from slm.hf import card, convert, families, verify
 from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import commands, slicing
 
@@ -47,6 +47,7 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     teacher = folder / 'teacher'
   sizes, recover = commands.read_sizes(cfg['sizes']), cfg['recover']
   commands.check_sizes(_shape(teacher), sizes, cfg['cut']['align'])
+  _exportable(_shape(teacher), sizes)
   if 'vocab' in sizes:
     raise ValueError(
       "sizes: vocab: a teacher has its student's tokenizer: cut it to that vocabulary first, with "
@@ -86,6 +87,18 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       )
   files.write_json(folder / 'summary.json', found)
   return found
+
+
+def _exportable(teacher: DecoderConfig, sizes: Mapping[str, int]) -> None:
+  """Refuse a shape that no architecture of transformers has, before anything is trained.
+
+  Of layers of several types it depends on which are kept: that is not known yet.
+
+  Raises:
+    ValueError: saying why.
+  """
+  if not ('layers' in sizes and teacher.layer_types):
+    families.find(slicing.shape(teacher, {axis: np.arange(n) for axis, n in sizes.items()}))
 
 
 def _correction(cfg: Mapping[str, Any], teacher: Path, steps: int) -> dict[str, Any]:

@@ -412,6 +412,11 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   train.train(c.to_dict(), tmp_path / 'tuned')
   about = convert.export_model(tmp_path / 'tuned', tmp_path / 'home')
   assert [x['phase'] for x in about['history']] == ['pretrain', 'import']
+  taught = {'name': 'distill', 'kl': 'forward', 'temperature': 2.0, 'chunk': 512}
+  newest = {**about['history'][0], 'teacher': 'big', 'objective': taught}
+  shown = card.text('x', {**about, 'history': [newest]}, {'architectures': ['L']}, '')
+  assert '- Taught by: big.' in shown and '| distill (kl forward, temperature 2.0) |' in shown
+  assert f'| {tmp_path.name}/law |' not in shown and '/law |' in shown
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     assert (tmp_path / 'home' / name).read_bytes() == (source / name).read_bytes()
   assert verify.verify([tmp_path / 'home'], 1e-4) < 1e-4

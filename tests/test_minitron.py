@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import studies
 import toy
 
 from configs import minitron as recipe
@@ -141,6 +142,66 @@ def test_equal_within_noise_is_neither_reproduced_nor_refuted():
            loss.replicates.items()}  # fmt: skip
   wide.trained['scored_twice'] = dataclasses.replace(loss, replicates=apart)
   assert verdicts_of(wide)[4] == verdicts.NOISE
+
+
+def written(root, name, init='', teacher='', **spent):
+  """Write a run's config and ledger: what it came from, and what its training took."""
+  studies.write(root / 'runs' / name / 'config.json', {'init': init, 'teacher': teacher})
+  phases = [{'phase': 'train', 'device_seconds': 0.0, **spent}]
+  phases.append({'phase': 'evaluate', 'tokens': 9e9, 'flops': 9e99, 'device_seconds': 0.0})
+  studies.write(root / 'runs' / name / 'ledger.json', {'phases': phases, 'ancestors': []})
+  studies.write(root / 'runs' / name / 'result.json', {})
+
+
+def test_a_student_costs_what_it_came_from_too(tmp_path):
+  place = lambda name: str(tmp_path / 'runs' / name)
+  written(tmp_path, 'teacher', tokens=1e6, flops=1e12)
+  written(tmp_path, 'corrected', place('teacher'), tokens=1e3, flops=7e9)
+  written(tmp_path, 'cut-width', place('teacher'), tokens=10, flops=1e8)
+  for seed in range(3):
+    written(tmp_path, f'width-{seed}', place('cut-width'), place('teacher'), tokens=100, flops=2e9)
+    written(tmp_path, f'first_half-{seed}', place('cut-width'), tokens=50, flops=1e9)
+    written(tmp_path, f'cut-ladder-{seed}', place(f'first_half-{seed}'), tokens=10, flops=3e7)
+    written(tmp_path, f'ladder-{seed}', place(f'cut-ladder-{seed}'), tokens=50, flops=5e8)
+    written(tmp_path, f'domain_corrected-{seed}', place('cut-width'), tokens=100, flops=2e9)
+  f = results.Found(tmp_path, SCALES['cpu'], {}, {})
+  assert f.training('width').flops == 2e9 and f.training('width').tokens == 100
+  assert f.total('width').flops == 2e9 + 1e8
+  assert f.total('ladder').flops == 5e8 + 3e7 + 1e9 + 1e8  # a cut of a trained cut
+  assert f.total('domain_corrected').flops == 2e9 + 1e8 + 7e9  # and its teacher's correction
+  assert f.training('teacher').flops == 1e12
+
+
+def test_how_much_longer_training_from_nothing_takes(tmp_path):
+  """Half way, in the logarithm, between once and twice the cost; the teacher may count too."""
+  written(tmp_path, 'teacher', tokens=1000, flops=900)
+  written(tmp_path, 'cut-width', str(tmp_path / 'runs' / 'teacher'), tokens=1, flops=25)
+  for seed in range(3):
+    written(tmp_path, f'width-{seed}', str(tmp_path / 'runs/cut-width'), tokens=10, flops=75)
+    written(tmp_path, f'scratch_lm-{seed}', tokens=10, flops=50)
+  written(tmp_path, 'scratch_lm_2-0', tokens=20, flops=100)
+  rng = np.random.default_rng(0)
+  text = 0.05 * rng.normal(size=2000)  # what the held-out text happens to be moves all of them
+
+  def loss(value, seeds, apart=0.002):
+    same = {s: value for s in range(seeds)}
+    drawn = {s: value + text + apart * rng.normal(size=2000) for s in range(seeds)}
+    return Loss(same, same, drawn)
+
+  losses = {'width': loss(3.0, 3), 'scratch_lm': loss(3.1, 3), 'scratch_lm_2': loss(2.9, 1)}
+  found = results.crossing(results.Found(tmp_path, SCALES['cpu'], {}, losses))
+  assert found['tokens'] == '1.4 times [1.4, 1.4]'
+  assert found['FLOPs'] == '0.71 times [0.7, 0.72]'
+  assert found['FLOPs with the teacher'] == '0.071 times [0.07, 0.072]'
+  losses['width'] = loss(2.8, 3)
+  found = results.crossing(results.Found(tmp_path, SCALES['cpu'], {}, losses))
+  assert found['tokens'] == '> 2 times [> 2, > 2]'
+  losses['width'] = loss(3.2, 3)
+  found = results.crossing(results.Found(tmp_path, SCALES['cpu'], {}, losses))
+  assert found['tokens'] == '< 1 times [< 1, < 1]'
+  del losses['width']
+  found = results.crossing(results.Found(tmp_path, SCALES['cpu'], {}, losses))
+  assert found['tokens'] == 'not run'
 
 
 def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):

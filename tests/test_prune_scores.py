@@ -10,7 +10,7 @@ import pytest
 from test_prune import SHAPES, make
 
 from slm import models, sharding
-from slm.models import layers, moe, observe
+from slm.models import moe, observe
 from slm.prune import importance, measure, slicing
 
 
@@ -58,42 +58,55 @@ def test_tokens_are_aggregated_before_sequences():
   assert np.abs(other_way[0, 1] - expected[0, 1]).max() > 0.1
 
 
-def dense(model, params, batch):
-  """Compute one pre-norm layer's sites and the residual stream by hand."""
-  c = model.cfg
-  block = jax.tree.map(lambda x: x[0], params['blocks'])
-  x = params['embedding'][batch['inputs']]
-  return c, block, x
+def by_hand(params, c, batch):
+  """Compute a pre-norm model in NumPy: what each layer's four sites and its turn see."""
+  x, found = np.asarray(params['embedding'])[batch['inputs']].astype(np.float64), []
+  rms = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * np.asarray(w)
+  t, half = x.shape[1], c.head_dim // 2
+  angle = np.arange(t)[:, None] * c.rope_theta ** (-np.arange(half) / half)
+  cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]  # [t,1,half]
+
+  def rope(x):
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+  for i in range(c.num_layers):
+    w = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), params['blocks'])
+    start, h = x, rms(x, w['attn_norm']['scale'])
+    q, k, v = (np.einsum('btd,dhc->bthc', h, w['attn'][n]) for n in ('wq', 'wk', 'wv'))
+    k, v = (np.repeat(y, c.num_heads // c.num_kv_heads, axis=2) for y in (rope(k), v))
+    scores = np.einsum('bthc,bshc->bhts', rope(q), k) / np.sqrt(c.head_dim)
+    scores = np.where(np.tril(np.ones((t, t), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    heads = np.einsum('bhts,bshc->bthc', p / p.sum(-1, keepdims=True), v)
+    x = x + np.einsum('bthc,hcd->btd', heads, w['attn']['wo'])
+    inner = rms(x, w['mlp_norm']['scale'])
+    gate, up = (inner @ w['mlp'][n] for n in ('w_gate', 'w_up'))
+    hidden = gate / (1 + np.exp(-gate)) * up
+    x = x + hidden @ w['mlp']['w_down']
+    cosine = (start * x).sum(-1) / np.linalg.norm(start, axis=-1) / np.linalg.norm(x, axis=-1)
+    found.append({'attn_in': h, 'mlp_in': inner, 'heads': heads, 'mlp': hidden, 'turn': cosine})
+  return found
 
 
 def test_sites_are_what_the_notes_say():
+  """What norms give, what the output projections take, and how far each layer turns the stream."""
   model, params = make('llama')
-  batch = rows()
-  found = model.observe(params, batch)[1]['blocks']
-  c, block, x = dense(model, params, batch)
-  real = batch['segments'] > 0
-  first = layers.rms_norm(x, block['attn_norm']['scale'], c.norm_eps)
-  np.testing.assert_allclose(found['attn_in'][0], observe.moments(first, real), rtol=1e-4)
+  batch, c = rows(), model.cfg
+  found, real = model.observe(params, batch)[1]['blocks'], batch['segments'] > 0
+  sites = {'attn_in': found['attn_in'], 'mlp_in': found['mlp_in']}
+  sites |= {'heads': found['attn']['heads'], 'mlp': found['mlp']['mlp']}
+  for i, want in enumerate(by_hand(params, c, batch)):
+    for name, got in sites.items():
+      flat = jnp.asarray(want[name], jnp.float32)
+      np.testing.assert_allclose(got[i], observe.moments(flat, real), rtol=2e-3, atol=1e-6)
+    turned = 1 - want['turn'][real]
+    np.testing.assert_allclose(found['turn'][i], [turned.sum(), turned.size], rtol=2e-3)
   shapes = jax.tree.map(jnp.shape, found)
   assert shapes == {
     'attn_in': (3, 3, 2, 24), 'mlp_in': (3, 3, 2, 24), 'turn': (3, 2),
     'attn': {'heads': (3, 3, 2, 4, 8)}, 'mlp': {'mlp': (3, 3, 2, 20)},
   }  # fmt: skip
-  # What the output projections get: with one of them at a time, the layers' outputs tell.
-  only = {**params['blocks']['mlp'], 'w_down': jnp.zeros_like(params['blocks']['mlp']['w_down'])}
-  quiet = {**params, 'blocks': {**params['blocks'], 'mlp': only}}
-  one = dataclasses.replace(c, num_layers=1)
-  cut, cfg = slicing.cut(quiet, c, {'layers': np.array([0])})
-  assert cfg == one
-  hidden = found['mlp']['mlp'][0]
-  h = importance.over_sequences(np.asarray(hidden, np.float64), 8, 'mean', 'l2')
-  assert (h > 0).all()
-  silent = {**block['mlp'], 'w_up': block['mlp']['w_up'].at[:, 3].set(0.0)}
-  stack = jax.tree.map(lambda w: w[None], {**block, 'mlp': silent})
-  small = {**params, 'blocks': stack}
-  single = models.build({'name': 'decoder', **dataclasses.asdict(one)})
-  zero = np.asarray(single.observe(small, batch)[1]['blocks']['mlp']['mlp'])[0]
-  assert np.abs(zero[:, :, 3]).max() == 0 and np.abs(zero[:, :, 4]).min() > 0
 
 
 def test_block_influence_is_the_cosine():

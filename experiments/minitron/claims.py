@@ -169,6 +169,6 @@ NOTE = (
   'stands on agrees beyond its interval, not reproduced if one clearly does not (no), not tested '
   'if a part was not run, within noise otherwise (?). Some sixty comparisons are made: a few of '
   'those that are told will be so by chance. As good means at most 0.01 nats worse. A seed draws '
-  'the order of the text, and what a random cut keeps; the teacher, the calibration rows and so the '
-  'scored cuts are one draw, and a loss as cut is one measurement.'
+  'the order of the text, and what a random cut keeps; the teacher, the calibration rows and so '
+  'the scored cuts are one draw, and a loss as cut is one measurement.'
 )

@@ -122,34 +122,45 @@ def crossing(f: Found) -> dict[str, str]:
   """Say how many times what `width` took training from nothing takes to its loss, by what is paid.
 
   By tokens of training, FLOPs with the calibration, and FLOPs with the teacher's own training too;
-  seeds that all have. Between the two lengths around it the loss is linear in the logarithm.
+  seeds that all have. Between the two lengths around it the loss is linear in the logarithm. The
+  95 % interval is over held-out text.
   """
   names = [n for n in ('scratch_lm', *(f'scratch_lm_{n}' for n in LENGTHS)) if n in f.trained]
   if 'width' not in f.trained or len(names) < 2:
     return dict.fromkeys(PAID, 'not run')
   seeds = set.intersection(*(set(f.trained[n].seeds) for n in ('width', *names)))
-  loss = lambda n: float(np.mean([f.trained[n].seeds[s] for s in seeds]))
+  mean = lambda values: np.mean([values[s] for s in seeds], axis=0)
+  target, *curve = (
+    np.append(mean(f.trained[n].replicates), mean(f.trained[n].seeds)) for n in ('width', *names)
+  )
   teacher = f.training(TEACHER).flops
   paid = (
     lambda n: f.training(n).tokens,
     lambda n: f.total(n).flops,
     lambda n: f.total(n).flops + teacher * (n == 'width'),
   )
-  return {
-    what: _times([(of(n), loss(n)) for n in names], loss('width'), of('width'))
-    for what, of in zip(PAID, paid, strict=True)
-  }
+  found = {}
+  for what, of in zip(PAID, paid, strict=True):
+    costs = np.array([of(n) for n in names]) / of('width')
+    pairs = zip(np.stack(curve, axis=1), target, strict=True)
+    *drawn, value = (_times(costs, losses, loss) for losses, loss in pairs)
+    low, high = np.percentile(drawn, [2.5, 97.5], method='nearest')
+    say = lambda x, costs=costs: (
+      f'< {costs[0]:.2g}' if x == 0 else f'> {costs[-1]:.2g}' if x == np.inf else f'{x:.2g}'
+    )
+    found[what] = f'{say(value)} times [{say(low)}, {say(high)}]'
+  return found
 
 
 PAID = ('tokens', 'FLOPs', 'FLOPs with the teacher')
 
 
-def _times(points: list[tuple[float, float]], target: float, base: float) -> str:
-  """Say what multiple of `base` reaches the target loss on a curve of (cost, loss)."""
-  for (t0, l0), (t1, l1) in zip(points, points[1:], strict=False):
-    if l1 <= target <= l0:
-      share = (l0 - target) / (l0 - l1)
-      return f'{math.exp(math.log(t0) + share * math.log(t1 / t0)) / base:.2g} times'
-  if target < points[-1][1]:
-    return f'more than {points[-1][0] / base:.2g} times'
-  return f'less than {points[0][0] / base:.2g} times'
+def _times(costs: np.ndarray, losses: np.ndarray, target: float) -> float:
+  """Return the cost at which a falling curve reaches a loss; 0 before it, infinity after it."""
+  if losses[0] < target:
+    return 0.0
+  for i in range(len(costs) - 1):
+    if losses[i + 1] <= target <= losses[i]:
+      share = (losses[i] - target) / (losses[i] - losses[i + 1])
+      return float(costs[i] * (costs[i + 1] / costs[i]) ** share)
+  return math.inf

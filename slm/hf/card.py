@@ -32,25 +32,37 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
     f'- Architecture: {hf["architectures"][0]}, {about["total_parameters"]:,} parameters, '
     f'{about["dtype"]}.',
     f'- Made from: {", ".join(bases) or "random weights"}.',
+    *(f'- Taught by: {x["teacher"]}.' for x in history[:1] if x.get('teacher')),
     f'- Licence of this model: {licence or _UNKNOWN}. Licences of the models and data it was made '
     f'from: {_UNKNOWN}; theirs apply.',
     '',
     '## Lineage, newest first',
     '',
-    '| run | phase | objective | tokens | FLOPs | device-seconds | held-out loss | data rows |',
-    '| --- | --- | --- | ---: | ---: | ---: | ---: | --- |',
+    '| run | phase | objective | tokens | FLOPs | device-seconds | held-out loss | text | rows |',
+    '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |',
   ]
   for entry in history:
     mine = [p for p in entry['cost'] if p['phase'] != 'evaluate']
     total = lambda key, mine=mine: sum(p[key] for p in mine)
     loss = entry.get('result', {}).get('best_loss')
     lines.append(
-      f'| {entry["run"]} | {entry["phase"]} | {entry["objective"]} | {total("tokens"):,} | '
-      f'{total("flops"):.3g} | {total("device_seconds"):.0f} | '
-      f'{_UNKNOWN if loss is None else f"{loss:.4f}"} | {entry["rows_sha256"][:12] or "none"} |'
+      f'| {entry["run"]} | {entry["phase"]} | {_objective(entry["objective"])} | '
+      f'{total("tokens"):,} | {total("flops"):.3g} | {total("device_seconds"):.0f} | '
+      f'{_UNKNOWN if loss is None else f"{loss:.4f}"} | '
+      f'{"/".join(filter(None, (entry["data"], entry["set"]))) or "none"} | '
+      f'{entry["rows_sha256"][:12] or "none"} |'
     )
   pruned = [x['prune'] for x in history if 'prune' in x]
   for entry in pruned:
     lines += ['', f'Pruned: kept indices {entry["sha256"][:16]}, shape {entry["shape"]}.']
   lines += ['', f'Files: tokenizer {", ".join(about["tokenizer"]) or "none"}.', '']
   return '\n'.join(lines)
+
+
+def _objective(found: dict[str, Any]) -> str:
+  """Say what was minimised: a distillation with all that makes it one."""
+  how = ', '.join(f'{k} {found[k]}' for k in _HOW if found.get(k))
+  return f'{found["name"]} ({how})' if how else found['name']
+
+
+_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'correct')

@@ -88,13 +88,14 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
       want = logits(ids, mask)
       if want.shape != got.shape:
         raise ValueError(f'{name}: logits of shape {want.shape}, here {got.shape}')
-      gap = np.abs(want - got)[mask > 0].max() / np.abs(want[mask > 0]).max()
+      apart = np.abs(want - got)[mask > 0].max()
+      gap = apart / np.abs(want[mask > 0]).max()
       gap = gap if np.isfinite(gap) else np.inf
       same = np.mean((want.argmax(-1) == got.argmax(-1))[mask > 0])
       verdict = 'ok' if gap <= tolerance else 'DIFFERS'
       print(
-        f'{ids.shape[0]} x {ids.shape[1]:4d} tokens, {name}: largest difference {gap:.2e}, '
-        f'same best token {same:.1%}  {verdict}'
+        f'{ids.shape[0]} x {ids.shape[1]:4d} tokens, {name}: largest difference {gap:.2e} '
+        f'of the largest logit ({apart:.2e}), same best token {same:.1%}  {verdict}'
       )
       worst = max(worst, float(gap))
   return worst

@@ -78,7 +78,8 @@ def shape(cfg: DecoderConfig, kept: Kept, gain: str = 'none') -> DecoderConfig:
   if 'layers' in kept and cfg.layer_types:
     types = tuple(cfg.layer_types[i] for i in kept['layers'])
     sizes |= {'layer_types': types if set(types) != {'full'} else ()}
-    sizes |= {'window': cfg.window if 'window' in types else 0}
+    if 'window' not in types:
+      sizes |= {'window': 0, 'rope_theta_window': 0.0}
   if gain != 'none' and 'embed' in kept:  # see `cut`
     sizes['norm_eps'] = cfg.norm_eps * cfg.embed / len(kept['embed'])
   return dataclasses.replace(cfg, **sizes)
