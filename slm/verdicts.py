@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from slm.comparison import Difference
 
 YES, NO, NOISE, UNTESTED = 'reproduced', 'not reproduced', 'within noise', 'not tested'
+ONE_SEED = ', one seed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Evidence:
   agrees: bool | None  # None: cannot be told
   numbers: str
   run: bool = True
+  single: bool = False  # of one seed, so that training runs are not in its interval
 
   @property
   def line(self) -> str:
@@ -42,19 +44,26 @@ def with_seeds(d: Difference) -> str:
   return f'{interval(d)}, {seeds}'
 
 
+def judged(what: str, agrees: bool | None, d: Difference) -> Evidence:
+  """Say whether a difference agrees with a claim."""
+  return Evidence(what, agrees, with_seeds(d), single=len(d.seeds) == 1)
+
+
 def lower(what: str, d: Difference | None) -> Evidence:
   """Claim that a difference is below zero."""
   if d is None:
     return not_run(what)
-  agrees = {'better': True, 'worse': False, 'within noise': None}[d.verdict]
-  return Evidence(what, agrees, with_seeds(d))
+  return judged(what, {'better': True, 'worse': False, 'within noise': None}[d.verdict], d)
 
 
 def verdict(found: Iterable[Evidence]) -> str:
-  """Sum up: a part that clearly disagrees refutes; a claim not run in full is not tested."""
+  """Sum up: a part that clearly disagrees refutes; a claim not run in full is not tested.
+
+  What rests on single training runs says so.
+  """
   found = list(found)
-  if any(e.agrees is False for e in found):
-    return NO
+  if against := [e for e in found if e.agrees is False]:
+    return NO + ONE_SEED * all(e.single for e in against)
   if not found or not all(e.run for e in found):
     return UNTESTED
-  return YES if all(e.agrees for e in found) else NOISE
+  return YES + ONE_SEED * any(e.single for e in found) if all(e.agrees for e in found) else NOISE

@@ -116,6 +116,16 @@ def test_one_budget_is_not_every_budget(tmp_path):
   )
 
 
+def test_what_rests_on_one_seed_says_so(tmp_path):
+  m = maker(tmp_path, earlier={})
+  m.runs = [r for r in m.runs if r['method'] != 'project_64' or r['seed'] == 0]
+  found = verdicts(m)
+  assert found[12][0] == f'{YES}, one seed' and found[7][0] == YES
+  m.runs = [r for r in m.runs if r['seed'] == 0]
+  found = verdicts(m)
+  assert found[7][0] == f'{YES}, one seed' and 'one seed' in found[7][1]
+
+
 @pytest.mark.parametrize('number', [3, 5, 7, 8, 12, 16])
 def test_what_cannot_be_told_is_within_noise(tmp_path, number):
   same = {'slm': 0.0, 'slm_noft': 0.6, 'slm_nopt': 2.5}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from experiments.minitron.results import Found
 from experiments.minitron.students import AGGREGATORS
-from slm.verdicts import Evidence, lower, not_run, verdict, with_seeds
+from slm.verdicts import Evidence, judged, lower, not_run, verdict
 
 SAME = 0.01  # nats per token that nobody would pay for
 
@@ -23,7 +23,7 @@ def _no_worse(f: Found, *pairs: tuple[str, str]) -> list[Evidence]:
       found.append(not_run(f'{a} − {b}'))
     else:
       agrees = True if d.high < SAME else False if d.low > SAME else None
-      found.append(Evidence(f'{a} − {b}', agrees, with_seeds(d)))
+      found.append(judged(f'{a} − {b}', agrees, d))
   return found
 
 

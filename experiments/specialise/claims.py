@@ -11,7 +11,7 @@ from slm import budgets, page, plots
 from slm.advice import count
 from slm.comparison import Cell, Comparison, Difference, Loss, between, compare, difference
 from slm.study import Study
-from slm.verdicts import Evidence, interval, lower, not_run, verdict, with_seeds
+from slm.verdicts import Evidence, interval, judged, lower, not_run, verdict, with_seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def gain_shrinks(f: Found) -> list[Evidence]:
     # Only a gain can shrink; the change itself has an interval.
     told = {'better': {'worse': True, 'better': False}.get(d.verdict), 'worse': False}
     numbers = f'{with_seeds(d)}; at {count(f.sizes[0])} {interval(start)}'
-    found.append(Evidence(what, told.get(start.verdict), numbers))
+    found.append(Evidence(what, told.get(start.verdict), numbers, single=len(d.seeds) == 1))
   return found
 
 
@@ -216,7 +216,7 @@ def distillation_does_not_pay(f: Found) -> list[Evidence]:
   if None not in costs:
     what += f', {costs[0].flops / costs[1].flops:.2f}× the FLOPs'
   agrees = True if d.low > -0.02 else False if d.high < -0.02 else None
-  return [*found, Evidence(what, agrees, with_seeds(d))]
+  return [*found, judged(what, agrees, d)]
 
 
 def more_experts_help(f: Found) -> list[Evidence]:
@@ -239,7 +239,7 @@ def frequent_is_enough(f: Found) -> list[Evidence]:
       found.append(not_run(what))
     else:
       agrees = True if d.high <= 0.02 else False if d.low > 0.02 else None
-      found.append(Evidence(what, agrees, with_seeds(d)))
+      found.append(judged(what, agrees, d))
   return found
 
 
@@ -265,7 +265,7 @@ def wide_domains(f: Found) -> list[Evidence]:
       d = f.main.to_baseline(cell, f'{domain}/test') if cell else None
       about = f'{f.pair(method, "slm", size)} on {domain}, in {share[domain]:.0%} of the clusters'
       found += [not_run(about)] if d is None else [
-        Evidence(about, d.verdict != 'better', with_seeds(d))
+        judged(about, d.verdict != 'better', d)
       ]  # fmt: skip
   return found or [not_run(what.format(_WIDE, level, listed))]
 
@@ -312,8 +312,9 @@ def table(study: Study) -> dict[str, Any]:
 
 
 NOTE = (
-  'Differences in nats per token, averaged over domains, with paired bootstrap 95 % intervals '
+  'Differences in nats per token, averaged over domains, with 95 % intervals over text and runs '
   '(negative: the first has the lower loss). A claim is reproduced if every comparison it stands '
   'on agrees beyond its interval, not reproduced if one clearly does not (no), not tested if a '
-  'part was not run, within noise otherwise (?).'
+  'part was not run, within noise otherwise (?). Single training runs vary by more than their '
+  'intervals say: what rests on one seed is marked so.'
 )
