@@ -20,7 +20,7 @@ from absl import flags
 from slm import budgets, cli, comparison, files, page, plots, sweeps
 from slm.advice import NUM_DOMAINS, advise, count, listed_cells, perplexity, unfinished
 from slm.comparison import Cell, Comparison, Cost, Difference, Loss
-from slm.study import Study, load_study
+from slm.study import BASELINE, Study, load_study
 from slm.verdicts import interval
 
 Table = tuple[list[str], list[list[str]]]
@@ -197,13 +197,15 @@ def _groups(further: list[Comparison]) -> list[Section]:
     described = ' '.join(f'{m["label"]}: {m["describe"]}' for m in methods)
     if len(c.tests) < len(c.study.domains):
       described += f' Averages are over {", ".join(t.partition("/")[0] for t in c.tests)} alone.'
-    tuned = any(r['size'] is not None for r in c.study.runs)
-    for size in c.study.sizes if tuned else c.study.sizes[:1]:
+    known: list[list[str]] = []
+    for size in c.study.sizes:
       head, rows = main_table(c, size)
       rows = [row for row in rows if row[1] != _NOT_RUN]
-      if len(rows) > 1:  # more than the baseline
-        title = methods[0]['group'] + f', {count(size)} tokens of domain text' * tuned
-        found.append((title, described, (head, rows)))
+      # More than the baseline; models that are not tuned are the same at every size.
+      if len(rows) > 1 and not all(row in known for row in rows):
+        on = f', {count(size)} tokens of domain text' * (c.study.baseline == BASELINE)
+        found.append((methods[0]['group'] + on, described, (head, rows)))
+        known += rows
   return found
 
 

@@ -75,5 +75,6 @@ def plot(study: Study, found: list[Comparison]) -> plots.Plot | None:
       'clusters-sweep',
       'Number of clusters',
       'Below the dashed line is better than the plain SLM. Look at whether the lines fall to the '
-      'right: then finer clusters pay. Bars are 95 % intervals.' + ''.join(fewer),
+      'right: then finer clusters pay. Bars are 95 % intervals, of held-out text and, over several '
+      'seeds, of training runs.' + ''.join(fewer),
     )
