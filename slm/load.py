@@ -136,6 +136,11 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
   return Loaded(run, cfg, model, rep, theta, frozen, step)
 
 
+def mesh_for(run: str | Path) -> jax.sharding.Mesh:
+  """Return the mesh on which no device holds more of a run's weights than it must."""
+  return sharding.fit_mesh(rundir.read_config(run)['model']['embed'])
+
+
 def write_dense(
   workdir: Path, cfg: Mapping[str, Any], params: Params, ancestors: list[str],
   phases: list[dict[str, Any]] | None = None, **result: Any,

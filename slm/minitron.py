@@ -122,8 +122,9 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
   """
   train.train(_correction(cfg, teacher, cfg['probe']['steps']), run)
   name, batch = cfg['recover']['data']['set'], cfg['recover']['eval']['batch_size']
-  mesh, values = sharding.make_mesh({'data': -1}), []
+  values = []
   for path in (teacher, run):
+    mesh = sharding.fit_mesh(_shape(path).embed)
     evaluate.run(path, cfg['data'], [f'{name}/validation'], mesh, batch)
     values.append(files.read_npy(rundir.evaluations(path) / f'{name}-validation.npy'))
   nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
@@ -137,13 +138,14 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
 
 def _summary(runs: Mapping[str, Path], cfg: Mapping[str, Any]) -> dict[str, Any]:
   """Measure the models side by side: size, held-out loss, cost and speed on this machine."""
-  mesh, on = sharding.make_mesh({'data': -1}), f'{cfg["recover"]["data"]["set"]}/test'
+  on = f'{cfg["recover"]["data"]["set"]}/test'
   shapes = {name: _shape(path) for name, path in runs.items()}
   served = {n: shapes[n] for n in ('teacher', 'student')}
   speed = latency.measure(served, cfg['recover']['dtype'], 1, 64, 32, 5)
   found = {}
   for name, path in runs.items():
     batch = cfg['recover']['eval']['batch_size']
+    mesh = sharding.fit_mesh(shapes[name].embed)
     loss = evaluate.run(path, cfg['data'], [on], mesh, batch)[on]
     phases = rundir.read_ledger(path)['phases'] if name != 'teacher' else []
     found[name] = {

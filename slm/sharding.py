@@ -117,6 +117,13 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
+def fit_mesh(channels: int) -> Mesh:
+  """Split weights over as many devices as divide their channels, rows over all devices."""
+  n = len(jax.devices())
+  fsdp = math.gcd(channels, n)
+  return make_mesh({'data': n // fsdp, 'fsdp': fsdp})
+
+
 def leaf_axes(path: tuple[Any, ...]) -> tuple[str, ...]:
   """Return the logical axes of the leaf at a key path.
 

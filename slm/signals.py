@@ -165,7 +165,7 @@ def write(
     ValueError: if the run is unfinished or holds several models, its tokenizer is another, k does
       not fit, or the directory holds the signals of something else.
   """
-  mesh, folder = sharding.make_mesh({'data': -1}), Path(out)
+  mesh, folder = load.mesh_for(teacher), Path(out)
   loaded = load.load(teacher, mesh, finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{teacher} holds several models: take one out with slm.specialise first')
@@ -211,9 +211,11 @@ def verify(out: str) -> str:
     ValueError: if the teacher's weights are others, a probability differs by more than 0.002, or
       more than one in a hundred of the drawn ids is another.
   """
-  signals, mesh = Signals(out), sharding.make_mesh({'data': -1})
+  signals = Signals(out)
   about = signals.about
-  loaded = load.load(f'{rundir.split_ref(about["teacher"])[0]}@{about["step"]}', mesh)
+  run = f'{rundir.split_ref(about["teacher"])[0]}@{about["step"]}'
+  mesh = load.mesh_for(run)
+  loaded = load.load(run, mesh)
   params = loaded.params()
   if load.weights_hash(params) != about['weights']:
     raise ValueError(f'{out}: {about["teacher"]} has other weights than those it was made by')

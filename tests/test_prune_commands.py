@@ -1,5 +1,6 @@
 """Calibrating and cutting from the command line: resumption, lineage, refusals."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from slm import evaluate, files, load, rundir, sharding, tasks, train
+from slm import data, evaluate, files, load, rundir, sharding, tasks, train
 from slm.data import tokenizer
 from slm.models.config import DecoderConfig
 from slm.prune import commands, importance, measure, slicing
@@ -72,6 +73,20 @@ def test_calibration_continues_where_it_stopped(trained, tmp_path, monkeypatch):
   file.write_bytes(file.read_bytes()[:50])
   with pytest.raises(ValueError, match='stats.safetensors: damaged'):
     commands.read(tmp_path / 'halves')
+
+
+def test_weights_are_split_over_the_devices_that_divide_them(trained, tmp_path):
+  """Of 8 devices a model of 16 channels is on all, one of 12 on groups of 4; sums are the same."""
+  assert dict(load.mesh_for(trained[0]).shape)['fsdp'] == 8
+  assert {k: v for k, v in sharding.fit_mesh(12).shape.items() if v > 1} == {'data': 2, 'fsdp': 4}
+  whole = calibrate(trained[0], tmp_path / 'split')
+  loaded = load.load(trained[0], ONE(), finished=True)
+  alone = measure.summing(measure.activations(loaded.model, 'float32'))
+  batches = data.evaluation_batches(trained[1], 'generic', 'train', 8, max_rows=40)
+  parts = [alone(loaded.params(), batch) for _, _, batch in batches]
+  sums = functools.reduce(measure.merge, parts, {})
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+  jax.tree.map(close, whole['sums'], sums['sums'])
 
 
 def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):

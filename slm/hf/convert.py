@@ -83,8 +83,8 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
     ValueError: as `read` does, or if the directory holds something else.
   """
   path, workdir = Path(path), Path(workdir)
-  mesh = sharding.make_mesh({'data': -1})
   hf, shape = read_config(path)
+  mesh = sharding.fit_mesh(shape.embed)
   config = {
     'phase': 'import',
     'steps': 0,
@@ -143,7 +143,7 @@ def export_model(
   """
   run, out = Path(run), Path(out)
   check_dtype(dtype)
-  loaded = load.load(run, sharding.make_mesh({'data': -1}), finished=True)
+  loaded = load.load(run, load.mesh_for(run), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
   if out.exists() and any(out.iterdir()) and not (out / LINEAGE).exists():

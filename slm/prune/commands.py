@@ -40,7 +40,7 @@ def calibrate(
   """
   if min(rows, batch_size) < 1:
     raise ValueError(f'--rows={rows}, --batch_size={batch_size}: expected at least 1')
-  mesh = sharding.make_mesh({'data': -1})
+  mesh = load.mesh_for(run)
   loaded = load.load(run, mesh, finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several models: take one out with slm.specialise first')
@@ -74,7 +74,7 @@ def _sum(
   rundir.check_same(folder, about['asked'], asked, 'other sums')
   if about.get('finished'):
     return about, stats
-  a, mesh = asked, sharding.make_mesh({'data': -1})
+  a, mesh = asked, sharding.fit_mesh(loaded.model.cfg.embed)
   if data.Split(a['data'], a['set'], a['split'], a['index']).sha256 != a['rows_sha256']:
     raise ValueError(f'{a["data"]}: {a["set"]}/{a["split"]} has other rows than {folder} is of')
   began = saved = time.monotonic()
@@ -272,7 +272,7 @@ def cut(
   for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
     if value not in ('', 'none') and axis not in wanted:
       raise ValueError(f'--{name}={value}: is for cutting {axis}, which --sizes does not name')
-  loaded = load.load(run, sharding.make_mesh({'data': -1}), finished=True)
+  loaded = load.load(run, load.mesh_for(run), finished=True)
   old, params = loaded.model.cfg, loaded.params()
   check_sizes(old, wanted, align)
   run = str(Path(run).resolve())
@@ -322,7 +322,7 @@ def cut(
 
 def _asking(of: _Calibration, task: str, limit: int) -> Callable[[Params, DecoderConfig], float]:
   """Return the score of cut weights at a task; what asking costs joins the calibration's costs."""
-  asked, mesh = of.costs[0]['asked'], sharding.make_mesh({'data': -1})
+  asked, mesh = of.costs[0]['asked'], sharding.fit_mesh(of.loaded.model.cfg.embed)
   tok = tokenizer.load(f'{asked["data"]}/tokenizer')
   context = data.manifest(asked['data'])['context']
   ask = tasks.asking(task, tok, mesh, context, asked['batch_size'], limit)

@@ -126,7 +126,7 @@ def search(
   Raises:
     ValueError: if no shape is within the bounds, or the directory holds another search.
   """
-  loaded = load.load(run, sharding.make_mesh({'data': -1}), finished=True)
+  loaded = load.load(run, load.mesh_for(run), finished=True)
   config = copy.deepcopy(dict(config))
   if config['distributed']['enable']:
     raise ValueError('distributed.enable: a search runs on one process')
