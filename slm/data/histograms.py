@@ -48,7 +48,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def spread(data: str, texts: list[pathlib.Path]) -> tuple[int, float, float]:
+def spread(data: str, texts: list[Path]) -> tuple[int, float, float]:
   """Say over how many of the finest clusters of DATA a domain's texts lie.
 
   Returns their windows, exp(entropy) of the clusters these lie in, and what as many windows of
@@ -77,12 +77,8 @@ def spread(data: str, texts: list[pathlib.Path]) -> tuple[int, float, float]:
   counts = loader.window_counts(data, 'generic', 'train', len(model.centroids))
   rng = np.random.default_rng(0)
   generic = rng.multinomial(len(windows), counts / counts.sum(), 200)
-  return len(windows), _effective(np.bincount(found)), float(np.mean([*map(_effective, generic)]))
-
-
-def _effective(counts: np.ndarray) -> float:
-  p = counts[counts > 0] / counts.sum()
-  return float(np.exp(-(p * np.log(p)).sum()))
+  effective = lambda counts: importance.diagnostics(counts, counts)['effective_clusters']
+  return len(windows), effective(np.bincount(found)), float(np.mean([*map(effective, generic)]))
 
 
 def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:

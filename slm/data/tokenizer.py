@@ -188,9 +188,11 @@ def build(name: str, vocab: int, path: str, sample: Iterable[str], out: pathlib.
     kind = {'sentencepiece': 'tokenizer.model', 'huggingface': 'tokenizer.json'}[name]
     source = pathlib.Path(path)
     load(source)  # refuse a wrong file before it is copied
-    settings = source.with_name(SETTINGS)
-    for file in (settings,) * (kind == 'tokenizer.json' and settings.exists()) + (source,):
-      with files.replacing(out / (kind if file is source else SETTINGS)) as temporary:
+    parts = {SETTINGS: source.with_name(SETTINGS), kind: source}
+    if kind != 'tokenizer.json' or not parts[SETTINGS].exists():
+      del parts[SETTINGS]
+    for part, file in parts.items():
+      with files.replacing(out / part) as temporary:
         temporary.write_bytes(file.read_bytes())
   else:
     with files.replacing(out / 'tokenizer.model') as temporary:

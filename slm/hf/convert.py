@@ -137,12 +137,13 @@ def export_model(
   the model it was made from (tokenizer, chat template, token ids) is carried over.
 
   Raises:
-    ValueError: if the run is unfinished or holds several specialists, no architecture of
-      transformers has its shape, a run it was made from is gone, or the directory holds something
-      else.
+    ValueError: if weights cannot have that type, the run is unfinished or holds several
+      specialists, no architecture of transformers has its shape, a run it was made from is gone, or
+      the directory holds something else.
   """
   run, out = Path(run), Path(out)
-  check_dtype(dtype)
+  if dtype not in ('', *DTYPES.values()):
+    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(DTYPES.values())}')
   loaded = load.load(run, load.mesh_for(run), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
@@ -170,16 +171,6 @@ def export_model(
   about['history'] = [_public(entry) for entry in history]
   files.write_json(out / LINEAGE, about)
   return about
-
-
-def check_dtype(dtype: str) -> None:
-  """Refuse a type that weights cannot be kept in; '' stands for their own.
-
-  Raises:
-    ValueError: naming those they can.
-  """
-  if dtype not in ('', *DTYPES.values()):
-    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(DTYPES.values())}')
 
 
 def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:

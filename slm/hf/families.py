@@ -105,11 +105,7 @@ _KEPT = (
   'bos_token_id', 'eos_token_id', 'pad_token_id', 'max_position_embeddings', 'initializer_range'
 )  # fmt: skip
 _LATER = {'use_sliding_window': False, 'sliding_window': None, 'rope_theta': 10_000.0}
-_GEMMA = {
-  'norms': 'sandwich',
-  'norm_offset': True,
-  'embed_scale': True,
-}
+_GEMMA = {'norms': 'sandwich', 'norm_offset': True, 'embed_scale': True}
 _GEMMA_KEYS = {
   'query_scale': 'query_pre_attn_scalar',
   'attention_cap': 'attn_logit_softcapping',
@@ -238,12 +234,8 @@ def read(hf: Keys) -> dict[str, Any]:
   found = {ours: hf[key] for ours, key in keys.items()}
   if found['num_kv_heads'] is None:
     found['num_kv_heads'] = found['num_heads']
-  for ours in _SIZES:
-    _check(keys[ours], found[ours], int)
   if found['head_dim'] is None:
-    found['head_dim'] = found['embed'] // found['num_heads']
-  _check(keys['head_dim'], found['head_dim'], int)
-  _check(keys['norm_eps'], found['norm_eps'], float)
+    found['head_dim'] = found['embed'] // (found['num_heads'] or 1)  # 0 is refused later
   for cap in ('attention_cap', 'logit_cap'):
     found[cap] = found.get(cap) or 0.0
   if 'bias' in found:
@@ -256,20 +248,8 @@ def read(hf: Keys) -> dict[str, Any]:
   types = _layer_types(hf, family)
   if set(types) != {'full'}:
     found['layer_types'] = tuple(types)
-  found['window'] = 0
-  if 'window' in types:
-    _check('sliding_window', hf.get('sliding_window'), int)
-    found['window'] = hf['sliding_window']
+  found['window'] = hf.get('sliding_window') if 'window' in types else 0
   return {**family.fixed, **found, **_read_rope(hf, types)}
-
-
-_SIZES = ('vocab', 'embed', 'num_layers', 'num_heads', 'num_kv_heads', 'mlp')
-
-
-def _check(key: str, value: Any, kind: type) -> None:
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  if not (whole or kind is float and isinstance(value, float)) or not value > 0:
-    raise ValueError(f'{key}={value!r}: expected a {"whole " * (kind is int)}number above 0')
 
 
 def _layer_types(hf: Keys, family: Family) -> list[str]:

@@ -55,8 +55,10 @@ class DecoderConfig:
     object.__setattr__(self, 'layer_types', tuple(self.layer_types))
     sizes = ('vocab', 'embed', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'mlp')
     for name in sizes:
-      if getattr(self, name) < 1:
-        raise ValueError(f'model.{name}: expected at least 1, found {getattr(self, name)}')
+      if not isinstance(value := getattr(self, name), int) or value < 1:
+        raise ValueError(f'model.{name}: expected a whole number, at least 1, found {value!r}')
+    if not isinstance(self.norm_eps, int | float) or not self.norm_eps > 0:
+      raise ValueError(f'model.norm_eps: expected a number above 0, found {self.norm_eps!r}')
     allowed = {
       'activation': layers.ACTIVATIONS, 'norms': NORMS, 'qk_norm': QK_NORMS, 'rope': layers.ROPES,
       'dispatch': moe.DISPATCH, 'remat': ('none', 'dots', 'full'),
