@@ -145,6 +145,9 @@ def loglikelihoods(
 
   What does not fit is cut off the context's left; a continuation longer than the model reads is
   predicted piece by piece, each id once. A context needs at least one id.
+
+  Raises:
+    FloatingPointError: if a log-probability is not a finite number.
   """
   pieces = [
     (which, *piece)
@@ -166,6 +169,11 @@ def loglikelihoods(
         batch['segments'][row, :n], batch['weights'][row, n - predicted : n] = 1, 1
       values = np.asarray(scorer.sums(scorer.params, jax.device_put(batch, where)))
       np.add.at(found, [pieces[i][0] for i in members], values[: len(members)])
+  if bad := int(np.sum(~np.isfinite(found[:, 0]))):
+    raise FloatingPointError(
+      f'the model gives {bad} of {len(found)} texts no finite likelihood: its weights or '
+      'activations overflow'
+    )
   return [(-float(nll), not wrong) for nll, wrong in found]
 
 

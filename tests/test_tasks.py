@@ -1,5 +1,6 @@
 """Tasks: likelihoods against full logits one by one, scores by hand, resumption, refusals."""
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -104,6 +105,13 @@ def test_likelihoods_are_those_of_each_request_alone(scorer):
   other = scoring.open_model(toy.random_run(), MESH(), 24)
   alike = scoring.loglikelihoods(other, requests[::-1])[::-1]
   np.testing.assert_allclose([f[0] for f in found], [a[0] for a in alike], atol=1e-4, rtol=1e-6)
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(scorer):
+  broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), scorer.params['final_norm'])
+  params = {**scorer.params, 'final_norm': broken}
+  with pytest.raises(FloatingPointError, match='2 of 2 texts no finite likelihood'):
+    scoring.loglikelihoods(dataclasses.replace(scorer, params=params), [([5], [6]), ([7], [8, 9])])
 
 
 def test_few_lengths_are_compiled(scorer):
