@@ -8,8 +8,6 @@ from experiments.specialise.scales import Scale
 from slm import optim
 from slm.models.decoder import DecoderConfig, forward_flops, num_params
 
-Job = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:
