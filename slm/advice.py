@@ -282,7 +282,7 @@ _TUNED = ('finetune', 'distill')
 
 def listed_cells(c: Comparison, cells: list[tuple[str, int]]) -> str:
   """List methods with the set sizes at which they are: SLM (20k and 80k tokens)."""
-  sizes = {m: [count(s) for n, s in cells if n == m] for m in c.study.methods}
+  sizes = {m: [count(s) for n, s in sorted(cells) if n == m] for m in c.study.methods}
   return '; '.join(f'{c.study.label(m)} ({_listed(x)} tokens)' for m, x in sizes.items() if x)
 
 
