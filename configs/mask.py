@@ -7,6 +7,9 @@ def get_config():
   """Return a fine-tuning run of `init` that trains scores and serves weights x bits."""
   c = finetune.get_config()
   c.reparam = {'name': 'mask', 'leaves': ('w_gate', 'w_up', 'w_down'), 'threshold': 5e-3}
-  c.schedule.peak = 2e-4
+  # Adam moves a score by up to the peak a step, so that the first bit flips after 250 steps
+  # (threshold / peak). Ten times faster many flip at once, before gradients tell them apart.
+  c.schedule.peak = 2e-5
+  c.eval.patience = 20
   c.optim.weight_decay = 0.0  # decay would switch every weight off
   return c

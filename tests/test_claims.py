@@ -23,12 +23,14 @@ FURTHER = {
 }  # fmt: skip
 GENERIC = {'slm': 0.3, 'project': 0.2, 'mixture': 0.1, 'llm': 0.0}
 # By budget: SLM-mix needs it, and SLM-is with an eighth of it is no better than SLM-pn with all.
-EARLIER = {0.125: {'mixture': 0.08, 'importance': -0.13}, 0.5: {'mixture': 0.0}}
+EARLIER = {0.125: {'mixture': 0.08, 'importance': -0.13}, 0.5: {'mixture': -0.03}}
 SHRINK = {'importance': 0.3}  # its gain is for little text
 METHODS = [
   {'name': n, 'label': studies.LABELS.get(n, n), 'describe': n, 'group': 'More' * (n in FURTHER)}
   for n in (*PAPER, *FURTHER)
 ]
+# So that all of the pretraining is 2,880 tokens per parameter, an eighth of it 360.
+PARAMS = {n['name']: 3472 for n in METHODS}
 
 
 def maker(path, offsets=PAPER, generic=GENERIC, earlier=EARLIER, further=FURTHER, shrink=None):
@@ -44,7 +46,7 @@ def maker(path, offsets=PAPER, generic=GENERIC, earlier=EARLIER, further=FURTHER
 
 
 def verdicts(m, **changes):
-  path = m.save(methods=METHODS, params={n['name']: 1 for n in METHODS}, **changes)
+  path = m.save(**{'methods': METHODS, 'params': PARAMS, **changes})
   rows = claims.table(load_study(path))['rows']
   return {int(number): (verdict, numbers) for number, _, verdict, numbers in rows}
 
@@ -106,7 +108,7 @@ def test_a_study_of_the_main_methods_alone_is_judged(tmp_path):
   m = maker(tmp_path, earlier={}, further={})
   rows = claims.table(load_study(m.save()))['rows']
   assert rows[11][2] == UNTESTED and rows[11][3].startswith('SLM-pn, 64 clusters − [SLM-pn')
-  assert rows[6][2] == YES and rows[5][3].endswith('at a second budget: not run')
+  assert rows[6][2] == YES and rows[5][3].endswith('at 1,440 tokens per parameter: not run')
 
 
 def test_one_budget_is_not_every_budget(tmp_path):
@@ -114,6 +116,21 @@ def test_one_budget_is_not_every_budget(tmp_path):
   assert {n: v[0] for n, v in found.items() if n in (4, 5, 6, 11)} == dict.fromkeys(
     (4, 5, 6, 11), UNTESTED
   )
+
+
+def test_budgets_are_the_papers_own(tmp_path):
+  m = maker(tmp_path, {**PAPER, 'mixture': 0.1}, earlier={0.125: {'mixture': 0.3, 'project': 0.2}})
+  found = verdicts(m, params=dict.fromkeys(PARAMS, 25_000))  # 50 and 400 tokens per parameter
+  assert found[5][0] == found[6][0] == UNTESTED
+  assert '0.125' not in found[5][1] and '10k tokens: −0.' in found[5][1]
+  assert found[6][1].count('tokens: +0.') == found[6][1].count('of the pretraining: +0.') == 1
+  for number in (5, 6):
+    assert found[number][1].endswith('at 1,440 tokens per parameter: not run')
+
+
+def test_a_gain_that_is_not_there_cannot_shrink(tmp_path):
+  verdict, numbers = verdicts(maker(tmp_path, {**PAPER, 'mixture': 0.1}))[8]
+  assert verdict == UNTESTED and numbers.endswith(', no gain')
 
 
 def test_what_rests_on_one_seed_says_so(tmp_path):
@@ -154,7 +171,7 @@ def test_groups_and_budgets_have_their_own_tables(tmp_path):
 
 
 def test_evidence_links_to_the_runs_it_stands_on(tmp_path):
-  path = maker(tmp_path).save(methods=METHODS)
+  path = maker(tmp_path).save(methods=METHODS, params=PARAMS)
   studies.write(path / 'sections' / '1-claims.json', claims.table(load_study(path)))
   report.report(path)
   html = (path / 'report.html').read_text()

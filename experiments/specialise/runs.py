@@ -229,10 +229,10 @@ class Study:
       start = self._start(method, domain, seed, budget)
       if not method.tune:
         self._add(start.ref, 'evaluate', self._tests(domain))
-        for size in self._sizes(method, budget, seed):
+        for size in self._sizes(method, budget):
           self._row(method.name, domain, size, seed, budget, start.ref, start, ())
         continue
-      for i, size in enumerate(self._sizes(method, budget, seed)):
+      for i, size in enumerate(self._sizes(method, budget)):
         run, paid, generic = self._tune(method, start, domain, i, seed, budget), (), ()
         if method.teacher:
           teacher = next(m for m in METHODS if m.name == method.teacher)
@@ -241,14 +241,10 @@ class Study:
         start_and = dataclasses.replace(start, generic_runs=start.generic_runs + generic)
         self._row(method.name, domain, size, seed, budget, run, start_and, (*paid, run))
 
-  def _sizes(self, method: Method, budget: float, seed: int) -> tuple[int, ...]:
-    """Return the set sizes of a method's rows: fewer where the pretraining's length is studied."""
-    s = self.scale
-    if budget != 1:
-      return s.sizes[:1]
-    if method.name in s.once:
-      return s.sizes[:1]
-    return s.sizes[:-1] if method.name in s.once_largest and seed != s.seeds[0] else s.sizes
+  def _sizes(self, method: Method, budget: float) -> tuple[int, ...]:
+    """Return the set sizes of a method: the smallest alone of variants and shorter budgets."""
+    fewer = budget != 1 or method.name in self.scale.once
+    return self.scale.sizes[:1] if fewer else self.scale.sizes
 
   def _tests(self, domain: str) -> list[str]:
     return [f'{domain}/{split}' for split in self.scale.eval_splits]
@@ -259,13 +255,15 @@ class Study:
     """Add a fine-tuning run on the i-th size."""
     s = self.scale
     steps, size = s.finetune_steps[i], s.sizes[i]
+    if method.tune == 'mask':
+      steps *= 4  # its scores have a rate of their own, a low one
     family = FAMILIES[method.family] if method.family else Family()
     settings = {
       **self._tuning(domain, i, steps, seed),
       **_model(self._shape(family)),
       'init': start.ref,
     }
-    if method.tune != 'mask':  # its scores have a rate of their own
+    if method.tune != 'mask':
       # The paper fine-tunes at the pretraining's rate, and at a third of it on its smallest set.
       peak = (s.large_peak if family.large else s.peak) * s.finetune_rate
       settings['schedule.peak'] = peak / (1 if i else 3)

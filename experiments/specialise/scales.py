@@ -40,7 +40,6 @@ class Scale:
   # Methods that the first seed alone runs, on the smallest set; and on the first domain alone where
   # every domain pretrains a model of its own.
   once: tuple[str, ...] = ()
-  once_largest: tuple[str, ...] = ()  # methods that the first seed alone runs on the largest set
   budgets: tuple[float, ...] = (1,)  # shares of the pretraining after which models are specialised
   budgeted: tuple[str, ...] = ()  # by these methods, and on the smallest set
   eval_splits: tuple[str, ...] = ('test',)
@@ -125,7 +124,6 @@ LONG = dataclasses.replace(
   budgeted=('slm', 'slm_noft', 'importance', 'distill', 'mixture', 'project', 'llm'),
   methods=EVERY,
   once=tuple(m for m in EVERY if m not in MAIN and not m.endswith('_noft')),
-  once_largest=('llm', 'distill'),  # a fifth of the study's time for effects over 0.1 nats
   seeds=(0, 1, 2),
 )
 
@@ -149,7 +147,6 @@ GPU = dataclasses.replace(
   mixture_rows=8,
   finetune_steps=(200, 1000, 4000),
   finetune_batch=16,
-  once_largest=(),
   train={'dtype': 'bfloat16'},
 )  # fmt: skip
 
@@ -184,7 +181,6 @@ PAPER = dataclasses.replace(
   selection_level=1024,
   finetune_steps=(2000, 4000, 30_000),
   finetune_rate=1.0,
-  once_largest=(),
   budgets=(0.25, 0.5, 1),
   eval_splits=('test',),
   train={
