@@ -28,7 +28,7 @@ Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
 _CSV = (
   'method', 'label', 'kind', 'budget', 'size', 'on', 'domains', 'status', 'loss', 'ppl', 'bpb',
-  'reference', 'difference', 'low', 'high', 'verdict', 'seeds', 'seed_spread', 'params',
+  'reference', 'difference', 'low', 'high', 'verdict', 'seeds', 'loss_by_seed', 'params',
   'generic_tokens', 'generic_flops', 'generic_seconds', 'specialise_tokens', 'specialise_flops',
   'specialise_seconds',
   *(f'total_flops_{n}' for n in NUM_DOMAINS),
@@ -303,7 +303,8 @@ def _line(
   line |= {'params': study.params[method]} if method in study.params else {}
   if loss is not None:
     line |= {'loss': loss.value, 'ppl': math.exp(loss.value), 'bpb': loss.bpb}
-    line |= {'seeds': len(loss.seeds), 'seed_spread': 2 * _half(loss.seeds.values())}
+    by_seed = ' '.join(f'{seed}:{x:.4f}' for seed, x in loss.seeds.items())
+    line |= {'seeds': len(loss.seeds), 'loss_by_seed': by_seed}
   if d is not None:
     line |= {'reference': study.baseline, 'difference': d.value, 'low': d.low, 'high': d.high}
     line['verdict'] = d.verdict
