@@ -254,6 +254,7 @@ def machine() -> dict[str, str]:
     'device': f'{device.platform} {device.device_kind}',
     'processor': f'{platform.machine()}, {os.cpu_count()} cores',
     'load before': f'{os.getloadavg()[0]:.2f}',
+    'GLIBC_TUNABLES': os.environ.get('GLIBC_TUNABLES', 'none'),
     **reference.versions(),
   }
 
