@@ -17,8 +17,11 @@ def get_config():
     'top_k': 0,  # tell only the teacher's k best tokens apart from all others; 0: every token
     # Pull states together too: 'embed', or 'TEACHER:STUDENT' layers, such as '-3:-3' (Minitron)
     'states': (),
-    'on_policy': 0.0,  # this share of the steps is on the student's own text (GKD)
+    'on_policy': 0.0,  # this share of the steps is on the student's own text (GKD) ...
+    'on_policy_from': 0.0,  # ... once this share of all steps is done
+    'on_policy_kl': 'jsd',  # kl of those steps
     'prompt': 16,  # tokens of a row that it starts from
-    'correct': False,  # the teacher learns the next token meanwhile; the student alone is served
+    # Above 0 the teacher learns the next token meanwhile, at this share of the learning rate
+    'correct': 0.0,
   }
   return c

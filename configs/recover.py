@@ -3,7 +3,7 @@
 Forward KL to the teacher's logits alone, over every token at T = 1, on generic text. A teacher that
 was trained on other text can first be corrected (arXiv 2408.11796): fine-tune it here by
 configs/pretrain.py with --config.init=WHOLE and a fifth of its peak, and name that run as teacher.
-Or it is corrected meanwhile: --config.objective.correct=True. `slm.minitron` finds out by a short
+Or it is corrected meanwhile: --config.objective.correct=0.1. `slm.minitron` finds out by a short
 run whether that pays (--config.probe.steps). Where many layers were removed,
 --config.objective.states="('-3:-3', 'embed')" helps.
 """

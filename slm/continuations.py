@@ -12,7 +12,7 @@ moment, the same command continues.
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,15 @@ def make_rewrite(
   return own
 
 
-def turn(seed: int, step: int, share: float) -> bool:
-  """Say whether a step is the student's: `share` of them are, by (seed, step) alone."""
-  return bool(np.random.default_rng([seed, step, 1]).random() < share)
+def turn(cfg: Mapping[str, Any], step: int) -> bool:
+  """Say whether a step is on the student's own text, by (seed, step) alone.
+
+  A share `on_policy` of those after the share `on_policy_from` of all steps are.
+  """
+  objective = cfg['objective']
+  began = step > objective['on_policy_from'] * cfg['steps']
+  drawn = np.random.default_rng([cfg['seed'], step, 1]).random()
+  return bool(began and drawn < objective['on_policy'])
 
 
 def write(

@@ -27,8 +27,8 @@ KL = {
 
 def distill(
   forward: Mapping[str, Callable], chunk: int, temperature: float, mixing: float, kl: str,
-  beta: float = 0.5, top_k: int = 0, states: Sequence[str] = (), correct: bool = False,
-  on_policy: float = 0.0, prompt: int = 0,
+  beta: float = 0.5, top_k: int = 0, states: Sequence[str] = (), correct: float = 0.0,
+  on_policy: float = 0.0, on_policy_from: float = 0.0, on_policy_kl: str = 'jsd', prompt: int = 0,
 ) -> Callable[..., Sums]:  # fmt: skip
   """Minimise (1-mixing) CE + mixing T^2 KL at temperature T (Hinton et al. 2015).
 
@@ -42,12 +42,16 @@ def distill(
   With `states` (see `places`) the two models' states are pulled together too, through
   frozen['projection'] where their widths differ, by a term as large as the KL's: its factor is
   found anew in each microbatch (Minitron, arXiv 2407.14679). With `correct` the teacher itself
-  learns the next token, while what the student sees of it is constant (arXiv 2408.11796). In a
-  share `on_policy` of the steps the batch is the student's own text after `prompt` tokens, see
-  continuations.py; 'jsd' with `beta` is the generalised one of GKD.
+  learns the next token, at that share of the learning rate, while what the student sees of it is
+  constant (arXiv 2408.11796). In a share `on_policy` of the steps after the share `on_policy_from`
+  of them, the batch is the student's own text after `prompt` tokens, see continuations.py, and
+  `on_policy_kl` takes the place of `kl`; 'jsd' with `beta` is the generalised one of GKD.
   """
-  if kl not in KL:
-    raise ValueError(f'objective.kl: expected one of {sorted(KL)}, found {kl!r}')
+  for key, value in (('kl', kl), ('on_policy_kl', on_policy_kl)):
+    if value not in KL:
+      raise ValueError(f'objective.{key}: expected one of {sorted(KL)}, found {value!r}')
+  if not 0 <= correct <= 1:
+    raise ValueError(f'objective.correct={correct}: expected a share of the learning rate in 0..1')
   if not 0 <= mixing <= 1 or temperature <= 0:
     raise ValueError(
       'objective: expected 0 <= mixing <= 1 and temperature > 0, '
@@ -60,8 +64,10 @@ def distill(
       f'objective.beta={beta}: expected more than 0 and less than 1, where kl="forward" and '
       '"reverse" are the ends'
     )
-  if not 0 <= on_policy <= 1:
-    raise ValueError(f'objective.on_policy={on_policy}: expected a share in 0..1')
+  if not 0 <= on_policy <= 1 or not 0 <= on_policy_from < 1:
+    raise ValueError(
+      f'objective.on_policy={on_policy}, on_policy_from={on_policy_from}: expected shares in 0..1'
+    )
   if on_policy and (mixing < 1 or correct):
     raise ValueError(
       f'objective.on_policy={on_policy}: needs mixing=1 and correct=False, for nobody learns the '
@@ -170,6 +176,11 @@ def places(states: Sequence[str], teacher: int, student: int) -> list[tuple[int,
   parts = [pair.partition(':') for pair in states if pair != 'embed']
   found = [(0, 0)] * (len(states) - len(parts))
   return found + [(place(t, teacher), place(s, student)) for t, _, s in parts]
+
+
+def own_share(cfg: Mapping[str, Any]) -> float:
+  """Return the share of all steps that are on the student's own text."""
+  return cfg.get('on_policy', 0.0) * (1 - cfg.get('on_policy_from', 0.0))
 
 
 def flops(

@@ -66,7 +66,9 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     runs['corrected'] = teacher = folder / 'corrected'
     train.train(_correction(cfg, runs['teacher'], cfg['correct']['steps']), teacher)
   elif pays:
-    recover['objective']['correct'] = True
+    # At the rate that the probe tried, not at the student's.
+    rate = cfg['correct']['schedule']['peak'] / recover['schedule']['peak']
+    recover['objective']['correct'] = min(rate, 1.0)
   c = cfg['calibrate']
   commands.calibrate(
     str(teacher), cfg['data'], str(folder / 'stats'), c['set'], c['split'], c['index'], c['rows'],

@@ -91,12 +91,19 @@ def build(
   return tx
 
 
-def each(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Apply a transformation to every part of {name: weights} alone, its clipping included."""
+def each(
+  tx: optax.GradientTransformation, rates: Mapping[str, float]
+) -> optax.GradientTransformation:
+  """Apply a transformation to every part of {name: weights} alone, its clipping included.
+
+  `rates` are the shares of the learning rate that parts have, 1 where none is named.
+  """
 
   def update(grads, states, weights):
     found = {name: tx.update(grads[name], states[name], weights[name]) for name in weights}
-    return tuple({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+    scaled = lambda name, updates: jax.tree.map(lambda u: u * rates.get(name, 1.0), updates)
+    updates = {name: scaled(name, pair[0]) for name, pair in found.items()}
+    return updates, {name: pair[1] for name, pair in found.items()}
 
   init = lambda weights: {name: tx.init(x) for name, x in weights.items()}
   return optax.GradientTransformation(init, update)

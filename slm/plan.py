@@ -91,7 +91,7 @@ def plan(
     copies = 4 if cfg['objective'].get('correct') else 1  # with its gradient and moments
     memory['teacher'] = 4.0 * copies * sum(num_params(teacher).values()) / math.prod(sizes[1:3])
   tokens = d['batch_size'] * context
-  own = cfg['objective'].get('on_policy', 0.0)  # the student writes these itself first
+  own = distill.own_share(cfg['objective'])  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
   step_flops += 3 * reparam.materialize_flops(rep, theta, groups)
   steps, peak = cfg['steps'], CHIPS[chip].flops

@@ -86,7 +86,7 @@ def _cached(cfg: Mapping[str, Any], student: models.Model) -> Teacher:
       )
   mode, objective = found.about['mode'], cfg['objective']
   kinds = ('forward',) if mode == 'sampled' else ('forward', 'reverse', 'jsd', 'cosine')
-  fixed = {'temperature': 1.0, 'top_k': 0, 'states': [], 'correct': False, 'on_policy': 0.0}
+  fixed = {'temperature': 1.0, 'top_k': 0, 'states': [], 'correct': 0.0, 'on_policy': 0.0}
   for key, value in fixed.items():
     if objective.get(key, value) != value:
       raise ValueError(f'objective.{key}={objective[key]}: with a teacher_cache expected {value}')

@@ -22,6 +22,7 @@ from slm import (
   cli,
   continuations,
   data,
+  distill,
   evaluate,
   files,
   load,
@@ -145,7 +146,7 @@ class _Run:
     if self.reparam.base:
       self.frozen['base'] = load.base(cfg, self.reparam, mesh)
     student = reparam.map_groups(self.reparam, taught.forward['student'])
-    objective = objectives.build(cfg['objective'], {**taught.forward, 'student': student})
+    passes = {**taught.forward, 'student': student}
     self.schedule = optim.schedule(cfg['schedule'], cfg['steps'])
     self.tx = optim.build(cfg['optim'], self.schedule, self.reparam.independent)
     self.parts = taught.parts
@@ -155,15 +156,21 @@ class _Run:
           f'objective: a teacher or projection is trained with one student, and reparam '
           f'{cfg["reparam"]["name"]!r} holds several'
         )
-      self.tx = optim.each(self.tx)
-    sums = make_sums(objective, self.reparam, cfg['dtype'])
-    self.step = make_train_step(sums, self.tx, self.reparam.independent)
+      self.tx = optim.each(self.tx, {'teacher': float(cfg['objective'].get('correct', 0.0))})
+
+    def step(**other):
+      objective = objectives.build({**cfg['objective'], **other}, passes)
+      sums = make_sums(objective, self.reparam, cfg['dtype'])
+      return make_train_step(sums, self.tx, self.reparam.independent)
+
+    self.step = step()
     d = cfg['data']
     groups = d['batch_size'] // d['rows_per_group']
     self.batches = self._open_data(groups // d['accum'], taught.look_up)
-    share, self.rewrite = cfg['objective'].get('on_policy', 0.0), None
+    share, self.rewrite = distill.own_share(cfg['objective']), None
     if share:
       self.rewrite = continuations.make_rewrite(self.model, self.reparam, cfg, mesh)
+      self.own_step = step(kl=cfg['objective']['on_policy_kl'])
     positions = d['batch_size'] * cfg['context']
     self.step_flops = positions * (
       (3 + share) * forward_flops(self.model.cfg, cfg['context']) + taught.flops
@@ -280,19 +287,24 @@ class _Run:
     with checkpoint.Checkpoints(folder, keep['keep'], marks) as saved:
       state = self.restore(saved) if began else state
       rundir.write_run(self.workdir, cfg, int(state.step))
-      start, compiled, stop = int(state.step), None, False
+      start, compiled, stop = int(state.step), {}, False
       with self.recorder(start) as record, checkpoint.StopSignal() as asked:
         for step in range(start + 1, cfg['steps'] + 1):
           if record.exhausted:
             break
           batch = self.global_batch(next(self.batches))
-          if compiled is None:
-            jitted = jax.jit(self.step, donate_argnums=0, out_shardings=(self.layout, None))
-            compiled = jitted.lower(state, self.frozen, batch).compile()
+          own = self.rewrite and continuations.turn(cfg, step)
+          if own not in compiled:
+            jitted = jax.jit(
+              self.own_step if own else self.step,
+              donate_argnums=0,
+              out_shardings=(self.layout, None),
+            )
+            compiled[own] = jitted.lower(state, self.frozen, batch).compile()
           record.dispatch()
-          if self.rewrite and continuations.turn(cfg['seed'], step, cfg['objective']['on_policy']):
+          if own:
             batch = self.rewrite(teacher.split(state.theta)[0], self.frozen, batch, step)
-          state, metrics = compiled(state, self.frozen, batch)
+          state, metrics = compiled[own](state, self.frozen, batch)
           record.dispatched(step, metrics)
           final, stop = step == cfg['steps'], asked(step)
           if due(cfg['eval']['every']) or final:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from experiments.minitron.results import Found
+from experiments.minitron.results import CANDIDATES, Found
 from experiments.minitron.students import AGGREGATORS
 from slm.verdicts import Evidence, judged, lower, not_run, verdict
 
 SAME = 0.01  # nats per token that nobody would pay for
+SETTLED = 0.8  # Kendall's tau of ranks that are as good as final
 
 
 def _lower(f: Found, *pairs: tuple[str, str], cut: bool = False) -> list[Evidence]:
@@ -32,9 +33,10 @@ def _pair(tokens: str, sequences: str) -> str:
 
 
 def aggregators(f: Found) -> list[Evidence]:
-  """(batch L2, sequence mean) is best as cut: of all nine pairs."""
+  """The mean over a sequence is best as cut, whatever sums up sequences; chance is worst."""
+  pairs = [(_pair('mean', s), _pair(t, s)) for s in AGGREGATORS for t in ('l2', 'var')]
   others = [_pair(t, s) for t in AGGREGATORS for s in AGGREGATORS]
-  return _lower(f, *(('width', o) for o in others if o != 'width'), cut=True)
+  return _lower(f, *pairs, *((o, 'random') for o in others), cut=True)
 
 
 def activations_beat_others(f: Found) -> list[Evidence]:
@@ -43,8 +45,8 @@ def activations_beat_others(f: Found) -> list[Evidence]:
 
 
 def width_beats_depth(f: Found) -> list[Evidence]:
-  """At equal size width recovers better than both, and both better than depth."""
-  return _lower(f, ('width', 'both'), ('both', 'depth'))
+  """At equal size width recovers better than both, both better than depth; not so as cut."""
+  return _lower(f, ('both', 'width'), cut=True) + _lower(f, ('width', 'both'), ('both', 'depth'))
 
 
 def hidden_channels_pay_later(f: Found) -> list[Evidence]:
@@ -58,8 +60,8 @@ def scoring_once(f: Found) -> list[Evidence]:
 
 
 def at_once(f: Found) -> list[Evidence]:
-  """Deleting layers at once beats deleting and recovering one by one, at equal tokens."""
-  return _lower(f, ('depth', 'one_by_one'))
+  """Deleting layers at once beats deleting and recovering in steps, at equal tokens."""
+  return _lower(f, ('depth', 'in_thirds'))
 
 
 def ladder(f: Found) -> list[Evidence]:
@@ -73,9 +75,9 @@ def distilling_beats_training(f: Found) -> list[Evidence]:
 
 
 def divergences(f: Found) -> list[Evidence]:
-  """Forward KL beats cosine, reverse KL and squared error; and mixing in the next-token loss."""
-  others = ('cosine', 'reverse', 'mse', 'wsl', 'kl_and_lm')
-  return _lower(f, *(('width', o) for o in others), ('depth', 'depth_reverse'))
+  """Forward KL, cosine, reverse KL, squared error in this order; alone and unweighted."""
+  order = ('width', 'cosine'), ('cosine', 'reverse'), ('reverse', 'mse')
+  return _lower(f, *order, ('width', 'wsl'), ('width', 'kl_and_lm'), ('depth', 'depth_reverse'))
 
 
 def temperature(f: Found) -> list[Evidence]:
@@ -109,6 +111,26 @@ def correction_meanwhile(f: Found) -> list[Evidence]:
   return _no_worse(f, ('domain_together', 'domain_corrected'))
 
 
+def last_phase(f: Found) -> list[Evidence]:
+  """The model that the last phase of training left is better to cut than the one before."""
+  return _lower(f, ('domain_last', 'domain_corrected'))
+
+
+def ranks(f: Found) -> list[Evidence]:
+  """Three quarters into a recovery its candidates rank as they will at its end."""
+  what = f"Kendall's tau of {len(CANDIDATES)} students' ranks at 3/4 and at the end, by seed"
+  if not (found := f.stability()):
+    return [not_run(what)]
+  taus = ', '.join(f'{tau:.2f}' for tau in found)
+  agrees = True if min(found) >= SETTLED else False if max(found) < SETTLED else None
+  return [Evidence(what, agrees, taus, single=len(found) == 1)]
+
+
+def searching(f: Found) -> list[Evidence]:
+  """The shape that a search finds is no worse than the one written down (ours)."""
+  return _no_worse(f, ('searched', 'width'))
+
+
 def windows(f: Found) -> list[Evidence]:
   """A contiguous window of layers is better to delete than the individually least important."""
   return _lower(f, ('depth_window', 'depth'), ('depth_window', 'depth_perplexity'))
@@ -125,31 +147,34 @@ def gains(f: Found) -> list[Evidence]:
 
 
 def own_text(f: Found) -> list[Evidence]:
-  """A quarter of the steps on the student's own text beats none, by the same loss (ours)."""
-  return _lower(f, ('on_policy', 'jsd'))
+  """The last quarter of a recovery is better on the student's own text (ours)."""
+  return _lower(f, ('own_text', 'width'))
 
 
-# The papers' claims, and two that are ours.
+# The papers' claims, and three that are ours.
 CLAIMS: tuple[tuple[str, Callable[[Found], list[Evidence]]], ...] = (
-  ('The mean over a sequence, then L2 over sequences is the best aggregate (P1)', aggregators),
+  ('The mean over a sequence is the best aggregate as cut (P1)', aggregators),
   ('Activations are the best criterion (P1)', activations_beat_others),
-  ('Width recovers better than depth at equal size, both in between (P1)', width_beats_depth),
+  ('Width is better than depth at equal size, but only after recovery (P1)', width_beats_depth),
   ('Cutting channels looks worse at first and is better after (P1)', hidden_channels_pay_later),
   ('Scoring once is as good as scoring again between cuts (P1)', scoring_once),
   ('Cutting layers at once beats cutting in steps at equal tokens (P1)', at_once),
   ('A large cut is better made in two steps (P1)', ladder),
   ('Distillation beats the next-token loss at equal compute (P1)', distilling_beats_training),
-  ('Forward KL alone is the best loss (P1)', divergences),
+  ('Forward KL alone is best, then cosine, reverse KL, squared error (P1)', divergences),
   ('Temperature 1 is best (P1)', temperature),
   ('Few tokens of the teacher are worse, many as good (P1)', whole_vocabulary),
   ('Hidden states help only where the depth is halved (P1)', states),
   ('A scored cut beats a random cut beats random weights, whatever the loss (P2)', starts),
   ('Correcting the teacher helps on other text, and only there (P2)', correction),
   ('Correcting it meanwhile is as good as before (P2)', correction_meanwhile),
+  ("The last phase's model is better to cut than the one before (P1)", last_phase),
+  ('Three quarters of a short recovery settle the ranks (P1)', ranks),
   ('A contiguous window of layers is better to delete (P2)', windows),
   ('Heads are better kept than neurons (P2)', keep_heads),
   ('Making up for smaller norms helps (no paper says)', gains),
-  ("Text of the student's own is better to learn on (no paper says)", own_text),
+  ("The student's own text is better to end on (no paper says)", own_text),
+  ('A search finds a shape no worse than ours (no paper says)', searching),
 )
 
 

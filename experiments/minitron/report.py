@@ -132,13 +132,12 @@ def _recovery(f: Found) -> plots.Plot | None:
   figure = Figure(figsize=(7.6, 4.2), layout='constrained')
   ax, drawn = figure.subplots(), 0
   for name, colour in {**COLOURS, 'mlp': '#cc79a7'}.items():
-    if name == TEACHER or not f.runs(name):
+    if name not in f.curves:
       continue
-    curves = []
-    for run in f.runs(name):
-      lines = [line for line in rundir.read_metrics(run) if 'eval_loss' in line]
-      curves.append(([line['tokens'] for line in lines], [line['eval_loss'] for line in lines]))
-    tokens, losses = np.mean([c[0] for c in curves], 0), np.array([c[1] for c in curves])
+    tokens, losses = np.array(list(f.curves[name].values())).transpose(2, 0, 1)
+    # As cut on the test rows, of the same text.
+    tokens = np.append(0, tokens.mean(0))
+    losses = np.insert(losses, 0, f.cut[name].value, axis=1)
     ax.plot(tokens, losses.mean(0), color=colour, label=name)
     ax.fill_between(tokens, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
     drawn += 1
@@ -148,7 +147,7 @@ def _recovery(f: Found) -> plots.Plot | None:
   ax.legend(frameon=False)
   caption = (
     'Held-out loss while students of about equal size learn from the whole model: the mean and '
-    'the range over seeds, from the first evaluation on.'
+    'the range over seeds, on validation rows; as cut, at the left end, on test rows.'
   )
   return plots.save(figure, 'recovery', 'Width, depth, both', caption)
 
@@ -228,7 +227,7 @@ _STUDENTS = (
   "Students of the domain are measured on the domain's text and not compared with the others."
 )
 _HEADLINE = (
-  'The shape of the student `width`, trained from nothing for 1 to 36 times its tokens, each run '
+  'The shape of the student `width`, trained from nothing for 1 to 32 times its tokens, each run '
   "with a schedule of its own. The last column adds the teacher's whole training to the student's."
 )
 _TASKS = (

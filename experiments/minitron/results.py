@@ -7,24 +7,38 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 from experiments.minitron.scales import Scale
-from experiments.minitron.students import LENGTHS, STUDENTS, cut_run
-from slm import comparison, files, models, rundir
+from experiments.minitron.students import LENGTHS, SEARCHED, STUDENTS, cut_run
+from slm import comparison, data, files, models, rundir
 from slm.comparison import Cost, Difference, Loss
 from slm.models.decoder import DecoderConfig, forward_flops, num_params
 
 TEACHER = 'teacher'
+# Students of about equal size that are distilled alike, and so compete.
+CANDIDATES = tuple(
+  s.name
+  for s in STUDENTS
+  if (s.seeds, s.steps, s.parent, s.guide, s.domain) == (3, 1.0, '', TEACHER, False)
+  and s.shape not in ('quarter', SEARCHED)
+  and s.cut is not None
+  and not s.set
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """Everything that was run: by student, its losses as cut and as trained, and its costs."""
+  """Everything that was run: by student, its losses as cut and as trained, and its costs.
+
+  `curves` are the validation losses while a seed trained: (tokens, nats per token).
+  """
 
   root: Path
   scale: Scale
   cut: dict[str, Loss]
   trained: dict[str, Loss]
+  curves: dict[str, dict[int, list[tuple[float, float]]]] = dataclasses.field(default_factory=dict)
 
   def gap(self, a: str, b: str, cut: bool = False) -> Difference | None:
     """Return the difference in loss of two students, a minus b; None if one was not run."""
@@ -43,6 +57,19 @@ class Found:
     names = (TEACHER, *self.trained)
     return {n: shape(self.runs(n)[0]) for n in names if self.runs(n)}
 
+  def stability(self) -> list[float]:
+    """Return Kendall's tau, by seed, of CANDIDATES' ranks at 3/4 of their recovery and at its end.
+
+    By the loss on validation rows, of seeds that all of them have.
+    """
+    curves = [self.curves.get(name, {}) for name in CANDIDATES]
+    found = []
+    for seed in sorted(set.intersection(*(set(c) for c in curves))):
+      mine = [c[seed] for c in curves]
+      middle = [np.interp(0.75 * c[-1][0], *np.transpose(c)) for c in mine]
+      found.append(float(scipy.stats.kendalltau(middle, [c[-1][1] for c in mine])[0]))
+    return found
+
   def params(self, name: str) -> int:
     """Count a student's parameters."""
     return sum(num_params(self.shapes[name]).values())
@@ -55,23 +82,32 @@ class Found:
   def total(self, name: str) -> Cost:
     """Add what the students that it was cut from and the calibrations took; not the teacher's own.
 
-    A teacher that was corrected for it counts too.
+    A teacher that was corrected for it counts too, and the search for its shape.
     """
     student = next(s for s in STUDENTS if s.name == name)
-    found = self.training(name)
-    first = self.runs(name)[0]
-    start = Path(rundir.read_config(first)['init']).name
+    found, before = self.training(name), {student.guide}
+    start = Path(rundir.read_config(self.runs(name)[0])['init']).name
     while start not in ('', TEACHER):  # by name: the study's directory may have moved
-      found += comparison.training_cost(self.root / 'runs' / start) or Cost()
+      before.add(start)
       start = Path(rundir.read_config(self.root / 'runs' / start)['init']).name
-    if student.guide not in ('', TEACHER):
-      found += comparison.training_cost(self.root / 'runs' / student.guide) or Cost()
+    for run in before - {'', TEACHER}:
+      found += comparison.training_cost(self.root / 'runs' / run) or Cost()
+    if student.shape == SEARCHED:
+      found += search_cost(self.root / 'search')
     return found
 
 
 def shape(run: Path) -> DecoderConfig:
   """Read a run's shape."""
   return models.build(rundir.read_config(run)['model']).cfg
+
+
+def search_cost(folder: Path) -> Cost:
+  """Return what a search took, its calibration apart."""
+  found = files.read_json(folder / 'search.json')
+  runs = [folder / f'{s}-{i}' for i, rung in enumerate(found['rungs'], 1) for s in rung['loss']]
+  spent = sum((comparison.training_cost(run) or Cost() for run in runs), Cost())
+  return spent + Cost(flops=found['zero_shot_flops'])
 
 
 def equal_steps(run: Path, teacher: Path) -> int:
@@ -84,12 +120,15 @@ def equal_steps(run: Path, teacher: Path) -> int:
 def read(scale: Scale, root: Path) -> Found:
   """Read every evaluation; students of one set are resampled alike."""
   rows: dict[str, dict[tuple[str, str, int], np.ndarray]] = {'generic': {}, scale.domain: {}}
+  curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
   for student in STUDENTS:
     on = scale.domain if student.domain else 'generic'
     for seed in scale.seeds[: max(student.seeds, 1)]:
       path = root / 'runs' / f'{student.name}-{seed}'
       if (path / 'result.json').exists():
         rows[on]['trained', student.name, seed] = _rows(path, on)
+        lines = [line for line in rundir.read_metrics(path) if 'eval_loss' in line]
+        curves.setdefault(student.name, {})[seed] = [(x['tokens'], x['eval_loss']) for x in lines]
       cut = root / 'runs' / cut_run(student, seed)
       measured = seed != scale.seeds[0] and cut.name == cut_run(student, scale.seeds[0])
       if student.cut is not None and not measured and (cut / 'result.json').exists():
@@ -103,15 +142,17 @@ def read(scale: Scale, root: Path) -> Found:
     tokens = next(iter(mine.values()))[:, 1]
     nll = np.stack([x[:, 0] for x in mine.values()], axis=1)
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
+    documents = data.spaced(documents, scale.test_rows)
     many = documents if len(np.unique(documents)) > 1 else ()
     drawn = comparison.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
-    num_bytes = files.read_json(root / 'data' / 'manifest.json')['sets'][on]['test']['bytes']
+    facts = data.manifest(root / 'data')['sets'][on]['test']
+    num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
     for i, (stage, name, seed) in enumerate(mine):
       loss = found[stage].setdefault(name, Loss({}, {}, {}))
       loss.seeds[seed] = float(nll[:, i].sum() / tokens.sum())
       loss.bits[seed] = float(nll[:, i].sum()) / math.log(2) / num_bytes
       loss.replicates[seed] = drawn[:, i]
-  return Found(root, scale, found['cut'], found['trained'])
+  return Found(root, scale, found['cut'], found['trained'], curves)
 
 
 def _rows(run: Path, on: str) -> np.ndarray:

@@ -17,10 +17,10 @@ from experiments import common
 from experiments.minitron import report, results
 from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
-from experiments.minitron.students import CORRECTED, SERVED, STUDENTS, Student, cut_run
+from experiments.minitron.students import CORRECTED, SEARCHED, SERVED, STUDENTS, Student, cut_run
 from slm import cli, data, evaluate, rundir, sharding, tasks, train
-from slm.models.decoder import DecoderConfig
-from slm.prune import commands, slicing
+from slm.models.decoder import DecoderConfig, num_params
+from slm.prune import commands, search, slicing
 
 BY_NAME = {s.name: s for s in STUDENTS}
 _ITEMS = 1000  # of a task file, the first
@@ -44,7 +44,8 @@ class Study:
       'data.batch_size': s.batch_size,
       'schedule.peak': peak,
       'schedule.warmup': min(max(steps // 20, 1), steps - 1),
-      'eval.every': max(steps // 12, 1),
+      'eval.every': max(steps // 8, 1),
+      'eval.max_rows': s.eval_rows,
       'checkpoint.every': max(steps // 4, 1),
       'tensorboard': False,
       **s.train,
@@ -60,7 +61,8 @@ class Study:
     """Evaluate a run on a set's test split, unless that was done."""
     folder = rundir.evaluations(path)
     if not (folder / f'{on}-test.npy').exists():
-      evaluate.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32)
+      rows = self.scale.test_rows
+      evaluate.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32, max_rows=rows)
     return path
 
   def teachers(self) -> None:
@@ -89,15 +91,32 @@ class Study:
   def cut(self, student: Student, seed: int) -> Path:
     """Cut a student from its parent; those that are cut alike share the run."""
     how, path = dict(student.cut or {}), self.runs / cut_run(student, seed)
-    parent = self.runs / TEACHER
+    parent = self.runs / student.whole
     if student.parent:
       of = BY_NAME[student.parent]
       parent = self.trained(of, seed) if of.seeds else self.cut(of, seed)
     stats = self.calibrated(parent, self.on(student))
-    sizes = commands.read_sizes(self.scale.shapes[student.shape])
+    sizes = self.searched() if student.shape == SEARCHED else self.sizes(student)
     how |= {'seed': seed} if how.get('by') == 'random' else {}
     commands.cut(str(parent), [str(stats)], sizes, str(path), align=self.scale.align, **how)
     return self.evaluate(path, self.on(student))
+
+  def sizes(self, student: Student) -> dict[str, int]:
+    """Return what a student keeps of each axis."""
+    return commands.read_sizes(self.scale.shapes[student.shape])
+
+  def searched(self) -> dict[str, int]:
+    """Search for the best shape no larger than `width`, by a quarter of a recovery's steps."""
+    s, teacher = self.scale, self.runs / TEACHER
+    whole = results.shape(teacher)
+    most = sum(num_params(slicing.shape(whole, _first(self.sizes(BY_NAME['width'])))).values())
+    settings = self.settings(0, max(s.steps // 4, 1), s.peak, 'generic')
+    grid = search.read_grid(s.grid, whole)
+    found = search.search(
+      str(teacher), str(self.calibrated(teacher, 'generic')), self.root / 'search',
+      common.config('recover', settings), grid, search.Bounds(params=most),
+    )  # fmt: skip
+    return found['sizes']
 
   def trained(self, student: Student, seed: int) -> Path:
     """Train a student."""
@@ -108,11 +127,9 @@ class Study:
     settings = self.settings(seed, steps, s.peak, on)
     if student.cut is None:
       vocab = data.manifest(self.root / 'data')['tokenizer']['vocab']
-      sizes = commands.read_sizes(s.shapes[student.shape])
-      kept = {axis: np.arange(n) for axis, n in sizes.items()}
-      shape = slicing.shape(DecoderConfig(vocab=vocab, **s.teacher), kept)
+      shape = slicing.shape(DecoderConfig(vocab=vocab, **s.teacher), _first(self.sizes(student)))
       settings |= {f'model.{key}': getattr(shape, key) for key in s.teacher}
-      settings['schedule.peak'] = s.teacher_peak  # random weights want the rate of a pretraining
+      settings['schedule.peak'] = s.scratch_peak
     else:
       settings['init'] = str(self.cut(student, seed))
     if student.guide:
@@ -143,6 +160,11 @@ class Study:
         self.trained(student, seed)
       else:
         self.cut(student, seed)
+
+
+def _first(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+  """Keep the first of each axis, where only the shape matters."""
+  return {axis: np.arange(n) for axis, n in sizes.items()}
 
 
 def main(_: list[str]) -> None:

@@ -16,11 +16,15 @@ class Scale:
   teacher_steps: int
   teacher_peak: float
   shapes: dict[str, str]  # what is kept, by name
+  grid: str  # sizes that the search tries
   steps: int  # of a recovery
   peak: float  # learning rate of every recovery
+  scratch_peak: float  # of every training from nothing
   correct_peak: float  # of training a finished teacher on: a tenth, so that it loses nothing
-  batch_size: int = 16
-  calibration: int = 512  # rows
+  batch_size: int = 8
+  calibration: int = 1024  # rows
+  eval_rows: int = 128  # of the validation split, while a run trains
+  test_rows: int = 1024  # evenly spaced, of the test split, for every model; 0: all
   align: int = 8  # of widths
   seeds: tuple[int, ...] = (0, 1, 2)
   tasks: tuple[str, ...] = ()  # files below the corpus directory, put to what is served
@@ -30,32 +34,34 @@ class Scale:
 _SPLITS = ('train', 'validation', 'test')
 _general = {s: f'general/{s}.jsonl.gz' for s in _SPLITS}
 
-# 0.91M parameters, cut to 0.5M and to 0.22M; recovered on 1.2M tokens, 2.4 of them a parameter.
+# 0.71M parameters trained on 14.3M tokens, cut to 0.40M and to 0.18M; a recovery is 0.3M tokens,
+# about as many a parameter as the ablations of arXiv 2407.14679 have.
 CPU = Scale(
   title='Half of a small model, on general text',
   sources={'generic': _general, 'law': {s: f'law/{s}.jsonl.gz' for s in _SPLITS}},
-  prepare={'tokenizer.vocab': 1024, 'context': 256, 'levels': (16,), 'fit_windows': 20_000},
+  prepare={'tokenizer.vocab': 1024, 'context': 128, 'levels': (16,), 'fit_windows': 20_000},
   domain='law',
   teacher={
-    'embed': 96, 'num_layers': 8, 'num_heads': 6, 'num_kv_heads': 3, 'head_dim': 16, 'mlp': 256,
+    'embed': 96, 'num_layers': 6, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 24, 'mlp': 256,
   },
-  teacher_steps=7000,
-  teacher_peak=5e-3,
+  teacher_steps=14_000,
+  teacher_peak=3e-3,
   shapes={
     'width': 'embed=64,mlp=192',
-    'depth': 'layers=4',
-    'both': 'layers=6,embed=80,mlp=192',
+    'depth': 'layers=3',
+    'both': 'layers=4,embed=88,mlp=208',
     'mlp': 'mlp=80',
-    'heads': 'heads=3,mlp=112',
+    'heads': 'heads=2,mlp=112',
     'near': 'embed=80,mlp=224',
     'quarter': 'embed=40,mlp=96',
-    'minus_1': 'layers=7',
-    'minus_2': 'layers=6',
-    'minus_3': 'layers=5',
+    'minus_1': 'layers=5',
+    'minus_2': 'layers=4',
   },
-  steps=300,
+  grid='embed=96:88:80:72:64,mlp=256:224:192:160,layers=6:5:4',
+  steps=320,
   peak=4e-3,  # see the README
-  correct_peak=4e-4,
+  scratch_peak=1.2e-2,
+  correct_peak=3e-4,
   tasks=tuple(f'eval/{name}.jsonl.gz' for name in ('arc_easy', 'piqa', 'lambada')),
 )  # fmt: skip
 
@@ -67,7 +73,6 @@ SMOKE = dataclasses.replace(
   prepare={'tokenizer.name': 'bytes', 'context': 64, 'levels': (4,), 'fit_windows': 500, 'dims': 8},
   teacher_steps=30,
   steps=4,
-  batch_size=8,
   calibration=32,
   seeds=(0,),
   tasks=(),
@@ -96,13 +101,16 @@ GPU = dataclasses.replace(
     'near': 'embed=640,mlp=1792',
     'quarter': 'embed=320,mlp=896',
     'minus_1': 'layers=10',
-    'minus_2': 'layers=9',
-    'minus_3': 'layers=7',
+    'minus_2': 'layers=8',
   },
+  grid='embed=768:704:640:576:512,mlp=2048:1792:1536:1280,layers=12:10:8',
   steps=3000,
   peak=4e-4,
+  scratch_peak=1e-3,
   correct_peak=4e-5,
   batch_size=64,
+  eval_rows=512,
+  test_rows=0,
   align=64,
   train={'dtype': 'bfloat16'},
 )  # fmt: skip

@@ -15,9 +15,10 @@ class Student:
 
   Attributes:
     name: of its runs.
-    shape: a name of the scale's shapes.
+    shape: a name of the scale's shapes, or SEARCHED.
     cut: options of slm.prune cut; None draws random weights of that shape instead.
-    parent: the student that is cut, '' for the teacher; one without seeds is cut as it was cut.
+    whole: the model that is cut: 'teacher' or a corrected one.
+    parent: the student that is cut instead; one without seeds is cut as it was cut.
     guide: whose logits it learns: 'teacher' or a corrected one, '' for the next-token loss.
     domain: is calibrated and trained on the domain's set instead of the generic one.
     set: dotted config keys of its training.
@@ -29,6 +30,7 @@ class Student:
   name: str
   shape: str = 'width'
   cut: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+  whole: str = 'teacher'
   parent: str = ''
   guide: str = 'teacher'
   domain: bool = False
@@ -40,9 +42,10 @@ class Student:
 
 # Teachers trained on a little more: on the domain, and on their own text as the control.
 CORRECTED = {'corrected': True, 'corrected_control': False}
+SEARCHED = 'searched'  # the shape that slm.prune.search found
 SERVED = ('width', 'depth', 'both')  # of about equal size: their speed and answers are measured
 AGGREGATORS = ('mean', 'l2', 'var')
-LENGTHS = (2, 4, 8, 16, 36)  # of training from nothing, in recoveries; the last pays a teacher too
+LENGTHS = (2, 4, 8, 16, 32)  # of training from nothing, in recoveries
 
 
 def _kl(**keys: Any) -> dict[str, Any]:
@@ -94,22 +97,24 @@ STUDENTS = (
   # Hidden states too, where the depth is kept and where it is halved.
   Student('width_states', set=_kl(states=('embed', '-3:-3'))),
   Student('depth_states', 'depth', set=_kl(states=('embed', '-3:-3'))),
-  # A quarter of the steps on the student's own text.
-  Student('on_policy', set=_kl(on_policy=0.25, kl='jsd')),
+  # The last quarter of the steps on the student's own text.
+  Student('own_text', set=_kl(on_policy=1.0, on_policy_from=0.75)),
   # Scored again on the way; cut, trained and cut again.
   Student('half_way', 'near', seeds=0),
   Student('scored_twice', parent='half_way'),
-  Student('one_by_one', 'depth', parent='one_by_one_3', steps=0.25),
-  Student('one_by_one_3', 'minus_3', parent='one_by_one_2', steps=0.25),
-  Student('one_by_one_2', 'minus_2', parent='one_by_one_1', steps=0.25),
-  Student('one_by_one_1', 'minus_1', steps=0.25),
+  Student('in_thirds', 'depth', parent='in_thirds_2', steps=1 / 3),
+  Student('in_thirds_2', 'minus_2', parent='in_thirds_1', steps=1 / 3),
+  Student('in_thirds_1', 'minus_1', steps=1 / 3),
   Student('quarter', 'quarter'),
   Student('first_half', steps=0.5),
   Student('ladder', 'quarter', parent='first_half', steps=0.5),
+  # The shape that a search finds, of those no larger than `width`.
+  Student('searched', SEARCHED),
   # Text that the teacher has not seen.
   Student('domain', domain=True),
   Student('domain_corrected', domain=True, guide='corrected'),
-  Student('domain_together', domain=True, set=_kl(correct=True)),
+  Student('domain_together', domain=True, set=_kl(correct=0.1)),
+  Student('domain_last', domain=True, whole='corrected', guide='corrected'),
   Student('control_corrected', guide='corrected_control'),
 )
 
@@ -119,7 +124,7 @@ def cut_run(student: Student, seed: int) -> str:
 
   A cut of a trained student, or at random, is another for every seed.
   """
-  what = lambda s: (s.shape, s.cut, s.parent, s.domain)
+  what = lambda s: (s.shape, s.cut, s.whole, s.parent, s.domain)
   first = next(s for s in STUDENTS if what(s) == what(student))
   drawn = student.parent or (student.cut or {}).get('by') == 'random'
   return f'cut-{first.name}' + (f'-{seed}' if drawn else '')

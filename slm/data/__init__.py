@@ -362,6 +362,11 @@ def check_tokenizer(path: str, fingerprint: str) -> None:
     )
 
 
+def spaced(values: np.ndarray, most: int) -> np.ndarray:
+  """Take at most so many values, evenly spaced; 0 takes all."""
+  return values[np.arange(most) * len(values) // most] if 0 < most < len(values) else values
+
+
 def evaluation_batches(
   path: str,
   set: str,
@@ -378,9 +383,7 @@ def evaluation_batches(
   id -1 and weight 0. `max_rows` takes that many rows, evenly spaced.
   """
   data = Split(path, set, split, index, level)
-  ids = data.ids
-  if 0 < max_rows < len(ids):
-    ids = ids[np.arange(max_rows) * len(ids) // max_rows]
+  ids = spaced(data.ids, max_rows)
   clusters = data.clusters[ids] if level else np.zeros(len(ids), np.int32)
   for cluster in np.unique(clusters).tolist():
     chosen = ids[clusters == cluster]

@@ -65,4 +65,4 @@ def _objective(found: dict[str, Any]) -> str:
   return f'{found["name"]} ({how})' if how else found['name']
 
 
-_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'correct')
+_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'on_policy_from', 'correct')

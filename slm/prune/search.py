@@ -121,7 +121,8 @@ def search(
 
   By shape: 'parameters', 'token_ms' (if bounded), 'zero_shot', the held-out loss as cut. 'rungs'
   are the rounds of training: 'steps', 'loss' after them, and 'stability', Kendall's tau between the
-  ranks in this round and the one before. 'flops' is what all of it took.
+  ranks in this round and the one before. 'sizes' are those of the 'best' shape, 'flops' is what
+  all of it took.
 
   Raises:
     ValueError: if no shape is within the bounds, or the directory holds another search.
@@ -174,7 +175,7 @@ def search(
   trained = sum(phase['flops'] for ledger in ledgers for phase in ledger['phases'])
   calibration = commands.read(Path(stats), finished=True)[0]['flops']
   spent = calibration + found['zero_shot_flops'] + trained
-  found |= {'best': left[0], 'flops': spent}
+  found |= {'best': left[0], 'sizes': sizes[left[0]], 'flops': spent}
   save()
   return found
 
