@@ -82,7 +82,7 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   card.write(folder / 'export', how['licence'])
   found |= _summary(runs | {'cut': folder / 'cut', 'student': folder / 'student'}, cfg)
   if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
-    found['verified'] = verify.verify([folder / 'export'], how['tolerance'])
+    found['verified'] = verify.verify([folder / 'export', folder / 'student'], how['tolerance'])
     if found['verified'] > how['tolerance']:
       raise ValueError(
         f'{folder / "export"}: transformers computes other logits, by {found["verified"]:.3g}'

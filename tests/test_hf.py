@@ -1,6 +1,7 @@
 """Models of `transformers` in and out: identical bytes, equal logits, refusals by name."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -13,11 +14,13 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import toy
+from test_tokenizer import huggingface_file
 
 from slm import load, sharding, train
 from slm.data import prepare, tokenizer
 from slm.hf import card, convert, families, verify, weights
 from slm.models.config import DecoderConfig
+from slm.prune import commands
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -44,7 +47,8 @@ CASES = {
   'llama_bias': ('Llama', {'attention_bias': True, 'mlp_bias': True, 'num_key_value_heads': 1}),
   'mistral': ('Mistral', {'sliding_window': 24, 'hidden_size': 40}),
   'mistral_full': ('Mistral', {'sliding_window': None}),
-  'qwen2': ('Qwen2', {'head_dim': 12}),
+  'llama_gqa8': ('Llama', {'num_attention_heads': 16, 'num_key_value_heads': 2, 'head_dim': 10}),
+  'qwen2': ('Qwen2', {}),
   'qwen2_window': (
     'Qwen2',
     {'use_sliding_window': True, 'sliding_window': 20, 'max_window_layers': 1, 'head_dim': 12},
@@ -53,18 +57,23 @@ CASES = {
   'qwen3_bias': ('Qwen3', {'attention_bias': True, 'num_key_value_heads': 4}),
   'smollm2': ('Llama', {'num_attention_heads': 8, 'num_key_value_heads': 8, 'head_dim': 6}),
   'smollm3': (
-    'SmolLM3', {'num_hidden_layers': 5, 'no_rope_layer_interval': 2, 'head_dim': 12}
+    'SmolLM3', {'num_hidden_layers': 5, 'no_rope_layer_interval': 2}
   ),
   'gemma2': ('Gemma2', {'sliding_window': 16, 'query_pre_attn_scalar': 24}),
+  'gemma2_mha': ('Gemma2', {'num_key_value_heads': 4, 'head_dim': 20, 'vocab_size': 99}),
   'gemma3': (
     'Gemma3Text',
     {'sliding_window': 16, 'num_hidden_layers': 7, 'query_pre_attn_scalar': 24,
      'rope_parameters': LINEAR},
   ),
-  'olmo2': ('Olmo2', {'head_dim': 12}),
+  'olmo2': ('Olmo2', {}),
   'olmo2_mha': ('Olmo2', {'num_key_value_heads': 4, 'head_dim': 12, 'tie_word_embeddings': True}),
   'mixtral': ('Mixtral', {'num_local_experts': 5, 'num_experts_per_tok': 2}),
   'olmoe': ('Olmoe', {**MOE, 'head_dim': 12}),
+  'qwen3_moe_window': (
+    'Qwen3Moe',
+    {**MOE, 'moe_intermediate_size': 40, 'use_sliding_window': True, 'sliding_window': 16},
+  ),
   'qwen3_moe': (
     'Qwen3Moe', {**MOE, 'moe_intermediate_size': 40, 'norm_topk_prob': True}
   ),
@@ -194,7 +203,7 @@ def test_configs_of_transformers_4_mean_the_same(directories, tmp_path):
     ({'quantization_config': {'bits': 4}}, 'quantization_config='),
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope_type 'yarn'"),
     ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 1.0}}, "no key 'factor'"),
-    ({'rope_parameters': None}, "no key 'rope_theta'"),
+    ({'rope_parameters': None, 'rope_scaling': {'rope_type': 'linear'}}, "no key 'factor'"),
     ({'num_attention_heads': 3}, 'num_heads=3 is not a multiple'),
     ({'hidden_size': 32}, 'expected shape (48, 32), found (48, 48)'),
     ({'num_hidden_layers': 4}, 'model.layers.3'),
@@ -258,6 +267,7 @@ def test_damaged_directories_are_refused_by_name(directories, tmp_path):
   [
     ('gemma2', ('attn_logit_softcapping', 'final_logit_softcapping')),
     ('mistral', ('sliding_window',)),
+    ('llama2', ('rope_parameters',)),  # as the published Llama 2 does
   ],
 )
 def test_what_a_config_leaves_out_is_what_transformers_takes(case, keys, directories, tmp_path):
@@ -270,8 +280,29 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(case, keys, directo
   default = getattr(transformers, f'{CASES[case][0]}Config')()
   ours = {'attn_logit_softcapping': 'attention_cap', 'final_logit_softcapping': 'logit_cap'}
   for key in keys:
-    assert getattr(shape, ours.get(key, 'window')) == getattr(default, key)
+    if key == 'rope_parameters':
+      assert shape.rope_theta == default.rope_parameters['rope_theta']
+    else:
+      assert getattr(shape, ours.get(key, 'window')) == getattr(default, key)
   assert verify.verify([tmp_path / 'model'], 1e-4) < 1e-4
+
+
+def test_a_mixture_whose_heads_are_narrower_than_its_stream_is_of_no_family(directories):
+  """OLMoE's norms of queries and keys are as wide as the stream in transformers."""
+  hf, shape = convert.read_config(directories('olmoe'))
+  assert families.find(shape, hf)[0] == 'olmoe'
+  narrower = dataclasses.replace(shape, embed=40)
+  with pytest.raises(ValueError, match='num_heads=4 times head_dim=12 to be embed=40'):
+    families.find(narrower, hf)
+
+
+def test_an_export_is_verified_against_its_run(directories, tmp_path, monkeypatch):
+  monkeypatch.setattr(verify, 'LENGTHS', (3, 8))
+  convert.import_model(directories('llama3'), tmp_path / 'run')
+  convert.export_model(tmp_path / 'run', tmp_path / 'out', dtype='bfloat16')
+  assert verify.verify([tmp_path / 'out', tmp_path / 'run'], 1e-4) < 1e-4
+  convert.import_model(directories('llama_bias'), tmp_path / 'other')
+  assert verify.verify([tmp_path / 'out', tmp_path / 'other'], 1e-4) > 0.1
 
 
 def test_numbers_that_are_none_are_no_agreement(directories, tmp_path):
@@ -292,6 +323,43 @@ def test_other_weights_at_the_same_place_are_another_import(directories, tmp_pat
   safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
   with pytest.raises(ValueError, match='hf.files.model.safetensors'):
     convert.import_model(tmp_path / 'model', tmp_path / 'run')
+
+
+def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_path, monkeypatch):
+  """The configs name its tokens, not those of the whole tokenizer; the chat template stays."""
+  monkeypatch.setattr(verify, 'LENGTHS', (3, 8))
+  source = tmp_path / 'source'
+  shutil.copytree(directories('llama3'), source)
+  huggingface_file(source / 'tokenizer.json', ['<pad>', '<s>', '</s>'])
+  whole = tokenizer.load(source / 'tokenizer.json')
+  model = transformers.AutoModelForCausalLM.from_pretrained(source)
+  model.resize_token_embeddings(whole.vocab + 5)
+  model.save_pretrained(source)
+  last = {'id': whole.vocab - 1, 'content': 'gone', 'special': False}
+  settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', 'model_max_length': 99}
+  settings |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'added_tokens_decoder': {'299': last}}
+  (source / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (source / 'chat_template.jinja').write_text('{{ messages }}')
+  edit(source, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+  convert.import_model(source, tmp_path / 'run')
+  own = prepare.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
+  data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
+  prepare.prepare(data)
+  where = {'data_set': 'law', 'split': 'train', 'index': '', 'rows': 16, 'batch_size': 8}
+  commands.calibrate(str(tmp_path / 'run'), data.out, str(tmp_path / 'stats'), **where)
+  cut = tmp_path / 'cut'
+  commands.cut(str(tmp_path / 'run'), [str(tmp_path / 'stats')], {'vocab': 272}, str(cut))
+  convert.export_model(cut, tmp_path / 'home')
+  mine = tokenizer.load(cut / 'tokenizer')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'home')
+  assert len(theirs) == mine.vocab == 272 < whole.vocab
+  for text in toy.documents(['law', 'sea'], 4, 0):
+    assert theirs.encode(text, add_special_tokens=False) == mine.encode(text)
+  ids = json.loads((tmp_path / 'home' / 'config.json').read_text())
+  for name in ('bos', 'eos', 'pad'):
+    assert ids[f'{name}_token_id'] == getattr(mine.ids, name) == getattr(theirs, f'{name}_token_id')
+  assert theirs.chat_template == '{{ messages }}' and theirs.model_max_length == 99
+  assert verify.verify([tmp_path / 'home', cut], 1e-4) < 1e-4
 
 
 def test_two_types_of_16_bits_become_one_that_holds_both(directories, tmp_path):

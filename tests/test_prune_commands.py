@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from slm import data, evaluate, files, load, rundir, sharding, tasks, train
 from slm.data import tokenizer
+from slm.hf import convert
 from slm.models.config import DecoderConfig
 from slm.prune import commands, importance, measure, slicing
 
@@ -223,6 +224,10 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   load.same_tokenizer(teacher, small.cfg['tokenizer'])
   found = evaluate.run(tmp_path / 'small', tmp_path / 'smaller', ['law/test'], ONE(), 8)
   assert np.isfinite(found['law/test']['loss'])
+  convert.export_model(tmp_path / 'small', tmp_path / 'home')
+  said, tok = files.read_json(tmp_path / 'home' / 'tokenizer_config.json'), tokenizer.load(folder)
+  assert (said['bos_token'], said['pad_token']) == ('<s>', '<pad>') and not said['add_prefix_space']
+  assert files.read_json(tmp_path / 'home' / 'config.json')['eos_token_id'] == tok.ids.eos
 
 
 def test_layers_can_be_chosen_by_a_task(trained, tmp_path):

@@ -124,7 +124,7 @@ def test_the_settings_beside_a_tokenizer_say_how_texts_begin_and_end(tmp_path, s
     (tmp_path / tokenizer.SETTINGS).write_text(json.dumps(settings))
   built = tokenizer.build('huggingface', 0, str(source), [], tmp_path / 'out')
   for tok in (tokenizer.load(tmp_path), tokenizer.load(source), built):
-    assert (tok.token(tok.ids.bos), tok.token(tok.ids.eos)) == ends
+    assert (tok.special()['bos'], tok.special()['eos']) == ends
   (tmp_path / tokenizer.SETTINGS).write_text('{"eos_token": "<gone>"}')
   with pytest.raises(ValueError, match='tokenizer_config.json: the vocabulary has none of'):
     tokenizer.load(tmp_path)

@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
   ids: Ids
   fingerprint: str
   begins: bool  # whether its models read the begin token before every text
+  prefix_space: bool  # whether a space is put before every text
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
@@ -64,6 +65,7 @@ class SentencePiece:
     if m.bos_id() < 0 or m.eos_id() < 0:
       raise ValueError(f'{path}: the model needs a begin and an end token, found none')
     self.ids = Ids(max(m.pad_id(), 0), m.bos_id(), m.eos_id())
+    self.prefix_space = m.encode('a', out_type=str)[0].startswith(_SPACE)
     self._escape = [m.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
 
   def encode(self, text: str) -> list[int]:
@@ -77,12 +79,19 @@ class SentencePiece:
     """Decode; begin, end and padding tokens give nothing."""
     return self._model.decode([int(i) for i in ids])
 
+  def special(self) -> dict[str, str]:
+    """Name the tokens that are not text, by what they are for."""
+    m = self._model
+    ids = {'bos': m.bos_id(), 'eos': m.eos_id(), 'unk': m.unk_id(), 'pad': m.pad_id()}
+    return {name: m.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
 
 class Bytes:
   """UTF-8 bytes; the fallback that fits every text."""
 
   name = 'bytes'
   begins = True
+  prefix_space = False
   _offset = 3
 
   def __init__(self, path: pathlib.Path):
@@ -110,6 +119,7 @@ class HuggingFace:
   """A tokenizer.json of the tokenizers library. Whether it is lossless is the file's affair."""
 
   name = 'huggingface'
+  prefix_space = False  # its own file says
 
   def __init__(self, path: pathlib.Path):
     text = path.read_text()
@@ -145,9 +155,10 @@ class HuggingFace:
         return found
     raise ValueError(f'{path}: the vocabulary has none of the tokens {", ".join(names)}')
 
-  def token(self, i: int) -> str:
-    """Return the name of a token."""
-    return self._model.id_to_token(i)
+  def special(self) -> dict[str, str]:
+    """Name the tokens that are not text, by what they are for."""
+    named = {'bos': self.ids.bos, 'eos': self.ids.eos}
+    return {name: self._model.id_to_token(i) for name, i in named.items()}
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""

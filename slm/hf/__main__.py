@@ -2,7 +2,7 @@ r"""Take a model of `transformers` in, or a run out.
 
     python -m slm.hf import HF_DIR RUN
     python -m slm.hf export RUN HF_DIR [--dtype=bfloat16]
-    python -m slm.hf verify HF_DIR [OTHER_HF_DIR] [--tolerance=1e-4]
+    python -m slm.hf verify HF_DIR [OTHER_HF_DIR or RUN] [--tolerance=1e-4]
     python -m slm.hf card HF_DIR [--licence=apache-2.0]
 
 `verify` and its dependency transformers are the extra slm[hf]; nothing else needs it.
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   counts = {'import': (2,), 'export': (2,), 'verify': (1, 2), 'card': (1,)}
   if command not in counts or len(paths) not in counts[command]:
     raise ValueError(
-      'expected one of: import HF_DIR RUN, export RUN HF_DIR, verify HF_DIR [OTHER_HF_DIR], '
+      'expected one of: import HF_DIR RUN, export RUN HF_DIR, verify HF_DIR [OTHER], '
       f'card HF_DIR; found {" ".join(argv[1:]) or "nothing"}'
     )
   f = flags.FLAGS

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ from slm.models.config import DecoderConfig
 
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 LINEAGE = 'slm_lineage.json'
-# What belongs to the tokenizer and to decoding: carried over as it is.
+# What belongs to the tokenizer and to decoding: carried over as it is. The first three name tokens
+# by their text, and so hold for a tokenizer that was cut to fewer tokens too.
+_BY_TEXT = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
 _TOKENIZER = (
-  'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json',
-  'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt', 'generation_config.json',
+  *_BY_TEXT,
+  'tokenizer.json', 'tokenizer.model', 'added_tokens.json', 'vocab.json', 'merges.txt',
+  'generation_config.json',
 )  # fmt: skip
 
 
@@ -176,32 +180,42 @@ def export_model(
 def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:
   """Copy the newest tokenizer's files; write what transformers needs beside one that has none.
 
-  Its token ids go into config.json (`hf`). A text with U+2581 itself, SentencePiece's sign for a
-  space, has other ids in transformers; all others have the same.
+  Its token ids go into config.json (`hf`), as do those of a vocabulary that was cut. A text with
+  U+2581 itself, SentencePiece's sign for a space, has other ids in transformers; all others have
+  the same.
   """
   places = [Path(x['run']) / 'tokenizer' for x in history]
   places += [Path(x['data']) / 'tokenizer' for x in history if x['data']]
   there = next((p for p in places if p.is_dir()), None)
   if there is None:
     return []
-  carried = [name for name in _TOKENIZER if (there / name).exists()]
-  for name in carried:
+  found = {name: there / name for name in _TOKENIZER if (there / name).exists()}
+  cut = any('vocab' in x.get('prune', {}).get('shape', {}) for x in history)
+  if cut:
+    for place, name in itertools.product(places, _BY_TEXT):
+      if name not in found and (place / name).exists():
+        found[name] = place / name
+  for name, file in found.items():
     with files.replacing(out / name) as temporary:
-      shutil.copyfile(there / name, temporary)
-  if 'tokenizer_config.json' in carried or not {'tokenizer.json', 'tokenizer.model'} & {*carried}:
-    return carried
-  tok = tokenizer.load(there)
-  hf |= {'bos_token_id': tok.ids.bos, 'eos_token_id': tok.ids.eos, 'pad_token_id': tok.ids.pad}
-  kind = 'LlamaTokenizer' if 'tokenizer.model' in carried else 'PreTrainedTokenizerFast'
-  # As the model was trained: every row begins with it, and no space is added or cleaned away.
+      shutil.copyfile(file, temporary)
+  if not {'tokenizer.json', 'tokenizer.model'} & found.keys():
+    return [*found]
+  tok, settings = tokenizer.load(there), out / 'tokenizer_config.json'
+  ids = {'bos_token_id': tok.ids.bos, 'eos_token_id': tok.ids.eos, 'pad_token_id': tok.ids.pad}
+  if settings.name in found:
+    if cut:  # what it says of ids is of the whole vocabulary
+      about = files.read_json(settings)
+      files.write_json(settings, {k: v for k, v in about.items() if k != 'added_tokens_decoder'})
+      hf |= {key: i for key, i in ids.items() if hf.get(key) is not None}
+    return [*found]
+  hf |= ids
+  kind = 'LlamaTokenizer' if 'tokenizer.model' in found else 'PreTrainedTokenizerFast'
+  # As the model was trained: every row begins with it, and no space is cleaned away.
   about = {'tokenizer_class': kind, 'add_bos_token': True, 'add_eos_token': False}
-  about |= {'add_prefix_space': False, 'clean_up_tokenization_spaces': False}
-  if kind == 'LlamaTokenizer':
-    about |= {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
-  else:
-    about |= {'bos_token': tok.token(tok.ids.bos), 'eos_token': tok.token(tok.ids.eos)}
-  files.write_json(out / 'tokenizer_config.json', about)
-  return [*carried, 'tokenizer_config.json']
+  about |= {'add_prefix_space': tok.prefix_space, 'clean_up_tokenization_spaces': False}
+  about |= {f'{name}_token': token for name, token in tok.special().items()}
+  files.write_json(settings, about)
+  return [*found, settings.name]
 
 
 def lineage(run: str | Path) -> list[dict[str, Any]]:

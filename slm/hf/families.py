@@ -30,7 +30,6 @@ _NEUTRAL = {
   'use_bidirectional_attention': (None, False),
   'decoder_sparse_step': (None, 1),
   'mlp_only_layers': (None, []),
-  'pretraining_tp': (None, 1),
   'per_layer_config': (None, {}),
 }
 
@@ -47,6 +46,7 @@ class Family:
     attention: which layers see a window, and which no positions: a reader and a writer.
     experts: where the router and the experts lie in a layer, and the experts' three matrices.
     divides: whether transformers insists that the heads divide the hidden size.
+    square: whether it takes the heads to be as wide as the hidden size, whatever head_dim says.
   """
 
   architecture: str
@@ -57,11 +57,13 @@ class Family:
   mlp: str = 'intermediate_size'
   experts: tuple[str, str, str, str] = ()
   divides: bool = False
+  square: bool = False
 
 
 def _every_window(hf: Keys) -> list[str]:
-  """Read Mistral's sliding_window: every layer has it."""
-  return ['window' if hf.get('sliding_window') else 'full'] * hf['num_hidden_layers']
+  """Read Mistral's sliding_window, which Qwen's mixture may switch off: every layer has it."""
+  windowed = hf.get('use_sliding_window', True) and hf.get('sliding_window')
+  return ['window' if windowed else 'full'] * hf['num_hidden_layers']
 
 
 def _late_window(hf: Keys) -> list[str]:
@@ -122,7 +124,8 @@ FAMILIES: dict[str, Family] = {
   'llama': Family(
     'LlamaForCausalLM',
     keys={**_BIAS, 'mlp_bias': 'mlp_bias'},
-    defaults={**_NO_BIAS, 'mlp_bias': False, 'tie_word_embeddings': False},
+    # The published Llama 2 says nothing of its rope_theta.
+    defaults={**_NO_BIAS, 'mlp_bias': False, 'tie_word_embeddings': False, 'rope_theta': 10_000.0},
     divides=True,
   ),
   'mistral': Family(
@@ -193,6 +196,7 @@ FAMILIES: dict[str, Family] = {
     },
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False},
     experts=_EXPERTS,
+    square=True,
   ),
   'qwen3_moe': Family(
     'Qwen3MoeForCausalLM',
@@ -202,7 +206,7 @@ FAMILIES: dict[str, Family] = {
       'renormalise': 'norm_topk_prob',
     },
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False, **_LATER},
-    attention='late',
+    attention='every',
     mlp='moe_intermediate_size',
     experts=_EXPERTS,
   ),
@@ -315,6 +319,11 @@ def write(cfg: DecoderConfig, name: str, source: Keys | None = None) -> dict[str
   family = FAMILIES[name]
   if family.divides and cfg.embed % cfg.num_heads:
     raise ValueError(f'{name} needs num_heads={cfg.num_heads} to divide embed={cfg.embed}')
+  if family.square and cfg.embed != cfg.num_heads * cfg.head_dim:
+    raise ValueError(
+      f'{name} needs num_heads={cfg.num_heads} times head_dim={cfg.head_dim} to be '
+      f'embed={cfg.embed}, whose norms of queries and keys are that wide'
+    )
   if (source or {}).get('model_type') != name:
     source = {key: source[key] for key in _KEPT if key in (source or {})}
   values = dataclasses.asdict(cfg) | {'bias': cfg.out_bias}
@@ -353,10 +362,10 @@ def _write_attention(cfg: DecoderConfig, family: Family) -> dict[str, Any]:
     kept = [int(t != 'nope') for t in types]
     return {'no_rope_layers': kept, 'use_sliding_window': False, 'layer_types': None}
   found: dict[str, Any] = {'sliding_window': cfg.window or None}
-  if family.attention == 'late':
+  if 'use_sliding_window' in family.defaults:
     found |= {'use_sliding_window': bool(cfg.window)}
-    if cfg.window:
-      found['max_window_layers'] = types.index('window')
+  if family.attention == 'late' and cfg.window:
+    found['max_window_layers'] = types.index('window')
   if family.attention in ('late', 'gemma2', 'gemma3'):
     names = {'full': 'full_attention', 'window': 'sliding_attention'}
     found['layer_types'] = [names.get(t, t) for t in types]

@@ -1,16 +1,18 @@
-"""Does `transformers` compute what is computed here? Logits side by side, in float32."""
+"""Does `transformers` compute what is computed here, and what a run does? Logits in float32."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm import sharding
+from slm import load, models, reparam, rundir, sharding
 from slm.hf import convert
 from slm.models.decoder import unembed
 
+Logits = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (ids, mask) [b,t] -> [b,t,v]
 LENGTHS = (3, 64, 600)  # RoPE scaling and windows show on long texts alone
 
 
@@ -27,22 +29,31 @@ def prompts(vocab: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
   return [*found, (draw(3, t), mask)]
 
 
-def ours(path: Path) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
-  """Return logits(ids, mask) of a directory computed here, and its vocabulary."""
+def ours(path: Path) -> tuple[Logits, int, str]:
+  """Return logits(ids, mask) of a directory computed here, its vocabulary and tensors' type."""
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-  model, params, *_ = convert.read(path, mesh, 'float32')
+  model, params, _, dtype = convert.read(path, mesh, 'float32')
+  return _logits(model, params), model.cfg.vocab, dtype
 
+
+def native(run: Path, dtype: str) -> Logits:
+  """Return logits(ids, mask) of a run, its weights rounded to the type they were exported in."""
+  loaded = load.load(run, load.mesh_for(run), finished=True)
+  rounded = reparam.cast(loaded.params(), jnp.dtype(dtype))
+  return _logits(loaded.model, reparam.cast(rounded, jnp.dtype('float32')))
+
+
+def _logits(model: models.Model, params: Any) -> Logits:
   @jax.jit
   def logits(params, ids, mask):
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     batch = {'inputs': ids, 'positions': positions, 'segments': mask}
     return unembed(params, model.forward(params, batch))
 
-  run = lambda ids, mask: np.asarray(logits(params, ids, mask))
-  return run, model.cfg.vocab
+  return lambda ids, mask: np.asarray(logits(params, ids, mask))
 
 
-def theirs(path: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def theirs(path: Path) -> Logits:
   """Return logits(ids, mask) as transformers computes them; no code of the directory is run.
 
   Raises:
@@ -58,7 +69,7 @@ def theirs(path: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
       path, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
       use_safetensors=True, attn_implementation='eager',
     ).eval()  # fmt: skip
-  except (OSError, ValueError, KeyError) as e:
+  except (OSError, ValueError, KeyError, RuntimeError) as e:
     raise ValueError(f'{path}: transformers does not load it ({str(e).splitlines()[0]})') from None
 
   def logits(ids, mask):
@@ -73,14 +84,20 @@ def theirs(path: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   """Print and return the largest difference of logits, relative to the largest logit.
 
-  The first directory is computed here and by transformers; a second one by transformers.
+  The first directory is computed here and by transformers; another directory of transformers by
+  transformers, and a run as the model that it is here.
 
   Raises:
     ValueError: if a directory cannot be loaded, or the vocabularies differ.
   """
   first, *others = (Path(p) for p in paths)
-  mine, vocab = ours(first)
-  reference = {f'transformers on {p}': theirs(p) for p in (first, *others)}
+  mine, vocab, dtype = ours(first)
+  reference = {f'transformers on {first}': theirs(first)}
+  for path in others:
+    if 'model_type' in rundir.read_config(path):
+      reference[f'transformers on {path}'] = theirs(path)
+    else:
+      reference[f'the run {path}'] = native(path, dtype)
   worst = 0.0
   for ids, mask in prompts(vocab):
     got = mine(ids, mask)
