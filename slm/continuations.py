@@ -32,8 +32,9 @@ _SHARD = 256  # rows
 
 
 @functools.lru_cache
-def _sampler(temperature: float) -> Any:
-  return functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0)
+def _sampler(temperature: float, vocab: int) -> Any:
+  """Draw of the ids that the tokenizer has: those that pad a vocabulary mean nothing."""
+  return lambda logits, key: sampled(logits[:, :vocab], key, temperature, 0, 1.0)
 
 
 def prompts(tokens: Any, segments: Any, length: int) -> tuple[Any, Any]:
@@ -46,17 +47,19 @@ def prompts(tokens: Any, segments: Any, length: int) -> tuple[Any, Any]:
 
 
 def rewrite(
-  model: models.Model, params: Params, batch: data.Batch, key: jax.Array, prompt: int, end: int
-) -> data.Batch:
+  model: models.Model, params: Params, batch: data.Batch, key: jax.Array, prompt: int,
+  tok: tokenizer.Tokenizer,
+) -> data.Batch:  # fmt: skip
   """Keep the first `prompt` tokens of rows [b,t] and let the model continue at temperature 1.
 
-  What it predicts after `prompt` tokens, up to the id `end`, has weight 1, all else 0.
+  What it predicts after `prompt` tokens, up to the end of a text, has weight 1, all else 0.
   """
   t = batch['inputs'].shape[1]
   ids, mask = prompts(batch['inputs'], batch['segments'], prompt)
   out = generate(
-    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_sampler(1.0), end=end
-  )
+    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_sampler(1.0, tok.vocab),
+    end=tok.ids.eos,
+  )  # fmt: skip
   whole = jnp.concatenate([ids, out.tokens], axis=1)
   real = mask[:, -1:]
   made = (jnp.arange(t) - (prompt - 1))[None]
@@ -84,7 +87,7 @@ def make_rewrite(
       f'objective.on_policy: expected one dense model and a prompt of 1 to {cfg["context"] - 1} '
       f'tokens, found {rep.clusters or 1} and objective.prompt={prompt}'
     )
-  end = tokenizer.load(f'{cfg["data"]["path"]}/tokenizer').ids.eos
+  tok = tokenizer.load(f'{cfg["data"]["path"]}/tokenizer')
   key = jax.random.fold_in(jax.random.key(cfg['seed']), 2)
 
   where = sharding.batch_sharding(mesh, axis=1)
@@ -93,7 +96,7 @@ def make_rewrite(
   def own(theta, frozen, batch, step):
     params = reparam.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg['dtype']))
     flat = {n: x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n != 'condition'}
-    made = rewrite(model, params, flat, jax.random.fold_in(key, step), prompt, end)
+    made = rewrite(model, params, flat, jax.random.fold_in(key, step), prompt, tok)
     return batch | {name: x.reshape(batch[name].shape) for name, x in made.items()}
 
   return own
@@ -105,7 +108,7 @@ def turn(cfg: Mapping[str, Any], step: int) -> bool:
   A share `on_policy` of those after the share `on_policy_from` of all steps are.
   """
   objective = cfg['objective']
-  began = step > objective['on_policy_from'] * cfg['steps']
+  began = step > objective.get('on_policy_from', 0.0) * cfg['steps']
   drawn = np.random.default_rng([cfg['seed'], step, 1]).random()
   return bool(began and drawn < objective['on_policy'])
 
@@ -122,7 +125,7 @@ def write(
     ValueError: if the run is unfinished or holds several models, its tokenizer is another, a number
       is impossible, or the directory was made by another command.
   """
-  mesh, folder = sharding.make_mesh({'data': -1}), Path(out)
+  mesh, folder = load.mesh_for(run), Path(out)
   loaded = load.load(run, mesh, finished=True)
   path = path or loaded.cfg['data']['path']
   facts = data.manifest(path)
@@ -161,7 +164,7 @@ def write(
           place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
           found = generate(
             loaded.model, params, place(begun), place(mask), key, max_tokens=max_tokens,
-            sampler=_sampler(temperature), end=tok.ids.eos,
+            sampler=_sampler(temperature, tok.vocab), end=tok.ids.eos,
           )  # fmt: skip
           lines += _lines(tok, rows, begun, mask, found)
           made += int((np.asarray(found.lengths) * mask.any(1)).sum())

@@ -29,6 +29,7 @@ def distill(
   forward: Mapping[str, Callable], chunk: int, temperature: float, mixing: float, kl: str,
   beta: float = 0.5, top_k: int = 0, states: Sequence[str] = (), correct: float = 0.0,
   on_policy: float = 0.0, on_policy_from: float = 0.0, on_policy_kl: str = 'jsd', prompt: int = 0,
+  balance: float = 0.0, z: float = 0.0,
 ) -> Callable[..., Sums]:  # fmt: skip
   """Minimise (1-mixing) CE + mixing T^2 KL at temperature T (Hinton et al. 2015).
 
@@ -37,7 +38,7 @@ def distill(
   in KL; 'wsl' weighs it by 1 - exp(-CE_student / CE_teacher), a constant to the gradient (weighted
   soft labels, Zhou et al. 2021, arXiv 2102.00650). With top_k only the teacher's k best tokens are
   told apart from all others. Vocabularies that are padded differently are compared on what both
-  have.
+  have; what the student gives to ids that the teacher lacks, it loses.
 
   With `states` (see `places`) the two models' states are pulled together too, through
   frozen['projection'] where their widths differ, by a term as large as the KL's: its factor is
@@ -45,7 +46,8 @@ def distill(
   learns the next token, at that share of the learning rate, while what the student sees of it is
   constant (arXiv 2408.11796). In a share `on_policy` of the steps after the share `on_policy_from`
   of them, the batch is the student's own text after `prompt` tokens, see continuations.py, and
-  `on_policy_kl` takes the place of `kl`; 'jsd' with `beta` is the generalised one of GKD.
+  `on_policy_kl` takes the place of `kl`; 'jsd' with `beta` is the generalised one of GKD. `balance`
+  and `z` are those of the next-token loss, for a student that routes tokens.
   """
   for key, value in (('kl', kl), ('on_policy_kl', on_policy_kl)):
     if value not in KL:
@@ -81,6 +83,7 @@ def distill(
     both = min(x.shape[-1] for x in pair)
     pair = tuple(x[..., :both] for x in pair)
     soft = divergence(*(losses.with_tail(*pair, min(top_k, both)) if top_k else pair))
+    soft += _beyond(student / t, both)
     if kl != 'wsl':
       return soft
     nll, known = (losses.cross_entropy(x, rows['targets']) for x in (student, t * pair[0]))
@@ -118,9 +121,23 @@ def distill(
       taught = losses.chunked(summed, chunk, theirs, live.hidden, (), rows)['loss']
       sums |= {'loss': sums['loss'] + taught, 'teacher_nll': taught}
     weight = rows['weights'].sum()
+    if student.routing is not None:
+      more, found = losses.routing(student.routing, weight, balance, z)
+      sums |= {**found, 'loss': sums['loss'] + more}
     return {name: (value, weight) for name, value in sums.items()}
 
   return objective
+
+
+def _beyond(student: jax.Array, vocab: int) -> jax.Array | float:
+  """Return -log of the mass that logits [...,v] give the first `vocab` ids.
+
+  What the forward KL on those ids lacks of that on all, where the teacher gives others nothing.
+  """
+  if student.shape[-1] == vocab:
+    return 0.0
+  log_z = jax.nn.logsumexp(student, axis=-1)
+  return log_z - jax.nn.logsumexp(student[..., :vocab], axis=-1)
 
 
 def _apart(
@@ -143,16 +160,18 @@ def _apart(
 def recall(vocab: int, divergence: Callable, student: jax.Array, rows: Batch) -> jax.Array:
   """Return the divergence of logits [b,c,v] from signals on the first `vocab` ids, [b,c].
 
-  Of the k most probable ids ('teacher_probs' [b,c,k]) it is exact on them and all others together.
+  Of the k most probable ids ('teacher_probs' [b,c,k]) it is exact on them and all others together
+  ('teacher_rest' [b,c]).
   Of k drawn ids ('teacher_entropy' [b,c]) it is an unbiased estimate of the forward KL, and so is
   its gradient (arXiv 2503.16870).
   """
   log_q = jax.nn.log_softmax(student[..., :vocab], axis=-1)
   mine = jnp.take_along_axis(log_q, rows['teacher_ids'], axis=-1)
+  beyond = _beyond(student, vocab)
   if 'teacher_entropy' in rows:
-    return -mine.mean(-1) - rows['teacher_entropy']
-  best = jnp.log(jnp.maximum(rows['teacher_probs'], 1e-7))
-  return divergence(losses.tailed(best), losses.tailed(mine))
+    return -mine.mean(-1) - rows['teacher_entropy'] + beyond
+  known = jnp.concatenate([rows['teacher_probs'], rows['teacher_rest'][..., None]], axis=-1)
+  return divergence(jnp.log(jnp.maximum(known, 1e-7)), losses.tailed(mine)) + beyond
 
 
 def places(states: Sequence[str], teacher: int, student: int) -> list[tuple[int, int]]:

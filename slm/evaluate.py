@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from slm import cli, data, files, load, objectives, reparam, rundir, sharding, tasks
+from slm import cli, data, files, load, objectives, reparam, rundir, scoring, sharding, tasks
 
 Params = dict[str, Any]
 
@@ -126,19 +126,19 @@ def main(_: list[str]) -> None:
   f = flags.FLAGS
   if not f.run:
     raise ValueError('--run: name at least one run directory')
-  mesh = sharding.make_mesh({'data': -1})
+  mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
   if f['on'].present or not f.task:
     print(f'{"run":40s} {"on":24s} {"loss":>8s} {"ppl":>9s} {"bits/byte":>9s}')
     for path in f.run:
       data_path = f.data or rundir.read_config(path)['data']['path']
-      for name, r in run(path, data_path, f.on, mesh, f.batch_size).items():
+      for name, r in run(path, data_path, f.on, mesh[path], f.batch_size).items():
         if name in f.on:
           print(f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} {r["ppl"]:9.3f} {r["bpb"]:9.4f}')
   if f.task:
     print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
     for path in f.run:
       how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit, 'split': f.split}
-      for name, r in tasks.run(path, f.task, mesh, f.batch_size, **how).items():
+      for name, r in tasks.run(path, f.task, mesh[path], f.batch_size, **how).items():
         print(f'{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
 
 

@@ -38,7 +38,7 @@ class SLM(TemplateLM):
     super().__init__()
     if not str(batch_size).isdigit():
       raise ValueError(f'batch_size: expected a number, found {batch_size!r}')
-    mesh = sharding.make_mesh({'data': -1})
+    mesh = sharding.fit_mesh(scoring.shape(pretrained).embed)
     how = {'data': data, 'context': int(max_length), 'begin': add_bos_token}
     self.scorer = scoring.open_model(pretrained, mesh, int(batch_size), **how)
 

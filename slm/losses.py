@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slm.models import moe
 from slm.models.decoder import logits
 from slm.sharding import batch_shards, constrain
 
@@ -91,6 +92,18 @@ def tailed(some: jax.Array) -> jax.Array:
   """Add to log-probabilities [...,k] that of everything else: [...,k+1]."""
   rest = jnp.log(jnp.maximum(1 - jnp.exp(some).sum(-1, keepdims=True), 1e-7))
   return jnp.concatenate([some, rest], axis=-1)
+
+
+def routing(
+  found: dict[str, jax.Array], weight: jax.Array, balance: float, z: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Return what a router adds to a loss of so many tokens, and its parts 'balance', 'router_z'.
+
+  Means over the microbatch's tokens, weighted like its loss, so that microbatches add up.
+  """
+  uneven = moe.balance(found) * weight
+  large = found['z'].sum() / jnp.maximum(found['tokens'].sum(), 1.0) * weight
+  return balance * uneven + z * large, {'balance': uneven, 'router_z': large}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

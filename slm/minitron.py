@@ -20,7 +20,19 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from slm import cli, comparison, evaluate, files, latency, models, plan, rundir, sharding, train
+from slm import (
+  cli,
+  comparison,
+  evaluate,
+  files,
+  latency,
+  models,
+  plan,
+  rundir,
+  scoring,
+  sharding,
+  train,
+)
 from slm.hf import card, convert, families, verify
 from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import commands, slicing
@@ -46,8 +58,8 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     convert.import_model(teacher, folder / 'teacher')
     teacher = folder / 'teacher'
   sizes, recover = commands.read_sizes(cfg['sizes']), cfg['recover']
-  commands.check_sizes(_shape(teacher), sizes, cfg['cut']['align'])
-  _exportable(_shape(teacher), sizes)
+  commands.check_sizes(scoring.shape(teacher), sizes, cfg['cut']['align'])
+  _exportable(scoring.shape(teacher), sizes)
   if 'vocab' in sizes:
     raise ValueError(
       "sizes: vocab: a teacher has its student's tokenizer: cut it to that vocabulary first, with "
@@ -126,7 +138,7 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
   name, batch = cfg['recover']['data']['set'], cfg['recover']['eval']['batch_size']
   values = []
   for path in (teacher, run):
-    mesh = sharding.fit_mesh(_shape(path).embed)
+    mesh = sharding.fit_mesh(scoring.shape(path).embed)
     evaluate.run(path, cfg['data'], [f'{name}/validation'], mesh, batch)
     values.append(files.read_npy(rundir.evaluations(path) / f'{name}-validation.npy'))
   nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
@@ -141,7 +153,7 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
 def _summary(runs: Mapping[str, Path], cfg: Mapping[str, Any]) -> dict[str, Any]:
   """Measure the models side by side: size, held-out loss, cost and speed on this machine."""
   on = f'{cfg["recover"]["data"]["set"]}/test'
-  shapes = {name: _shape(path) for name, path in runs.items()}
+  shapes = {name: scoring.shape(path) for name, path in runs.items()}
   served = {n: shapes[n] for n in ('teacher', 'student')}
   speed = latency.measure(served, cfg['recover']['dtype'], 1, 64, 32, 5)
   found = {}
@@ -159,14 +171,6 @@ def _summary(runs: Mapping[str, Path], cfg: Mapping[str, Any]) -> dict[str, Any]
       'ms per token': 1e3 * speed[name]['token'] if name in speed else None,
     }
   return {'on': on, 'models': found, 'machine': jax.devices()[0].device_kind}
-
-
-def _shape(path: Path) -> DecoderConfig:
-  """Read the shape of a run, or of a directory of transformers."""
-  there = rundir.read_config(path)
-  if 'model_type' in there:  # as transformers writes it
-    return convert.read_config(path)[1]
-  return models.build(there['model']).cfg
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -208,7 +212,7 @@ def dry_run(
   if not (cfg['teacher'] or cfg['model']):
     raise ValueError('teacher or model: expected one of them, found neither')
   if cfg['teacher']:
-    teacher = _shape(Path(cfg['teacher']))
+    teacher = scoring.shape(Path(cfg['teacher']))
   else:
     teacher = models.build({'name': 'decoder', **cfg['model']}).cfg
   sizes = commands.read_sizes(cfg['sizes'])

@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from slm import factory, losses
 from slm.distill import distill
 from slm.losses import Sums, chunked, cross_entropy, join, split
-from slm.models import moe
 from slm.models.decoder import head, logits
 
 Params = dict[str, Any]
@@ -38,12 +36,8 @@ def next_token(
     weight = rows['weights'].sum()
     if out.routing is None:
       return {'loss': (nll, weight)}
-    # Means over the microbatch's tokens, weighted like its loss, so that microbatches add up.
-    uneven = moe.balance(out.routing) * weight
-    tokens = jnp.maximum(out.routing['tokens'].sum(), 1.0)
-    large = out.routing['z'].sum() / tokens * weight
-    loss = nll + balance * uneven + z * large
-    found = {'loss': loss, 'nll': nll, 'balance': uneven, 'router_z': large}
+    more, found = losses.routing(out.routing, weight, balance, z)
+    found |= {'loss': nll + more, 'nll': nll}
     return {name: (value, weight) for name, value in found.items()}
 
   return objective

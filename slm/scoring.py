@@ -18,6 +18,7 @@ import numpy as np
 from slm import generate, load, losses, models, objectives, reparam, rundir, sharding
 from slm.data import tokenizer
 from slm.hf import convert
+from slm.models.config import DecoderConfig
 
 Params = dict[str, Any]
 _SHORTEST = 32  # the smallest padded length; the others are twice the one before
@@ -80,6 +81,14 @@ def make(
     program(lambda p, ids, mask, n: greedy(p, ids, mask, jax.random.key(0), max_tokens=n),
             static_argnums=3),
   )  # fmt: skip
+
+
+def shape(ref: str | Path) -> DecoderConfig:
+  """Read the shape of RUN, RUN@STEP or a directory of transformers."""
+  config = rundir.read_config(ref)
+  if 'model_type' in config:  # as transformers writes it
+    return convert.read_config(rundir.split_ref(ref)[0])[1]
+  return models.build(config['model']).cfg
 
 
 def open_model(

@@ -37,11 +37,12 @@ def row_keys(read: np.ndarray) -> np.ndarray:
 
 
 def layout(about: Mapping[str, Any]) -> np.dtype:
-  """Return what a shard holds of a row: its key, ids [t,k], and probabilities or entropy."""
+  """Return what a shard holds of a row: its key, ids [t,k], their probabilities or the entropy."""
   shape = (about['context'], about['k'])
   fields = [('row', 'S16'), ('ids', '<u2' if about['vocab'] <= 2**16 else '<i4', shape)]
-  more = ('probs', '<f2', shape) if about['mode'] == 'topk' else ('entropy', '<f4', shape[:1])
-  return np.dtype([*fields, more])
+  # The rest is no difference of rounded numbers: where it is small it would be lost.
+  topk = [('probs', '<f2', shape), ('rest', '<f4', shape[:1])]
+  return np.dtype(fields + (topk if about['mode'] == 'topk' else [('entropy', '<f4', shape[:1])]))
 
 
 class Signals:
@@ -84,7 +85,7 @@ class Signals:
           f'{self.path}: holds no signals of a row that is trained on (it is of '
           f'{self.about["on"]} in {self.about["data"]})'
         )
-    kinds = {'ids': np.int32, 'probs': np.float32, 'entropy': np.float32}
+    kinds = {'ids': np.int32, **dict.fromkeys(('probs', 'rest', 'entropy'), np.float32)}
     return {
       f'teacher_{name}': found[name].astype(kind).reshape(*lead, *found[name].shape[1:])
       for name, kind in kinds.items()
@@ -99,9 +100,9 @@ def shards(folder: Path, about: Mapping[str, Any]) -> list[Path]:
 
 
 def best(logits: jax.Array, k: int) -> dict[str, jax.Array]:
-  """Reduce logits [...,v] to their k most probable ids and their probabilities, [...,k]."""
+  """Reduce logits [...,v] to their k most probable ids, [...,k], and the mass of the rest [...]."""
   probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-  return {'ids': ids, 'probs': probs}
+  return {'ids': ids, 'probs': probs, 'rest': jnp.maximum(1 - probs.sum(-1), 0)}
 
 
 def drawn(logits: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:

@@ -96,13 +96,12 @@ def number(text: str) -> float | None:
 def final_number(item: Item, text: str) -> dict[str, float]:
   """Score a generated solution: its last number is the final one (Cobbe et al. 2021, GSM8K).
 
-  An answer that is no number must match as text.
+  An answer of one number beside its unit is that number; one of none or several must match as text.
   """
-  want = item['final'].strip(' $%')
-  if not re.fullmatch(_NUMBER, want):
-    return {'exact_match': float(normalised(text) == normalised(want))}
-  got = number(text)
-  same = got is not None and math.isclose(got, number(want), rel_tol=1e-6, abs_tol=1e-9)
+  if len(re.findall(_NUMBER, item['final'])) != 1:
+    return {'exact_match': float(normalised(text) == normalised(item['final']))}
+  got, want = number(text), number(item['final'])
+  same = got is not None and math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
   return {'exact_match': float(same)}
 
 

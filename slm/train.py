@@ -170,7 +170,7 @@ class _Run:
     share, self.rewrite = distill.own_share(cfg['objective']), None
     if share:
       self.rewrite = continuations.make_rewrite(self.model, self.reparam, cfg, mesh)
-      self.own_step = step(kl=cfg['objective']['on_policy_kl'])
+      self.own_step = step(kl=cfg['objective'].get('on_policy_kl', 'jsd'))
     positions = d['batch_size'] * cfg['context']
     self.step_flops = positions * (
       (3 + share) * forward_flops(self.model.cfg, cfg['context']) + taught.flops

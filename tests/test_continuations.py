@@ -1,6 +1,7 @@
 """A model's own text: as a corpus, and in place of a batch's rows."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,21 +42,22 @@ def test_generalised_divergence_beside_a_loop():
 
 
 def test_rewritten_rows_are_what_the_model_drew(tiny_config):
-  c, end, prompt = tiny_config, 2, 5
-  c.model.vocab = 259
+  c, prompt, tok = tiny_config, 5, types.SimpleNamespace(vocab=259, ids=tokenizer.Ids(0, 1, 2))
+  c.model.vocab = 264  # padded
   model, rep = load.build(c.to_dict())
   params, key = rep.init(jax.random.key(0)), jax.random.key(1)
   rows = next(data.evaluation_batches(c.data.path, 'generic', 'test', 8))[2]
   rows['segments'][0, 3:], rows['segments'][1, 3:] = 2, 0  # a window that has just begun; padding
   rows = {name: jnp.asarray(x) for name, x in rows.items()}
-  made = continuations.rewrite(model, params, rows, key, prompt, end)
+  made = continuations.rewrite(model, params, rows, key, prompt, tok)
   assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
     n: (x.shape, x.dtype) for n, x in rows.items()
   }
   ids, mask = continuations.prompts(rows['inputs'], rows['segments'], prompt)
   assert mask[0].tolist() == [False] * 3 + [True] * 2 and not mask[1].any()
-  sampler = continuations._sampler(1.0)
-  drawn = generate.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=end)
+  sampler = continuations._sampler(1.0, 259)
+  drawn = generate.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=2)
+  assert int(drawn.tokens.max()) < 259
   np.testing.assert_array_equal(made['inputs'][:, :prompt], ids)
   logits = jax.nn.log_softmax(unembed(params, model.forward(params, made)))
   picked = jnp.take_along_axis(logits, made['targets'][..., None], axis=-1)[..., 0]
@@ -78,11 +80,12 @@ class Stop:
     pass
 
 
-def test_half_of_the_steps_are_the_students(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize('share', [{'on_policy': 0.5}, {'on_policy': 1.0, 'on_policy_from': 0.5}])
+def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkeypatch):
   c = tiny_config
   train.train(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
-  c.objective = {**KD, 'on_policy': 0.5, 'prompt': 4}
+  c.objective = {**KD, **share, 'prompt': 4}
   train.train(c.to_dict(), tmp_path / 'whole')
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', Stop)
@@ -92,20 +95,26 @@ def test_half_of_the_steps_are_the_students(tiny_config, tmp_path, monkeypatch):
   whole, halves, rows = (rundir.read_metrics(tmp_path / n) for n in ('whole', 'halves', 'teacher'))
   assert [x['loss'] for x in whole] == [x['loss'] for x in halves]
   # The rows' own numbers of predicted tokens, where it was their turn.
-  own = [continuations.turn(0, step, 0.5) for step in range(1, 5)]
-  assert set(own) == {True, False}
+  own = [continuations.turn(c.to_dict(), step) for step in range(1, 5)]
+  assert set(own) == {True, False} and ('on_policy_from' not in share or own[2:] == [True, True])
   counts = lambda lines: np.diff([0] + [x['tokens'] for x in lines])
   assert [a != b for a, b in zip(counts(whole), counts(rows), strict=True)] == own
   model = load.load(tmp_path / 'whole', sharding.make_mesh({'data': -1})).model
   ledger = rundir.read_ledger(tmp_path / 'whole')['phases'][0]
   # Three of the student, one of the teacher, and in half of the steps one to write.
   assert ledger['flops'] == pytest.approx(4 * 8 * 32 * 4.5 * forward_flops(model.cfg, 32))
+  # Own text has a divergence of its own: up to the first such step nothing else changes.
+  c.objective.on_policy_kl = 'forward'
+  train.train(c.to_dict(), tmp_path / 'other')
+  other, first = rundir.read_metrics(tmp_path / 'other'), own.index(True)
+  same = [a['loss'] == b['loss'] for a, b in zip(whole, other, strict=True)]
+  assert all(same[:first]) and not same[first]
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'on_policy': 1.5}, 'objective.on_policy=1.5: expected a share'),
+    ({'on_policy': 1.5}, 'objective.on_policy=1.5, on_policy_from=0.0: expected shares'),
     ({'on_policy': 0.5, 'mixing': 0.5}, 'needs mixing=1'),
     ({'on_policy': 0.5, 'correct': True}, 'needs mixing=1'),
     ({'on_policy': 0.5, 'prompt': 40}, 'a prompt of 1 to 31 tokens'),

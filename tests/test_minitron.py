@@ -11,11 +11,11 @@ import toy
 from configs import minitron as recipe
 from configs import minitron_published as recipes
 from experiments import common
-from experiments.minitron import claims, results, run
+from experiments.minitron import claims, report, results, run
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
-from slm import minitron, optim, rundir, train, verdicts
+from slm import files, minitron, optim, rundir, train, verdicts
 from slm.comparison import Loss
 from slm.data import prepare
 from slm.models.decoder import DecoderConfig, num_params
@@ -228,7 +228,7 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
   tiny = {'embed': 16, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8, 'mlp': 16}
   scale = dataclasses.replace(
     SCALES['smoke'], teacher=tiny, teacher_steps=4, steps=2, batch_size=8, calibration=16,
-    shapes={**SCALES['smoke'].shapes, 'width': 'embed=8,mlp=8'},
+    shapes={**SCALES['smoke'].shapes, 'width': 'embed=8,mlp=8'}, test_rows=6, tasks=('q.jsonl',),
   )  # fmt: skip
   root, sets = tmp_path / 'study', toy.corpus(tmp_path)
   sets['law'] = {'all': str(tmp_path / 'law-*')}
@@ -247,6 +247,27 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
   taken = rundir.read_config(f.runs('width_lm_equal')[0])['steps']
   step = f.training('width_lm_equal').flops / taken
   assert abs(a - b) <= step / 2 + 1e-6 * a
+  assert all(len(files.read_npy(p)) == 6 for p in root.rglob('generic-test.npy'))
+  item = {'id': '0', 'type': 'mc', 'query': 'Is it?', 'choices': ['yes', 'no'], 'gold': 0}
+  questions = tmp_path / 'q.jsonl'
+  questions.write_text('\n'.join(json.dumps(item | {'id': i}) for i in 'ab'))
+  study.ask([str(questions)])
+  report.write(scale, root, 1)
+  page, table = (root / 'report.html').read_text(), (root / 'table.md').read_text()
+  for plot in ('recovery', 'latency'):
+    assert (root / 'plots' / f'{plot}.svg').exists() and 'width' in page
+  student = f'| width | {f.params("width"):,} | {f.cut["width"].value:.3f} |'
+  assert student in table and '| depth | not run |' in table
+  cells = lambda start: next(x for x in table.split('\n') if x.startswith(start)).split(' | ')
+  whole, cut = cells('| teacher | 5,'), cells('| width | 4,')  # what is served
+  assert float(whole[2]) >= float(cut[2]) and cut[4] == f'{f.trained["width"].value:.3f}'
+  assert cells('| teacher | ')[1:][0] and '± ' in table
+  other = next(root.rglob('width-0/eval/generic-test.npy'))
+  kept = files.read_npy(other)
+  files.write_npy(other, kept[:3])
+  with pytest.raises(ValueError, match='was tested on other rows of generic'):
+    results.read(scale, root)
+  files.write_npy(other, kept)
   before = {p: p.stat().st_mtime_ns for p in root.rglob('*.jsonl')}
   study.run([BY_NAME[n] for n in names])
   assert before == {p: p.stat().st_mtime_ns for p in root.rglob('*.jsonl')}

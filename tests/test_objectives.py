@@ -277,6 +277,23 @@ def test_vocabularies_padded_differently_are_compared_on_what_both_have():
   assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize('top_k', [0, 4])
+def test_what_a_student_gives_to_ids_that_the_teacher_lacks_is_lost(top_k):
+  """The divergence from a teacher with all of them, which gives those nothing."""
+  params, other, batch = make_params(0), make_params(1), make_batch(3, 7)
+  mine = {**params, 'lm_head': jnp.concatenate([params['lm_head'], 0.3 * jnp.ones((3, EMBED))])}
+  kl = lambda p: build({**KD, 'mixing': 1.0, 'top_k': top_k}, 8)(p, {'teacher': other}, batch)
+  value, slope = jax.value_and_grad(lambda p: kl(p)['kl'][0])(mine)
+  t, weights = KD['temperature'], batch['weights']
+  p = jax.nn.log_softmax(forward(other, batch).hidden @ other['lm_head'].T / t)
+  q = jax.nn.log_softmax(forward(mine, batch).hidden @ mine['lm_head'].T / t)[..., : p.shape[-1]]
+  if not top_k:
+    want = float((jnp.sum(jnp.exp(p) * (p - q), -1) * weights).sum())
+    assert float(value) == pytest.approx(want, rel=1e-5)
+  assert float(value) > float(kl(params)['kl'][0])
+  assert float(jnp.abs(jax.grad(lambda p: kl(p)['loss'][0])(mine)['lm_head'][-3:]).min()) > 0
+
+
 def test_weighted_soft_labels_beside_torch():
   """Zhou et al. 2021: a token counts for more the worse the student is at it than the teacher."""
   torch = pytest.importorskip('torch')

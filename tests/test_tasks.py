@@ -214,7 +214,12 @@ def test_scores_by_hand():
     ('5', '10-5', 1),
     ('0.1', '.1', 1),
     ('36 minutes', ' 36 minutes.', 1),
-    ('36 minutes', '36', 0),
+    ('36 minutes', '4 times 9 is 36', 1),
+    ('Rs. 750', 'so 751', 0),
+    ('2 : 3', 'the ratio is 2 : 3', 0),  # two numbers: as text
+    ('2 : 3', '2:3', 0),
+    ('2 : 3', ' 2 : 3', 1),
+    ('none', 'None.', 1),
   ],
 )
 def test_the_last_number_counts(final, text, right):

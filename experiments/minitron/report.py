@@ -14,6 +14,7 @@ from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
 from slm import files, latency, page, plots, rundir
 from slm.advice import count
+from slm.prune import commands
 from slm.report import Table, duration, markdown, number
 from slm.verdicts import interval
 
@@ -121,6 +122,37 @@ def tasks_table(f: Found) -> Table:
   return head, rows
 
 
+def overlap_table(f: Found) -> Table:
+  """Build the table of what calibrations on the two texts would both keep of the teacher."""
+  stats = [str(f.root / 'stats' / f'{TEACHER}-{on}') for on in ('generic', f.scale.domain)]
+  head = ['kept', 'of both', 'by chance']
+  if not all(Path(s).exists() for s in stats):
+    return head, [['not run'] * 3]
+  shapes = (commands.read_sizes(f.scale.shapes[name]) for name in ('heads', 'width'))
+  sizes = {axis: n for shape in shapes for axis, n in shape.items()}
+  found = commands.compare(stats, sizes)
+  return head, [
+    [f'{axis}={sizes[axis]}', f'{share:.0%}', f'{chance:.0%}']
+    for axis, (share, chance) in found.items()
+  ]
+
+
+def search_table(f: Found) -> Table:
+  """Build the table of the shapes that the search tried, best first."""
+  path = f.root / 'search' / 'search.json'
+  found = files.read_json(path) if path.exists() else {'rungs': []}
+  head = ['shape', 'parameters', 'as cut', *(f'{r["steps"]} steps' for r in found['rungs'])]
+  if 'best' not in found:
+    return head, [['not run'] * len(head)]
+  losses = [found['zero_shot'], *(rung['loss'] for rung in found['rungs'])]
+  reached = lambda shape: max(i for i, x in enumerate(losses) if shape in x)
+  best = sorted(losses[0], key=lambda s: (-reached(s), losses[reached(s)][s]))
+  cell = lambda x, shape: f'{x[shape]:.3f}' if shape in x else '–'
+  rows = [[s, f'{found["parameters"][s]:,}', *(cell(x, s) for x in losses)] for s in best]
+  taus = ('–' if r['stability'] is None else f'{r["stability"]:.2f}' for r in found['rungs'])
+  return head, [*rows, ["Kendall's tau with the ranks before", '', '', *taus]]
+
+
 def figures(f: Found, speed: dict[str, Any]) -> list[plots.Plot]:
   """Draw what the study has data for."""
   with matplotlib.rc_context(plots.RC):
@@ -206,6 +238,8 @@ def write(scale: Scale, root: Path, rounds: int) -> None:
     ('Tokens to the same loss', _HEADLINE, headline(found)),
     ('What is served', _DEPLOYMENT, deployment_table(found, speed)),
     *([('What is answered', _TASKS, tasks_table(found))] if scale.tasks else []),
+    ('What the search tried', _SEARCH, search_table(found)),
+    ('What another text would keep', _OVERLAP, overlap_table(found)),
     ('Every student', _STUDENTS, main_table(found)),
   ]
   answer = _answer(found)
@@ -226,8 +260,16 @@ _STUDENTS = (
   'and the correction of its teacher, as do tokens and time. The teacher itself was there before. '
   "Students of the domain are measured on the domain's text and not compared with the others."
 )
+_SEARCH = (
+  'The largest shapes of no more parameters than `width`: validation loss as cut, then of the best '
+  'after a short recovery each, the better half for twice as long (successive halving).'
+)
+_OVERLAP = (
+  'The share of units of the teacher that calibrations on generic and on domain text would both '
+  'keep, beside what two random sets of that size share.'
+)
 _HEADLINE = (
-  'The shape of the student `width`, trained from nothing for 1 to 32 times its tokens, each run '
+  'The shape of the student `width`, trained from nothing for 1 to 16 times its tokens, each run '
   "with a schedule of its own. The last column adds the teacher's whole training to the student's."
 )
 _TASKS = (

@@ -118,7 +118,11 @@ def equal_steps(run: Path, teacher: Path) -> int:
 
 
 def read(scale: Scale, root: Path) -> Found:
-  """Read every evaluation; students of one set are resampled alike."""
+  """Read every evaluation; students of one set are resampled alike.
+
+  Raises:
+    ValueError: if some were tested on other rows than the rest.
+  """
   rows: dict[str, dict[tuple[str, str, int], np.ndarray]] = {'generic': {}, scale.domain: {}}
   curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
   for student in STUDENTS:
@@ -140,6 +144,9 @@ def read(scale: Scale, root: Path) -> Found:
     if not mine:
       continue
     tokens = next(iter(mine.values()))[:, 1]
+    for (_, name, seed), values in mine.items():
+      if not np.array_equal(values[:, 1], tokens):
+        raise ValueError(f'{root}/runs: {name}, seed {seed}, was tested on other rows of {on}')
     nll = np.stack([x[:, 0] for x in mine.values()], axis=1)
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
     documents = data.spaced(documents, scale.test_rows)

@@ -45,7 +45,7 @@ CORRECTED = {'corrected': True, 'corrected_control': False}
 SEARCHED = 'searched'  # the shape that slm.prune.search found
 SERVED = ('width', 'depth', 'both')  # of about equal size: their speed and answers are measured
 AGGREGATORS = ('mean', 'l2', 'var')
-LENGTHS = (2, 4, 8, 16, 32)  # of training from nothing, in recoveries
+LENGTHS = (2, 4, 8, 16)  # of training from nothing, in recoveries
 
 
 def _kl(**keys: Any) -> dict[str, Any]:
@@ -89,7 +89,7 @@ STUDENTS = (
   Student('scratch_lm', cut=None, guide=''),
   *(Student(f'scratch_lm_{n}', cut=None, guide='', steps=n, seeds=1) for n in LENGTHS),
   # The loss.
-  *(Student(kl, set=_kl(kl=kl)) for kl in ('reverse', 'jsd', 'cosine', 'mse', 'wsl')),
+  *(Student(kl, set=_kl(kl=kl)) for kl in ('reverse', 'cosine', 'mse', 'wsl')),
   Student('depth_reverse', 'depth', set=_kl(kl='reverse')),
   Student('kl_and_lm', set=_kl(mixing=0.5)),
   *(Student(f'temperature_{t:g}', set=_kl(temperature=t)) for t in (0.5, 2.0)),
