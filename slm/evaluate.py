@@ -72,17 +72,26 @@ def rows(
 
 
 def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:
-  """Summarise [rows,2]: loss in nats per token, perplexity, bits per byte of the text."""
+  """Summarise [rows,2]: loss in nats per token, perplexity, bits per byte of the text.
+
+  Standard errors are of the ratio of two sums over rows, as if rows were drawn independently; those
+  of one document are alike, so the bootstrap over documents that studies use finds larger ones.
+  """
   nll, tokens = values.sum(0)
+  apart = values[:, 0] - nll / tokens * values[:, 1]
+  error = math.sqrt(len(values) / max(len(values) - 1, 1) * float(np.sum(apart**2))) / float(tokens)
   result = {
     'nll': float(nll),
     'tokens': int(tokens),
     'rows': len(values),
     'loss': float(nll / tokens),
+    'loss_stderr': error,
     'ppl': float(np.exp(nll / tokens)),
   }
   if num_bytes:
-    result |= {'bytes': num_bytes, 'bpb': float(nll / math.log(2) / num_bytes)}
+    bits = 1 / math.log(2) / num_bytes
+    more = {'bpb': float(nll) * bits, 'bpb_stderr': error * float(tokens) * bits}
+    result |= {'bytes': num_bytes, **more}
   return result
 
 
@@ -128,12 +137,15 @@ def main(_: list[str]) -> None:
     raise ValueError('--run: name at least one run directory')
   mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
   if f['on'].present or not f.task:
-    print(f'{"run":40s} {"on":24s} {"loss":>8s} {"ppl":>9s} {"bits/byte":>9s}')
+    print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
     for path in f.run:
       data_path = f.data or rundir.read_config(path)['data']['path']
       for name, r in run(path, data_path, f.on, mesh[path], f.batch_size).items():
         if name in f.on:
-          print(f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} {r["ppl"]:9.3f} {r["bpb"]:9.4f}')
+          print(
+            f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
+            f'{r["ppl"]:9.3f} {r["bpb"]:9.4f}'
+          )
   if f.task:
     print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
     for path in f.run:

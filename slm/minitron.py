@@ -196,6 +196,8 @@ def table(found: Mapping[str, Any]) -> str:
     )
   if 'verified' in found:
     lines.append(f'transformers computes the same logits, within {found["verified"]:.1e}')
+  else:
+    lines.append("not verified: transformers or torch is not installed (pip install 'slm[hf]')")
   return '\n'.join(lines)
 
 

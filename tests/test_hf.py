@@ -1,5 +1,6 @@
 """Models of `transformers` in and out: identical bytes, equal logits, refusals by name."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -139,13 +140,18 @@ def test_in_and_out_again_are_the_same_bytes(case, dtype, directories, tmp_path)
 
 
 @pytest.mark.parametrize('case', ['gemma3', 'mixtral', 'qwen3'])
-def test_each_device_gets_its_part(case, directories):
+def test_each_device_gets_its_part(case, directories, monkeypatch):
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 4})
   alone = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   (_, spread, *_), (_, whole, *_) = (convert.read(directories(case), m) for m in (mesh, alone))
   jax.tree.map(np.testing.assert_array_equal, spread, whole)
   w = spread['blocks']['attn']['wq']
   assert w.addressable_shards[0].data.size == w.size // 4
+  reads = collections.Counter()
+  read = weights.Tensors.read
+  monkeypatch.setattr(weights.Tensors, 'read', lambda self, n: reads.update([n]) or read(self, n))
+  convert.read(directories(case), mesh)
+  assert set(reads.values()) == {1}  # however many devices take a part
 
 
 def test_several_files_in_and_out(directories, tmp_path):

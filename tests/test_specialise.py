@@ -189,3 +189,13 @@ def test_objective_is_the_one_evaluated(tiny_config, tmp_path, tiny_data):
   value, weight = objectives.next_token({'student': model.forward}, 64)(params, {}, rows)['loss']
   per_row = evaluate.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
   np.testing.assert_allclose(per_row.sum(0), [value, weight], rtol=1e-5)
+
+
+def test_the_standard_error_of_a_loss_is_that_of_resampled_rows():
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(5, 60, 400).astype(float)
+  values = np.stack([tokens * rng.normal(3, 0.4, 400), tokens], axis=1)
+  drawn = values[rng.integers(0, 400, (4000, 400))].sum(1)
+  found = evaluate.summary(values, 1234)
+  assert found['loss_stderr'] == pytest.approx(np.std(drawn[:, 0] / drawn[:, 1]), rel=0.05)
+  assert found['bpb_stderr'] / found['bpb'] == pytest.approx(found['loss_stderr'] / found['loss'])

@@ -3,6 +3,7 @@
 Their matrices are [out, in], ours [in..., out...]: the axis table says which axes are inputs.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable
@@ -203,7 +204,8 @@ def load(
 ) -> Params:
   """Read weights onto their shardings: each device's part is made of the tensors it needs.
 
-  One leaf at a time and the largest first, so that what is read lies beside little else.
+  Every tensor is read once. One leaf at a time and the largest first, so that what is read lies
+  beside little else.
   """
   planned = plan(tensors, cfg, family, shapes)
 
@@ -211,16 +213,23 @@ def load(
     wanted = planned[path]
     own = shape.shape[wanted.ndim :]
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-      first, rest = index[: wanted.ndim], index[wanted.ndim :]
-      chosen, out = np.asarray(wanted[first]), None
+    parts: dict[str, np.ndarray] = {}
+    uses = collections.defaultdict(list)  # tensor -> (part, its leading axes, place, slices)
+    indices = there.addressable_devices_indices_map(shape.shape).values()
+    for key, index in {str(index): index for index in indices}.items():
+      chosen = np.asarray(wanted[index[: wanted.ndim]])
       for i in np.ndindex(chosen.shape):
-        one = to_ours(path[-1], tensors.read(chosen[i]), own)[rest]
-        out = _aligned((*chosen.shape, *one.shape), dtype) if out is None else out
-        out[i] = one
-      return out
-
-    return jax.block_until_ready(jax.make_array_from_callback(shape.shape, there, part))
+        uses[chosen[i]].append((key, chosen.shape, i, index[wanted.ndim :]))
+    for name, places in uses.items():
+      whole = to_ours(path[-1], tensors.read(name), own)
+      for key, lead, i, rest in places:
+        one = whole[rest]
+        if key not in parts:
+          parts[key] = _aligned((*lead, *one.shape), dtype)
+        parts[key][i] = one
+    return jax.block_until_ready(
+      jax.make_array_from_callback(shape.shape, there, lambda index: parts[str(index)])
+    )
 
   order = sorted(flatten(shapes), key=lambda x: -x[1].size)
   places = dict(flatten(where))
