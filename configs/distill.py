@@ -19,9 +19,11 @@ def get_config():
     'states': (),
     'on_policy': 0.0,  # this share of the steps is on the student's own text (GKD) ...
     'on_policy_from': 0.0,  # ... once this share of all steps is done
-    'on_policy_kl': 'jsd',  # kl of those steps
+    'on_policy_kl': '',  # kl of those steps, if another (GKD: jsd)
     'prompt': 16,  # tokens of a row that it starts from
     # Above 0 the teacher learns the next token meanwhile, at this share of the learning rate
     'correct': 0.0,
+    'balance': 0.01,  # of a student that routes tokens: its load-balance loss ...
+    'z': 1e-3,  # ... and its router's z-loss
   }
   return c

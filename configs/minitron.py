@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
   c.probe = {'steps': 0, 'worth': 0.01}
   c.correct = pretrain.get_config()
   c.correct.steps = 0
-  c.correct.schedule.update(peak=4e-4)  # a fifth of the pretraining peak
+  c.correct.schedule.update(peak=8e-5)  # a fifth of the recovery's peak
   c.export = {'dtype': '', 'licence': '', 'tolerance': 1e-4}
   return c

@@ -17,6 +17,7 @@ def get_config():
   r.steps, r.tensorboard = 300, False
   r.data.batch_size = 16
   r.schedule.update(peak=2e-3, warmup=20)
+  c.correct.schedule.peak = 4e-4
   r.eval.update(every=100, max_rows=256)
   r.checkpoint.every = 100
   return c

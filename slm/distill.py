@@ -28,7 +28,7 @@ KL = {
 def distill(
   forward: Mapping[str, Callable], chunk: int, temperature: float, mixing: float, kl: str,
   beta: float = 0.5, top_k: int = 0, states: Sequence[str] = (), correct: float = 0.0,
-  on_policy: float = 0.0, on_policy_from: float = 0.0, on_policy_kl: str = 'jsd', prompt: int = 0,
+  on_policy: float = 0.0, on_policy_from: float = 0.0, on_policy_kl: str = '', prompt: int = 0,
   balance: float = 0.0, z: float = 0.0,
 ) -> Callable[..., Sums]:  # fmt: skip
   """Minimise (1-mixing) CE + mixing T^2 KL at temperature T (Hinton et al. 2015).
@@ -46,10 +46,10 @@ def distill(
   learns the next token, at that share of the learning rate, while what the student sees of it is
   constant (arXiv 2408.11796). In a share `on_policy` of the steps after the share `on_policy_from`
   of them, the batch is the student's own text after `prompt` tokens, see continuations.py, and
-  `on_policy_kl` takes the place of `kl`; 'jsd' with `beta` is the generalised one of GKD. `balance`
-  and `z` are those of the next-token loss, for a student that routes tokens.
+  `on_policy_kl`, if it is not '', takes the place of `kl`; 'jsd' with `beta` is the generalised one
+  of GKD. `balance` and `z` are those of the next-token loss, for a student that routes tokens.
   """
-  for key, value in (('kl', kl), ('on_policy_kl', on_policy_kl)):
+  for key, value in (('kl', kl), ('on_policy_kl', on_policy_kl or kl)):
     if value not in KL:
       raise ValueError(f'objective.{key}: expected one of {sorted(KL)}, found {value!r}')
   if not 0 <= correct <= 1:
@@ -72,7 +72,7 @@ def distill(
     )
   if on_policy and (mixing < 1 or correct):
     raise ValueError(
-      f'objective.on_policy={on_policy}: needs mixing=1 and correct=False, for nobody learns the '
+      f'objective.on_policy={on_policy}: needs mixing=1 and correct=0, for nobody learns the '
       f'next token of what the student wrote; found mixing={mixing}, correct={correct}'
     )
   divergence = functools.partial(KL[kl], beta=beta) if kl == 'jsd' else KL[kl]

@@ -109,10 +109,12 @@ def measure(
 def predicted(shape: DecoderConfig, context: int, dtype: str) -> dict[str, float]:
   """Return what a step of decoding after `context` tokens moves and computes for a row.
 
-  Layers with a window read the whole cache too. Bytes are those of the active weights and of the
-  keys and values of `context` tokens; an embedding that is not the head too is looked up, not read.
+  Layers with a window read the whole cache too. Bytes are those of the weights that are read (of
+  all experts where all are computed, though FLOPs count those chosen) and of the keys and values of
+  `context` tokens; an embedding that is not the head too is looked up, not read.
   """
-  width, count = jnp.dtype(dtype).itemsize, active_params(shape)
+  read = num_params if shape.dispatch == 'einsum' else active_params
+  width, count = jnp.dtype(dtype).itemsize, read(shape)
   weights = sum(count.values()) - (0 if shape.tied else count['embedding'] // 2)
   layers = shape.num_layers
   cache = 2 * layers * shape.num_kv_heads * shape.head_dim * context

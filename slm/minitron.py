@@ -69,6 +69,12 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     raise ValueError(
       'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
     )
+  rates = [of['schedule']['peak'] for of in (cfg['correct'], recover)]
+  if cfg['probe']['steps'] and not cfg['correct']['steps'] and rates[0] > rates[1]:
+    raise ValueError(
+      f'correct.schedule.peak={rates[0]:g}: expected at most recover.schedule.peak={rates[1]:g} of '
+      'a teacher that is corrected meanwhile (correct.steps=0)'
+    )
   recover['data']['path'] = cfg['data']
   runs, found, pays = {'teacher': teacher}, {}, False
   if cfg['probe']['steps']:
@@ -79,8 +85,7 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     train.train(_correction(cfg, runs['teacher'], cfg['correct']['steps']), teacher)
   elif pays:
     # At the rate that the probe tried, not at the student's.
-    rate = cfg['correct']['schedule']['peak'] / recover['schedule']['peak']
-    recover['objective']['correct'] = min(rate, 1.0)
+    recover['objective']['correct'] = rates[0] / rates[1]
   c = cfg['calibrate']
   commands.calibrate(
     str(teacher), cfg['data'], str(folder / 'stats'), c['set'], c['split'], c['index'], c['rows'],

@@ -52,7 +52,7 @@ class Signals:
     """Open a complete directory.
 
     Raises:
-      ValueError: if it is none, or the command that writes it has not finished.
+      ValueError: if it is none, its command has not finished, or another version wrote it.
     """
     self.path = Path(folder)
     if not (self.path / _ABOUT).exists():
@@ -62,12 +62,14 @@ class Signals:
     if missing := [p.name for p in paths if not p.exists()]:
       raise ValueError(f'{folder}: lacks {missing[0]}: the command that started it continues it')
     self._shards = [files.read_npy(p, mmap='r') for p in paths]
+    if any(s.dtype != layout(self.about) for s in self._shards):
+      raise ValueError(f'{folder}: was written by another version: make it again with slm.signals')
     keys = np.concatenate([s['row'] for s in self._shards])
     self._order = np.argsort(keys, kind='stable')
     self._keys = keys[self._order]
 
   def __call__(self, read: np.ndarray) -> dict[str, np.ndarray]:
-    """Look rows int32 [...,2,context] up: 'teacher_ids' [...,t,k], and probs or entropy likewise.
+    """Look rows int32 [...,2,context] up: 'teacher_ids' [...,t,k], and probs and rest, or entropy.
 
     Raises:
       ValueError: if a row with tokens is not there.
@@ -228,7 +230,8 @@ def verify(out: str) -> str:
     want = _compute(make_signal(loaded, about), params, read, layout(about), size, mesh)
   found = signals(read)
   if about['mode'] == 'topk':
-    worst = float(np.abs(found['teacher_probs'] - want['probs']).max())
+    apart = (np.abs(found[f'teacher_{n}'] - want[n]).max() for n in ('probs', 'rest'))
+    worst = float(max(apart))
     good, text = worst <= 2e-3, f'probabilities differ by {worst:.1e} at most'
   else:
     same = float((found['teacher_ids'] == want['ids']).mean())

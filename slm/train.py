@@ -163,14 +163,15 @@ class _Run:
       sums = make_sums(objective, self.reparam, cfg['dtype'])
       return make_train_step(sums, self.tx, self.reparam.independent)
 
-    self.step = step()
+    self.steps = {'rows': step()}
     d = cfg['data']
     groups = d['batch_size'] // d['rows_per_group']
     self.batches = self._open_data(groups // d['accum'], taught.look_up)
-    share, self.rewrite = distill.own_share(cfg['objective']), None
-    if share:
+    share = distill.own_share(cfg['objective'])
+    if share:  # of the steps, on the student's own text
       self.rewrite = continuations.make_rewrite(self.model, self.reparam, cfg, mesh)
-      self.own_step = step(kl=cfg['objective'].get('on_policy_kl', 'jsd'))
+      kl = cfg['objective'].get('on_policy_kl') or cfg['objective']['kl']
+      self.steps['own'] = step(kl=kl)
     positions = d['batch_size'] * cfg['context']
     self.step_flops = positions * (
       (3 + share) * forward_flops(self.model.cfg, cfg['context']) + taught.flops
@@ -293,18 +294,15 @@ class _Run:
           if record.exhausted:
             break
           batch = self.global_batch(next(self.batches))
-          own = self.rewrite and continuations.turn(cfg, step)
-          if own not in compiled:
-            jitted = jax.jit(
-              self.own_step if own else self.step,
-              donate_argnums=0,
-              out_shardings=(self.layout, None),
-            )
-            compiled[own] = jitted.lower(state, self.frozen, batch).compile()
+          if not compiled:
+            for name, one in self.steps.items():
+              jitted = jax.jit(one, donate_argnums=0, out_shardings=(self.layout, None))
+              compiled[name] = jitted.lower(state, self.frozen, batch).compile()
+          own = 'own' in self.steps and continuations.turn(cfg, step)
           record.dispatch()
           if own:
             batch = self.rewrite(teacher.split(state.theta)[0], self.frozen, batch, step)
-          state, metrics = compiled[own](state, self.frozen, batch)
+          state, metrics = compiled['own' if own else 'rows'](state, self.frozen, batch)
           record.dispatched(step, metrics)
           final, stop = step == cfg['steps'], asked(step)
           if due(cfg['eval']['every']) or final:

@@ -336,17 +336,28 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   monkeypatch.setattr(verify, 'LENGTHS', (3, 8))
   source = tmp_path / 'source'
   shutil.copytree(directories('llama3'), source)
-  huggingface_file(source / 'tokenizer.json', ['<pad>', '<s>', '</s>'])
+  huggingface_file(source / 'tokenizer.json', ['<s>', '</s>'])
+  file = tokenizers.Tokenizer.from_file(str(source / 'tokenizer.json'))
+  file.add_special_tokens(['<fill>', '<turn>'])  # they have the last ids
+  file.save(str(source / 'tokenizer.json'))
+  fill, turn = (file.token_to_id(t) for t in ('<fill>', '<turn>'))
   whole = tokenizer.load(source / 'tokenizer.json')
   model = transformers.AutoModelForCausalLM.from_pretrained(source)
   model.resize_token_embeddings(whole.vocab + 5)
   model.save_pretrained(source)
-  last = {'id': whole.vocab - 1, 'content': 'gone', 'special': False}
-  settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', 'model_max_length': 99}
-  settings |= {'tokenizer_class': 'PreTrainedTokenizerFast', 'added_tokens_decoder': {'299': last}}
+  settings = {
+    'bos_token': '<s>',
+    'eos_token': '</s>',
+    'pad_token': '<fill>',
+    'model_max_length': 99,
+  }
+  settings |= {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'added_tokens_decoder': {str(fill): {'content': '<fill>', 'special': True}},
+  }
   (source / 'tokenizer_config.json').write_text(json.dumps(settings))
   (source / 'chat_template.jinja').write_text('{{ messages }}')
-  edit(source, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+  edit(source, bos_token_id=0, eos_token_id=[1, turn], pad_token_id=fill)
   convert.import_model(source, tmp_path / 'run')
   own = prepare.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
   data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
@@ -362,8 +373,11 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   for text in toy.documents(['law', 'sea'], 4, 0):
     assert theirs.encode(text, add_special_tokens=False) == mine.encode(text)
   ids = json.loads((tmp_path / 'home' / 'config.json').read_text())
-  for name in ('bos', 'eos', 'pad'):
-    assert ids[f'{name}_token_id'] == getattr(mine.ids, name) == getattr(theirs, f'{name}_token_id')
+  new = {t: theirs.convert_tokens_to_ids(t) for t in ('<s>', '</s>', '<fill>', '<turn>')}
+  assert new['<fill>'] < 272 < fill and theirs.pad_token_id == new['<fill>'] == ids['pad_token_id']
+  assert ids['bos_token_id'] == new['<s>'] and ids['eos_token_id'] == [new['</s>'], new['<turn>']]
+  said = json.loads((tmp_path / 'home' / 'tokenizer_config.json').read_text())
+  assert 'added_tokens_decoder' not in said
   assert theirs.chat_template == '{{ messages }}' and theirs.model_max_length == 99
   assert verify.verify([tmp_path / 'home', cut], 1e-4) < 1e-4
 

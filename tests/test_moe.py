@@ -194,6 +194,24 @@ def test_equals_mixtral():
   assert 2 * moe.balance(ours.routing) == pytest.approx(float(uneven), rel=1e-4)
 
 
+def test_a_distilled_router_is_kept_balanced():
+  """What distillation adds up is the divergence and what the next-token loss adds for a router."""
+  teacher, student = models.build(SMALL), models.build(SMALL)
+  weights, params, rows = teacher.init(jax.random.key(7)), student.init(KEY), batch()
+  passes = {'student': student.forward, 'teacher': teacher.forward}
+  kd = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
+  taught = lambda **more: jax.jit(objectives.build({**kd, **more}, passes))(
+    params, {'teacher': weights}, rows
+  )
+  plain, found = taught(), taught(balance=0.3, z=0.7)
+  alone = jax.jit(loss(student, balance=0.3, z=0.7))(params, rows)
+  for name in ('balance', 'router_z'):
+    np.testing.assert_allclose(found[name][0], alone[name][0], rtol=1e-6)
+  more = 0.3 * found['balance'][0] + 0.7 * found['router_z'][0]
+  assert float(found['loss'][0]) == pytest.approx(float(plain['loss'][0] + more), rel=1e-6)
+  assert float(plain['loss'][0]) == pytest.approx(float(plain['kl'][0]), rel=1e-6)
+
+
 def test_counts_and_axes():
   model = models.build({**SMALL, 'shared_mlp': 6})
   params = model.init(KEY)

@@ -76,6 +76,17 @@ def test_independent_models_are_clipped_by_their_own_norm():
     np.testing.assert_allclose(together['w_up'][i], want['w_up'], rtol=1e-6)
 
 
+def test_parts_have_their_share_of_the_rate():
+  alone = optim.build(CFG, lambda _: 0.1, independent=False)
+  tx = optim.each(alone, {'teacher': 0.1})
+  params = {name: {'w_up': jnp.full((2, 3), 2.0)} for name in ('student', 'teacher')}
+  grads = {name: {'w_up': jnp.arange(6.0).reshape(2, 3)} for name in params}
+  found, _ = tx.update(grads, tx.init(params), params)
+  want, _ = alone.update(grads['student'], alone.init(params['student']), params['student'])
+  np.testing.assert_array_equal(found['student']['w_up'], want['w_up'])
+  np.testing.assert_allclose(found['teacher']['w_up'], 0.1 * want['w_up'], rtol=1e-6)
+
+
 def test_inverse_sqrt_does_not_know_where_it_ends():
   make = lambda steps: optim.schedule(
     {'name': 'inverse_sqrt', 'peak': 1.0, 'warmup': 9, 'final': 0.1, 'decay': 0.2}, steps

@@ -61,7 +61,7 @@ def test_grids():
     'layers': (10, 9, 8),
   }
   assert search.read_grid('mlp=16:32,layers=2', WHOLE) == {'mlp': (32, 16), 'layers': (2,)}
-  for bad in ('mlp=33', 'width=3', 'mlp=a', 'mlp'):
+  for bad in ('mlp=33', 'width=3', 'mlp=a', 'mlp', 'vocab=8'):
     with pytest.raises(ValueError, match='--grid'):
       search.read_grid(bad, WHOLE)
 
@@ -131,6 +131,7 @@ def test_the_best_half_is_trained_on_and_a_second_call_continues(teacher, tmp_pa
   assert evaluate.summary(values, 0)['loss'] == pytest.approx(found['zero_shot'][best[0]], 1e-6)
   assert len(search.table(found).splitlines()) == 1 + 3 + 1
   assert found['flops'] > found['zero_shot_flops'] > 0
+  assert search.name(found['sizes']) == found['best']
   with pytest.raises(ValueError, match='holds another search: survivors was 3, now 2'):
     search.search(
       str(run), str(stats), tmp_path / 'found', config.to_dict(), grid, bounds, survivors=2

@@ -45,7 +45,7 @@ def activations_beat_others(f: Found) -> list[Evidence]:
 
 
 def width_beats_depth(f: Found) -> list[Evidence]:
-  """At equal size width recovers better than both, both better than depth; not so as cut."""
+  """At equal size width recovers better than both, both better than depth; as cut, both leads."""
   return _lower(f, ('both', 'width'), cut=True) + _lower(f, ('width', 'both'), ('both', 'depth'))
 
 
@@ -147,7 +147,7 @@ def gains(f: Found) -> list[Evidence]:
 
 
 def own_text(f: Found) -> list[Evidence]:
-  """The last quarter of a recovery is better on the student's own text (ours)."""
+  """The last quarter of a recovery is better on the student's own text, by the JSD (ours)."""
   return _lower(f, ('own_text', 'width'))
 
 
@@ -155,7 +155,10 @@ def own_text(f: Found) -> list[Evidence]:
 CLAIMS: tuple[tuple[str, Callable[[Found], list[Evidence]]], ...] = (
   ('The mean over a sequence is the best aggregate as cut (P1)', aggregators),
   ('Activations are the best criterion (P1)', activations_beat_others),
-  ('Width is better than depth at equal size, but only after recovery (P1)', width_beats_depth),
+  (
+    'Width, then both, then depth is best, but only after recovery (P1)',
+    width_beats_depth,
+  ),
   ('Cutting channels looks worse at first and is better after (P1)', hidden_channels_pay_later),
   ('Scoring once is as good as scoring again between cuts (P1)', scoring_once),
   ('Cutting layers at once beats cutting in steps at equal tokens (P1)', at_once),
@@ -173,7 +176,7 @@ CLAIMS: tuple[tuple[str, Callable[[Found], list[Evidence]]], ...] = (
   ('A contiguous window of layers is better to delete (P2)', windows),
   ('Heads are better kept than neurons (P2)', keep_heads),
   ('Making up for smaller norms helps (no paper says)', gains),
-  ("The student's own text is better to end on (no paper says)", own_text),
+  ("The student's own text, by the JSD, is better to end on (no paper says)", own_text),
   ('A search finds a shape no worse than ours (no paper says)', searching),
 )
 

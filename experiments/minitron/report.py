@@ -14,7 +14,7 @@ from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
 from slm import files, latency, page, plots, rundir
 from slm.advice import count
-from slm.prune import commands
+from slm.prune import commands, importance
 from slm.report import Table, duration, markdown, number
 from slm.verdicts import interval
 
@@ -124,16 +124,18 @@ def tasks_table(f: Found) -> Table:
 
 def overlap_table(f: Found) -> Table:
   """Build the table of what calibrations on the two texts would both keep of the teacher."""
-  stats = [str(f.root / 'stats' / f'{TEACHER}-{on}') for on in ('generic', f.scale.domain)]
+  stats = [f.root / 'stats' / f'{TEACHER}-{on}' for on in ('generic', f.scale.domain)]
   head = ['kept', 'of both', 'by chance']
-  if not all(Path(s).exists() for s in stats):
+  if not all(path.exists() for path in stats):
     return head, [['not run'] * 3]
   shapes = (commands.read_sizes(f.scale.shapes[name]) for name in ('heads', 'width'))
   sizes = {axis: n for shape in shapes for axis, n in shape.items()}
-  found = commands.compare(stats, sizes)
+  scores = [importance.activation_scores(commands.read(s, finished=True)[1]) for s in stats]
+  kept = [importance.keep(x, sizes, f.shapes[TEACHER].num_kv_heads) for x in scores]
+  chance = lambda axis: sizes[axis] / scores[0][axis].shape[-1]
   return head, [
-    [f'{axis}={sizes[axis]}', f'{share:.0%}', f'{chance:.0%}']
-    for axis, (share, chance) in found.items()
+    [f'{axis}={n}', f'{importance.overlap(*(k[axis] for k in kept)):.0%}', f'{chance(axis):.0%}']
+    for axis, n in sizes.items()
   ]
 
 
@@ -273,7 +275,7 @@ _HEADLINE = (
   "with a schedule of its own. The last column adds the teacher's whole training to the student's."
 )
 _TASKS = (
-  'The first 1,000 questions of public tasks without examples: the share answered right and the '
+  'The first 300 questions of public tasks without examples: the share answered right and the '
   'bits per byte of the right answer (of the last word, for LAMBADA), averaged over seeds; ± is '
   'the standard error over questions. Where accuracy is at chance, bits still tell models apart.'
 )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,13 @@ class Found:
   def gap(self, a: str, b: str, cut: bool = False) -> Difference | None:
     """Return the difference in loss of two students, a minus b; None if one was not run."""
     of = self.cut if cut else self.trained
-    return comparison.difference(of[a], of[b]) if a in of and b in of else None
+    if a not in of or b not in of:
+      return None
+    pair = [of[a], of[b]]
+    if cut:  # a scored cut is the same whatever the seed
+      seeds = pair[0].seeds | pair[1].seeds
+      pair = [_repeated(x, seeds) if len(x.seeds) == 1 else x for x in pair]
+    return comparison.difference(*pair)
 
   def runs(self, name: str) -> list[Path]:
     """List the finished runs of a student or teacher."""
@@ -100,6 +107,12 @@ class Found:
 def shape(run: Path) -> DecoderConfig:
   """Read a run's shape."""
   return models.build(rundir.read_config(run)['model']).cfg
+
+
+def _repeated(loss: Loss, seeds: Iterable[int]) -> Loss:
+  """Give every seed the one loss there is."""
+  every = lambda values: dict.fromkeys(seeds, next(iter(values.values())))
+  return Loss(every(loss.seeds), every(loss.bits), every(loss.replicates))
 
 
 def search_cost(folder: Path) -> Cost:

@@ -23,7 +23,7 @@ from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import commands, search, slicing
 
 BY_NAME = {s.name: s for s in STUDENTS}
-_ITEMS = 1000  # of a task file, the first
+_ITEMS = 300  # of a task file, the first
 
 
 class Study:

@@ -97,8 +97,8 @@ STUDENTS = (
   # Hidden states too, where the depth is kept and where it is halved.
   Student('width_states', set=_kl(states=('embed', '-3:-3'))),
   Student('depth_states', 'depth', set=_kl(states=('embed', '-3:-3'))),
-  # The last quarter of the steps on the student's own text.
-  Student('own_text', set=_kl(on_policy=1.0, on_policy_from=0.75)),
+  # The last quarter of the steps on the student's own text, by the generalised JSD (GKD).
+  Student('own_text', set=_kl(on_policy=1.0, on_policy_from=0.75, on_policy_kl='jsd')),
   # Scored again on the way; cut, trained and cut again.
   Student('half_way', 'near', seeds=0),
   Student('scored_twice', parent='half_way'),

@@ -46,6 +46,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int]) -> str:
     """Decode; tokens that are not text give nothing."""
 
+  def special(self) -> dict[str, str]:
+    """Name the tokens that are not text, by what they are for; bytes have none."""
+
 
 class SentencePiece:
   """A SentencePiece model with byte fallback; decode(encode(x)) == x."""
@@ -93,6 +96,7 @@ class Bytes:
   begins = True
   prefix_space = False
   _offset = 3
+  special = dict
 
   def __init__(self, path: pathlib.Path):
     found = files.read_json(path)

@@ -65,4 +65,5 @@ def _objective(found: dict[str, Any]) -> str:
   return f'{found["name"]} ({how})' if how else found['name']
 
 
-_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'on_policy_from', 'correct')
+_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'on_policy_from',
+        'on_policy_kl', 'correct')  # fmt: skip

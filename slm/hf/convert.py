@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from slm import files, load, models, rundir, sharding
 from slm.data import tokenizer
@@ -190,8 +191,7 @@ def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]
   if there is None:
     return []
   found = {name: there / name for name in _TOKENIZER if (there / name).exists()}
-  cut = any('vocab' in x.get('prune', {}).get('shape', {}) for x in history)
-  if cut:
+  if renumbered := _renumbered(history):
     for place, name in itertools.product(places, _BY_TEXT):
       if name not in found and (place / name).exists():
         found[name] = place / name
@@ -203,10 +203,12 @@ def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]
   tok, settings = tokenizer.load(there), out / 'tokenizer_config.json'
   ids = {'bos_token_id': tok.ids.bos, 'eos_token_id': tok.ids.eos, 'pad_token_id': tok.ids.pad}
   if settings.name in found:
-    if cut:  # what it says of ids is of the whole vocabulary
+    if renumbered:  # what these say of ids is of the whole vocabulary
       about = files.read_json(settings)
       files.write_json(settings, {k: v for k, v in about.items() if k != 'added_tokens_decoder'})
-      hf |= {key: i for key, i in ids.items() if hf.get(key) is not None}
+      for key in ids.keys() & hf.keys():  # an id, several, or none
+        old = hf[key]
+        hf[key] = [renumbered[i] for i in old] if isinstance(old, list) else renumbered.get(old)
     return [*found]
   hf |= ids
   kind = 'LlamaTokenizer' if 'tokenizer.model' in found else 'PreTrainedTokenizerFast'
@@ -216,6 +218,19 @@ def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]
   about |= {f'{name}_token': token for name, token in tok.special().items()}
   files.write_json(settings, about)
   return [*found, settings.name]
+
+
+def _renumbered(history: list[dict[str, Any]]) -> dict[int, int]:
+  """Return the new id of each old one, if the vocabulary was cut on the way to the newest run."""
+  by_run, here, found = {x['run']: x for x in history}, history[0], {}
+  while here:
+    if 'vocab' in here.get('prune', {}).get('shape', {}):
+      kept = safetensors.numpy.load_file(Path(here['run']) / 'kept.safetensors')['vocab'].tolist()
+      last = found or {i: i for i in range(len(kept))}
+      found = {old: last[new] for new, old in enumerate(kept) if new in last}
+    init = here.get('init')
+    here = by_run.get(str(rundir.split_ref(Path(init))[0].resolve())) if init else None
+  return found
 
 
 def lineage(run: str | Path) -> list[dict[str, Any]]:

@@ -61,9 +61,13 @@ class Family:
 
 
 def _every_window(hf: Keys) -> list[str]:
-  """Read Mistral's sliding_window, which Qwen's mixture may switch off: every layer has it."""
-  windowed = hf.get('use_sliding_window', True) and hf.get('sliding_window')
-  return ['window' if windowed else 'full'] * hf['num_hidden_layers']
+  """Read Mistral's sliding_window: every layer has it."""
+  return ['window' if hf.get('sliding_window') else 'full'] * hf['num_hidden_layers']
+
+
+def _switched_window(hf: Keys) -> list[str]:
+  """Read that of Qwen's mixtures: every layer has it, where it is used."""
+  return _every_window(hf if hf.get('use_sliding_window') else {**hf, 'sliding_window': None})
 
 
 def _late_window(hf: Keys) -> list[str]:
@@ -96,6 +100,7 @@ def _nope(hf: Keys) -> list[str]:
 _ATTENTION: dict[str, Callable[[Keys], list[str]]] = {
   'full': lambda hf: ['full'] * hf['num_hidden_layers'],
   'every': _every_window,
+  'switched': _switched_window,
   'late': _late_window,
   'gemma2': _mixed_window(2),
   'gemma3': _mixed_window(6),
@@ -206,7 +211,7 @@ FAMILIES: dict[str, Family] = {
       'renormalise': 'norm_topk_prob',
     },
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False, **_LATER},
-    attention='every',
+    attention='switched',
     mlp='moe_intermediate_size',
     experts=_EXPERTS,
   ),

@@ -78,10 +78,9 @@ def read_grid(text: str, cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
   found = {}
   for part in filter(None, text.split(',')):
     axis, _, values = part.partition('=')
-    if axis not in slicing.SIZES or not values.replace(':', '').isdigit():
-      raise ValueError(
-        f'--grid: expected axis=size:size of {", ".join(slicing.SIZES)}, found {part!r}'
-      )
+    axes = [a for a in slicing.SIZES if a != 'vocab']  # candidates are scored on the same tokens
+    if axis not in axes or not values.replace(':', '').isdigit():
+      raise ValueError(f'--grid: expected axis=size:size of {", ".join(axes)}, found {part!r}')
     found[axis] = tuple(sorted({int(v) for v in values.split(':') if v}, reverse=True))
     if found[axis][0] > (whole := getattr(cfg, slicing.SIZES[axis])):
       raise ValueError(f'--grid: {axis}={found[axis][0]} is more than the {whole} there are')
