@@ -253,7 +253,7 @@ def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
     state = run.initial_state()
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(run.shapes)]
     state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
-    _, found = jax.jit(run.step)(state, {}, run.global_batch(next(run.batches)))
+    _, found = jax.jit(run.steps['rows'])(state, {}, run.global_batch(next(run.batches)))
   assert int(found['bad_leaf']) >= 0
   assert names[int(found['bad_leaf'])]
   assert not np.isfinite(found['loss'])
