@@ -36,6 +36,5 @@ def get_config(name: str = 'llama31_4b_width'):
   r.update(steps=steps, dtype='bfloat16')
   r.data.batch_size, r.model.remat, r.mesh.fsdp = rows, 'full', 64
   r.schedule.update(peak=1e-4, warmup=warmup, final=final)
-  c.correct.schedule.peak = 2e-5
-  c.recover = r
+  c.correct.schedule.peak, c.recover = 2e-5, r
   return c

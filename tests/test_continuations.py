@@ -104,7 +104,7 @@ def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkey
   # Three of the student, one of the teacher, and in half of the steps one to write.
   assert ledger['flops'] == pytest.approx(4 * 8 * 32 * 4.5 * forward_flops(model.cfg, 32))
   # Own text has a divergence of its own: up to the first such step nothing else changes.
-  c.objective.on_policy_kl = 'jsd'
+  c.objective.on_policy_kl = 'forward'
   train.train(c.to_dict(), tmp_path / 'other')
   other, first = rundir.read_metrics(tmp_path / 'other'), own.index(True)
   same = [a['loss'] == b['loss'] for a, b in zip(whole, other, strict=True)]
