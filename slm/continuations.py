@@ -147,7 +147,7 @@ def write(
   tok = tokenizer.load(f'{path}/tokenizer')
   params = reparam.cast(loaded.params(), jnp.dtype(loaded.cfg['dtype']))
   count = min(count, len(split.ids))
-  ids = split.ids[np.arange(count) * len(split.ids) // count]
+  ids = data.spaced(split.ids, count)
   devices, written = sharding.batch_devices(mesh), 0
   flops = forward_flops(loaded.model.cfg, prompt + max_tokens)
   size = -(-batch_size // devices) * devices

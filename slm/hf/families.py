@@ -124,6 +124,10 @@ _BIAS = {'bias': 'attention_bias'}  # of q, k, v and o alike
 _COUNTS = ('num_experts', 'num_local_experts')
 _NO_BIAS = {'attention_bias': False}
 _EXPERTS = ('mlp', 'gate_proj', 'up_proj', 'down_proj')
+_ROUTED = {
+  **_BIAS, 'num_experts': 'num_experts', 'experts_per_token': 'num_experts_per_tok',
+  'renormalise': 'norm_topk_prob',
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
   'llama': Family(
@@ -134,22 +138,16 @@ FAMILIES: dict[str, Family] = {
     divides=True,
   ),
   'mistral': Family(
-    'MistralForCausalLM',
+    'MistralForCausalLM', attention='every',
     defaults={'tie_word_embeddings': False, 'sliding_window': 4096},
-    attention='every',
   ),
   'qwen2': Family(
-    'Qwen2ForCausalLM',
-    fixed={'qkv_bias': True},
+    'Qwen2ForCausalLM', attention='late', fixed={'qkv_bias': True},
     defaults={'tie_word_embeddings': False, **_LATER},
-    attention='late',
   ),
   'qwen3': Family(
-    'Qwen3ForCausalLM',
-    fixed={'qk_norm': 'head'},
-    keys=_BIAS,
+    'Qwen3ForCausalLM', attention='late', fixed={'qk_norm': 'head'}, keys=_BIAS,
     defaults={**_NO_BIAS, 'tie_word_embeddings': False, **_LATER},
-    attention='late',
   ),
   'smollm3': Family(
     'SmolLM3ForCausalLM',
@@ -180,9 +178,7 @@ FAMILIES: dict[str, Family] = {
     divides=True,
   ),
   'olmo2': Family(
-    'Olmo2ForCausalLM',
-    fixed={'norms': 'post', 'qk_norm': 'all'},
-    keys=_BIAS,
+    'Olmo2ForCausalLM', fixed={'norms': 'post', 'qk_norm': 'all'}, keys=_BIAS,
     defaults={**_NO_BIAS, 'tie_word_embeddings': False},
   ),
   'mixtral': Family(
@@ -195,10 +191,7 @@ FAMILIES: dict[str, Family] = {
   'olmoe': Family(
     'OlmoeForCausalLM',
     fixed={'qk_norm': 'all'},
-    keys={
-      **_BIAS, 'num_experts': 'num_experts', 'experts_per_token': 'num_experts_per_tok',
-      'renormalise': 'norm_topk_prob',
-    },
+    keys=_ROUTED,
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False},
     experts=_EXPERTS,
     square=True,
@@ -206,10 +199,7 @@ FAMILIES: dict[str, Family] = {
   'qwen3_moe': Family(
     'Qwen3MoeForCausalLM',
     fixed={'qk_norm': 'head'},
-    keys={
-      **_BIAS, 'num_experts': 'num_experts', 'experts_per_token': 'num_experts_per_tok',
-      'renormalise': 'norm_topk_prob',
-    },
+    keys=_ROUTED,
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False, **_LATER},
     attention='switched',
     mlp='moe_intermediate_size',
