@@ -131,11 +131,10 @@ _ROUTED = {
 
 FAMILIES: dict[str, Family] = {
   'llama': Family(
-    'LlamaForCausalLM',
+    'LlamaForCausalLM', divides=True,
     keys={**_BIAS, 'mlp_bias': 'mlp_bias'},
     # The published Llama 2 says nothing of its rope_theta.
     defaults={**_NO_BIAS, 'mlp_bias': False, 'tie_word_embeddings': False, 'rope_theta': 10_000.0},
-    divides=True,
   ),
   'mistral': Family(
     'MistralForCausalLM', attention='every',
@@ -150,10 +149,9 @@ FAMILIES: dict[str, Family] = {
     defaults={**_NO_BIAS, 'tie_word_embeddings': False, **_LATER},
   ),
   'smollm3': Family(
-    'SmolLM3ForCausalLM',
+    'SmolLM3ForCausalLM', attention='nope',
     keys={**_BIAS, 'mlp_bias': 'mlp_bias'},
     defaults={**_NO_BIAS, 'mlp_bias': False, 'tie_word_embeddings': True},
-    attention='nope',
   ),
   'gemma2': Family(
     'Gemma2ForCausalLM',
@@ -189,12 +187,10 @@ FAMILIES: dict[str, Family] = {
     experts=('block_sparse_moe', 'w1', 'w3', 'w2'),
   ),
   'olmoe': Family(
-    'OlmoeForCausalLM',
-    fixed={'qk_norm': 'all'},
+    'OlmoeForCausalLM', square=True, fixed={'qk_norm': 'all'},
     keys=_ROUTED,
     defaults={**_NO_BIAS, 'norm_topk_prob': False, 'tie_word_embeddings': False},
     experts=_EXPERTS,
-    square=True,
   ),
   'qwen3_moe': Family(
     'Qwen3MoeForCausalLM',
