@@ -85,7 +85,15 @@ def to_theirs(leaf: str, w: np.ndarray) -> np.ndarray:
 
 def to_ours(leaf: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Undo `to_theirs`; the shape is one layer's."""
-  return (w.T if leaf in INPUTS else w).reshape(shape)
+  return (_transposed(w) if leaf in INPUTS else w).reshape(shape)
+
+
+def _transposed(w: np.ndarray) -> np.ndarray:
+  """Return w [a,b] as an array [b,a] of its own."""
+  found = np.empty(w.shape[::-1], w.dtype)
+  for i in range(0, len(w), 64):  # all rows at once lie on more pages than a TLB holds
+    found[:, i : i + 64] = w[i : i + 64].T
+  return found
 
 
 def their_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
