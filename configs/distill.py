@@ -9,7 +9,7 @@ def get_config():
   c.phase = 'distill'
   c.objective = {
     'name': 'distill',
-    'chunk': 512,
+    'chunk': 256,  # half of next_token's: two models' logits at once
     'temperature': 1.0,
     'mixing': 0.5,
     'kl': 'forward',  # forward | reverse | jsd | cosine | mse | wsl

@@ -96,7 +96,9 @@ def distill(
     else:
       soft = live_kl(caps, student, teacher_weight, rows)
     nll = losses.cross_entropy(student, rows['targets'])
-    loss = (1 - mixing) * nll + mixing * temperature**2 * soft
+    loss = mixing * temperature**2 * soft
+    if mixing < 1:  # 0 times its gradient would still go through the vocabulary
+      loss += (1 - mixing) * nll
     total = lambda x: jnp.sum(x * rows['weights'])
     return {'loss': total(loss), 'nll': total(nll), 'kl': total(soft)}
 
