@@ -28,7 +28,7 @@ Entry = Callable[[], None]
 OBJECTIVES = {
   'next_token': {'name': 'next_token', 'chunk': 512},
   'distill': {
-    'name': 'distill', 'chunk': 512, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward',
+    'name': 'distill', 'chunk': 256, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward',
   },
 }  # fmt: skip
 
@@ -220,5 +220,5 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
-  flags.DEFINE_integer('rounds', 7, 'Interleaved repeats.')
+  flags.DEFINE_integer('rounds', 15, 'Interleaved repeats.')
   cli.run(main)
