@@ -105,14 +105,21 @@ def complete(
   loaded: load.Loaded,
   params: Params,
   tok: tokenizer.Tokenizer,
+  begin: list[int],
   prompts: list[str],
   max_tokens: int,
   sampler: Sampler,
   seed: int,
 ) -> list[str]:
-  """Continue text prompts; returns the continuations without the prompts."""
-  ids = [[tok.ids.bos, *tok.encode(p)] for p in prompts]
+  """Continue text prompts after the ids `begin`; returns the continuations without the prompts.
+
+  Raises:
+    ValueError: if a prompt is empty for a model that reads no begin token.
+  """
+  ids = [[*begin, *tok.encode(p)] for p in prompts]
   longest = max(map(len, ids))
+  if not all(ids):
+    raise ValueError('--prompt: expected some text: this model reads no begin token')
   padded = np.array([[0] * (longest - len(i)) + i for i in ids], np.int32)
   mask = np.array([[0] * (longest - len(i)) + [1] * len(i) for i in ids], np.int32)
   params = reparam.cast(params, jnp.dtype(loaded.cfg['dtype']))
@@ -144,11 +151,17 @@ def main(_: list[str]) -> None:
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   for path in flags.FLAGS.run:
     loaded = load.load(path, mesh)
-    tok = tokenizer.load(f'{flags.FLAGS.data or loaded.cfg["data"]["path"]}/tokenizer')
-    load.same_tokenizer(loaded, tok.fingerprint)
+    tok, begin = load.reads(loaded, flags.FLAGS.data)
     params = loaded.params(flags.FLAGS.cluster)
     texts = complete(
-      loaded, params, tok, flags.FLAGS.prompt, flags.FLAGS.max_tokens, sampler, flags.FLAGS.seed
+      loaded,
+      params,
+      tok,
+      begin,
+      flags.FLAGS.prompt,
+      flags.FLAGS.max_tokens,
+      sampler,
+      flags.FLAGS.seed,
     )
     print(f'== {path} (step {loaded.step})')
     for prompt, text in zip(flags.FLAGS.prompt, texts, strict=True):
@@ -157,7 +170,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'Run directory; repeat to see several models.')
-  flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
+  flags.DEFINE_string('data', '', 'Where tokenizer/ is; default: the run, or its data.')
   flags.DEFINE_integer('cluster', None, 'Specialist to use, if the run holds several.')
   flags.DEFINE_multi_string('prompt', [], 'Prompt; repeat for several.')
   flags.DEFINE_integer('max_tokens', 64, 'Tokens to generate.')

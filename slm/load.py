@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from slm import checkpoint, data, files, models, reparam, rundir, sharding
+from slm.data import tokenizer
 from slm.reparam.base import flatten
 
 Params = dict[str, Any]
@@ -190,6 +191,21 @@ def same_clusters(loaded: Loaded, path: str | Path) -> None:
       f'{loaded.path} was trained on other clusters than those of {path}: its specialists mean '
       'nothing there'
     )
+
+
+def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, list[int]]:
+  """Return a run's tokenizer, and the ids that every text begins with: a begin token, or none.
+
+  The tokenizer is in the data directory `path`, the run or the run's data. Models trained here read
+  a begin token before every text, imported ones if their tokenizer says so.
+
+  Raises:
+    ValueError: if there is none, or it is another than the weights were trained with.
+  """
+  own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg['data']['path']
+  tok = tokenizer.load(Path(path or own) / 'tokenizer')
+  same_tokenizer(loaded, tok.fingerprint)
+  return tok, [tok.ids.bos] if tok.begins or loaded.cfg['phase'] != 'import' else []
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:

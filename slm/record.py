@@ -182,11 +182,13 @@ class Recorder:
 
   def result(self) -> dict[str, Any]:
     """Summarise the run."""
-    loss = dict(self._evals)
+    loss, steps = dict(self._evals), self._line['step']
     return {
-      'steps': self._line['step'],
+      'steps': steps,
       'best_step': self.best_step,
       'best_loss': loss[self.best_step],
+      # Of the weights that are served, see rundir.served_step.
+      'loss': loss.get(self.best_step if self._cfg['eval']['patience'] else steps),
       **self._total,
     }
 

@@ -107,20 +107,19 @@ def open_model(
   if 'model_type' in rundir.read_config(path):
     model, params, hf, _ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
-    longest, imported = hf.get('max_position_embeddings', 2048), True
+    longest, first = hf.get('max_position_embeddings', 2048), [tok.ids.bos] if tok.begins else []
   else:
     loaded = load.load(ref, mesh)
     if loaded.reparam.clusters:
       raise ValueError(f'{ref} holds several specialists: take one out with slm.specialise first')
     model, params, cfg, step = loaded.model, loaded.params(), loaded.cfg, loaded.step
-    own = path if (path / 'tokenizer').is_dir() else cfg['data']['path']
-    tok = tokenizer.load(Path(data or own) / 'tokenizer')
-    load.same_tokenizer(loaded, tok.fingerprint)
+    tok, first = load.reads(loaded, data)
     how = {'dtype': cfg['dtype'], 'chunk': cfg['objective']['chunk']}
-    longest, imported = cfg['context'], cfg['phase'] == 'import'
-  first = begin if begin is not None else tok.begins or not imported
+    longest = cfg['context']
+  if begin is not None:
+    first = [tok.ids.bos] if begin else []
   return make(
-    model, params, tok, mesh, context=context or longest, begin=[tok.ids.bos] if first else [],
+    model, params, tok, mesh, context=context or longest, begin=first,
     batch_size=batch_size, step=step, **how,
   )  # fmt: skip
 

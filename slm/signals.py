@@ -26,7 +26,7 @@ from slm.data import rows
 from slm.models.decoder import forward_flops, head, logits
 
 MODES = ('topk', 'sampled')
-_ABOUT = 'signals.json'
+ABOUT = 'signals.json'
 _VERIFIED = 16  # rows
 
 
@@ -55,9 +55,9 @@ class Signals:
       ValueError: if it is none, its command has not finished, or another version wrote it.
     """
     self.path = Path(folder)
-    if not (self.path / _ABOUT).exists():
-      raise ValueError(f'{folder}: holds no {_ABOUT}: make it with slm.signals')
-    self.about = files.read_json(self.path / _ABOUT)
+    if not (self.path / ABOUT).exists():
+      raise ValueError(f'{folder}: holds no {ABOUT}: make it with slm.signals')
+    self.about = files.read_json(self.path / ABOUT)
     paths = shards(self.path, self.about)
     if missing := [p.name for p in paths if not p.exists()]:
       raise ValueError(f'{folder}: lacks {missing[0]}: the command that started it continues it')
@@ -186,9 +186,9 @@ def write(
     'data': str(Path(path).resolve()), 'on': on, 'index': index, 'rows_sha256': split.sha256,
     'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed, 'shard_rows': shard_rows,
   }  # fmt: skip
-  if (folder / _ABOUT).exists():
-    rundir.check_same(folder, files.read_json(folder / _ABOUT), about, 'other signals')
-  files.write_json(folder / _ABOUT, about)
+  if (folder / ABOUT).exists():
+    rundir.check_same(folder, files.read_json(folder / ABOUT), about, 'other signals')
+  files.write_json(folder / ABOUT, about)
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
   signal, flops = make_signal(loaded, about), forward_flops(loaded.model.cfg, about['context'])

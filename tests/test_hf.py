@@ -17,7 +17,7 @@ import tokenizers
 import toy
 from test_tokenizer import huggingface_file
 
-from slm import load, sharding, train
+from slm import generate, load, record, rundir, sharding, train
 from slm.data import prepare, tokenizer
 from slm.hf import card, convert, families, verify, weights
 from slm.models.config import DecoderConfig
@@ -478,6 +478,37 @@ def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
   assert (hf['bos_token_id'], hf['eos_token_id']) == (tok.ids.bos, tok.ids.eos)
 
 
+def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
+  """An export is of the line its weights came down; of a teacher it says the name and the cost."""
+  base, taught = tmp_path / 'base', tmp_path / 'taught'
+  convert.import_model(directories('smollm2'), base)
+  convert.import_model(directories('llama3', 'bfloat16'), tmp_path / 'big')
+  (tmp_path / 'big/tokenizer').mkdir(exist_ok=True)
+  (tmp_path / 'big/tokenizer/chat_template.jinja').write_text('{{ big }}')
+  signals = tmp_path / 'signals'
+  signals.mkdir()
+  about = {'teacher': str(tmp_path / 'big'), 'mode': 'topk', 'data': '', 'on': 'law/train'}
+  (signals / 'signals.json').write_text(
+    json.dumps({**about, 'rows_sha256': 'ab', 'tokenizer': 'cd', 'step': 0})
+  )
+  cost = [record.phase_entry('signals', 7, 8e3, 0.5)]
+  rundir.write_ledger(signals, cost, [about['teacher']])
+  loaded = load.load(base, load.mesh_for(base))
+  live = {'teacher': str(tmp_path / 'big')}
+  for more, ancestors in ((live, []), ({'teacher_cache': str(signals)}, [str(signals)])):
+    shutil.rmtree(taught, ignore_errors=True)
+    config = {k: v for k, v in loaded.cfg.items() if k != 'hf'}
+    config |= {'init': str(base), 'phase': 'distill', **more}
+    load.write_dense(taught, config, loaded.params(), [str(base), *ancestors], loss=1.5)
+    made = convert.export_model(taught, tmp_path / 'out')
+    assert made['dtype'] == 'float32' and 'chat_template.jinja' not in made['tokenizer']
+    card.write(tmp_path / 'out')
+    shown = (tmp_path / 'out/README.md').read_text()
+    assert 'Made from: model.' in shown and '- Taught by: big.' in shown and '| 1.5000 |' in shown
+    assert ('| signals | topk | 7 |' in shown) == bool(ancestors)
+    assert [x['phase'] for x in made['history']].count('import') == 2
+
+
 def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_config):
   """Fine-tuned here on text of its own tokenizer, then taken home with what came with it."""
   source = tmp_path / 'source'
@@ -490,6 +521,11 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   (source / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
   (source / 'chat_template.jinja').write_text('{{ messages }}')
   convert.import_model(source, tmp_path / 'run')
+  loaded = load.load(tmp_path / 'run', load.mesh_for(tmp_path / 'run'))
+  tok, begin = load.reads(loaded)
+  assert begin == [] and tok.encode(words[0]) == [3]  # as transformers reads it
+  with pytest.raises(ValueError, match='this model reads no begin token'):
+    generate.complete(loaded, loaded.params(), tok, begin, ['', 'x'], 2, generate.greedy, 0)
   sets = toy.corpus(tmp_path)
   own = prepare.TokenizerConfig('huggingface', 0, str(tmp_path / 'run/tokenizer/tokenizer.json'))
   data = toy.config(tmp_path, sets, tokenizer=own)

@@ -266,6 +266,10 @@ def test_early_stopping_and_best(tiny_config, tmp_path):
   result = train.train(c.to_dict(), tmp_path / 'run')
   assert result['steps'] < 60
   assert result['steps'] == result['best_step'] + 3
+  assert result['loss'] == result['best_loss']  # what is served
+  c.eval.patience, c.steps = 0, 6
+  result = train.train(c.to_dict(), tmp_path / 'last')
+  assert result['best_loss'] < result['loss'] < np.inf
   assert load.load(tmp_path / 'run', sharding.make_mesh({'data': 8})).step == result['best_step']
 
 

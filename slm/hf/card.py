@@ -25,13 +25,12 @@ def write(path: Path, licence: str = '') -> str:
 def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> str:
   """Write the card: front matter, shape, lineage from the newest run to the oldest, cost."""
   history = about['history']
-  bases = [x['hf']['name'] for x in history if 'hf' in x]
   lines = ['---', f'license: {licence or "other"}', 'library_name: transformers', '---', '']
   lines += [f'# {name}', '']
   lines += [
     f'- Architecture: {hf["architectures"][0]}, {about["total_parameters"]:,} parameters, '
     f'{about["dtype"]}.',
-    f'- Made from: {", ".join(bases) or "random weights"}.',
+    f'- Made from: {", ".join(about["made_from"]) or "random weights"}.',
     *(f'- Taught by: {x["teacher"]}.' for x in history[:1] if x.get('teacher')),
     f'- Licence of this model: {licence or _UNKNOWN}. Licences of the models and data it was made '
     f'from: {_UNKNOWN}; theirs apply.',
@@ -44,7 +43,7 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
   for entry in history:
     mine = [p for p in entry['cost'] if p['phase'] != 'evaluate']
     total = lambda key, mine=mine: sum(p[key] for p in mine)
-    loss = entry.get('result', {}).get('best_loss')
+    loss = entry.get('result', {}).get('loss')
     lines.append(
       f'| {entry["run"]} | {entry["phase"]} | {_objective(entry["objective"])} | '
       f'{total("tokens"):,} | {total("flops"):.3g} | {total("device_seconds"):.0f} | '

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from slm import files, load, models, rundir, sharding
+from slm import files, load, models, rundir, sharding, signals
 from slm.data import tokenizer
 from slm.hf import families, weights
 from slm.models.config import DecoderConfig
@@ -139,7 +139,8 @@ def export_model(
   """Write a run's dense model as a directory that transformers loads unchanged.
 
   `dtype` '' is the type that the weights were imported with, float32 for others. What came with
-  the model it was made from (tokenizer, chat template, token ids) is carried over.
+  the model it was made from (tokenizer, chat template, token ids) is carried over; a teacher's is
+  not.
 
   Raises:
     ValueError: if weights cannot have that type, the run is unfinished or holds several
@@ -155,7 +156,8 @@ def export_model(
   if out.exists() and any(out.iterdir()) and not (out / LINEAGE).exists():
     raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
   history = lineage(run)
-  origin = next((x['hf'] for x in history if 'hf' in x), {})
+  line = _line(history)
+  origin = next((x['hf'] for x in line if 'hf' in x), {})
   known = origin.get('config', {'max_position_embeddings': loaded.cfg['context']})
   family, hf = families.find(loaded.model.cfg, known)
   dtype = dtype or origin.get('dtype', 'float32')
@@ -164,7 +166,7 @@ def export_model(
   # load before its config is there, last.
   files.write_json(out / LINEAGE, {'unfinished': True})
   (out / 'config.json').unlink(missing_ok=True)
-  carried = carry_tokenizer(history, out, hf)
+  carried = carry_tokenizer(line, out, hf)
   sizes = weights.save(
     loaded.params(), loaded.model.cfg, family, out, np.dtype(getattr(ml_dtypes, dtype, dtype)),
     shard_bytes,
@@ -173,25 +175,26 @@ def export_model(
     (out / name).unlink(missing_ok=True)
   files.write_json(out / 'config.json', hf)
   about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': carried}
+  about['made_from'] = [Path(x['hf']['path']).name for x in line if 'hf' in x]
   about['history'] = [_public(entry) for entry in history]
   files.write_json(out / LINEAGE, about)
   return about
 
 
-def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:
+def carry_tokenizer(line: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:
   """Copy the newest tokenizer's files; write what transformers needs beside one that has none.
 
   Its token ids go into config.json (`hf`), as do those of a vocabulary that was cut. A text with
   U+2581 itself, SentencePiece's sign for a space, has other ids in transformers; all others have
   the same.
   """
-  places = [Path(x['run']) / 'tokenizer' for x in history]
-  places += [Path(x['data']) / 'tokenizer' for x in history if x['data']]
+  places = [Path(x['run']) / 'tokenizer' for x in line]
+  places += [Path(x['data']) / 'tokenizer' for x in line if x['data']]
   there = next((p for p in places if p.is_dir()), None)
   if there is None:
     return []
   found = {name: there / name for name in _TOKENIZER if (there / name).exists()}
-  if renumbered := _renumbered(history):
+  if renumbered := _renumbered(line):
     for place, name in itertools.product(places, _BY_TEXT):
       if name not in found and (place / name).exists():
         found[name] = place / name
@@ -220,16 +223,23 @@ def carry_tokenizer(history: list[dict[str, Any]], out: Path, hf: dict[str, Any]
   return [*found, settings.name]
 
 
-def _renumbered(history: list[dict[str, Any]]) -> dict[int, int]:
+def _renumbered(line: list[dict[str, Any]]) -> dict[int, int]:
   """Return the new id of each old one, if the vocabulary was cut on the way to the newest run."""
-  by_run, here, found = {x['run']: x for x in history}, history[0], {}
-  while here:
+  found: dict[int, int] = {}
+  for here in line:
     if 'vocab' in here.get('prune', {}).get('shape', {}):
       kept = safetensors.numpy.load_file(Path(here['run']) / 'kept.safetensors')['vocab'].tolist()
       last = found or {i: i for i in range(len(kept))}
       found = {old: last[new] for new, old in enumerate(kept) if new in last}
-    init = here.get('init')
-    here = by_run.get(str(rundir.split_ref(Path(init))[0].resolve())) if init else None
+  return found
+
+
+def _line(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Return those of a lineage whose weights became the newest run's: no teachers."""
+  by_run = {x['run']: x for x in history}
+  found = [history[0]]
+  while source := found[-1].get('init'):
+    found.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
   return found
 
 
@@ -243,10 +253,11 @@ def lineage(run: str | Path) -> list[dict[str, Any]]:
   while todo:
     here = todo.pop(0)
     path, step = rundir.split_ref(here)
-    if path.resolve() in seen or not (path / 'config.json').exists():
+    known = (path / 'config.json').exists() or (path / signals.ABOUT).exists()
+    if path.resolve() in seen or not known:
       continue
     seen.add(path.resolve())
-    cfg, ledger = rundir.read_config(here), rundir.read_ledger(path)
+    cfg, ledger = _config(path), rundir.read_ledger(path)
     entry: dict[str, Any] = {
       'run': str(path.resolve()),
       'step': step,
@@ -259,22 +270,39 @@ def lineage(run: str | Path) -> list[dict[str, Any]]:
       'config_sha256': hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
       'cost': ledger['phases'],
     }
-    for key in ('teacher', 'init', 'prune'):
+    for key in ('teacher', 'prune'):
       if cfg.get(key):
         entry[key] = cfg[key]
+    if cfg.get('teacher_cache'):
+      about = Path(cfg['teacher_cache']) / signals.ABOUT
+      entry['teacher'] = files.read_json(about)['teacher'] if about.exists() else str(about.parent)
+    source = cfg.get('init') or (cfg.get('specialist') or {}).get('of')
+    if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
+      raise ValueError(
+        f'{source}: gone, and {path} was made from it: it has its tokenizer and type'
+      )
+    entry |= {'init': source} if source else {}
     if (path / 'result.json').exists():
       entry['result'] = files.read_json(path / 'result.json')
     if 'hf' in cfg:
       entry['hf'] = {**cfg['hf'], 'dtype': entry['result']['dtype']}
     found.append(entry)
-    for source in (cfg.get('init'), (cfg.get('specialist') or {}).get('of')):
-      if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
-        raise ValueError(
-          f'{source}: gone, and {path} was made from it: it has its tokenizer and type'
-        )
-    sources = [cfg.get('init'), (cfg.get('specialist') or {}).get('of'), cfg.get('teacher')]
-    todo += [Path(s) for s in sources if s] + [Path(a) for a in ledger['ancestors']]
+    todo += [Path(s) for s in (source, cfg.get('teacher'), *ledger['ancestors']) if s]
   return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+  """Return a run's config, or what stands for it of a teacher's signals."""
+  if (path / 'config.json').exists():
+    return rundir.read_config(path)
+  about = files.read_json(path / signals.ABOUT)
+  return {
+    'phase': 'signals',
+    'objective': {'name': about['mode']},
+    'data': {'path': about['data'], 'set': about['on'].partition('/')[0]},
+    'rows': about['rows_sha256'],
+    'tokenizer': about['tokenizer'],
+  }
 
 
 def _public(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def search(
     for shape in left:
       init = workdir / (shape if i == 1 else f'{shape}-{i - 1}')
       mine = config | {'init': str(init), 'steps': steps, 'seed': config['seed'] + i}
-      losses[shape] = train.train(mine, workdir / f'{shape}-{i}')['best_loss']
+      losses[shape] = train.train(mine, workdir / f'{shape}-{i}')['loss']
     ranks = [[of[s] for s in left] for of in (before, losses)]
     tau = float(scipy.stats.kendalltau(*ranks)[0]) if len(left) > 1 else None
     found['rungs'] = found['rungs'][: i - 1] + [{'steps': steps, 'loss': losses, 'stability': tau}]
