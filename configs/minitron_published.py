@@ -30,11 +30,11 @@ def get_config(name: str = 'llama31_4b_width'):
   if name not in RECIPES:
     raise ValueError(f'configs/minitron_published.py: expected {list(RECIPES)}, found {name!r}')
   c, r = minitron.get_config(), minitron.get_config().recover
-  model, c.sizes, steps, rows, warmup, final = RECIPES[name]
+  model, c.sizes, r.steps, rows, warmup, final = RECIPES[name]
   c.context, c.cut.depth = 8192, 'window'
   c.model.update(model)
-  r.update(steps=steps, dtype='bfloat16')
-  r.data.batch_size, r.model.remat, r.mesh.fsdp = rows, 'full', 64
+  for p in (r, c.correct):
+    p.dtype, p.data.batch_size, p.model.remat, p.mesh.fsdp = 'bfloat16', rows, 'full', 64
   r.schedule.update(peak=1e-4, warmup=warmup, final=final)
   c.correct.schedule.peak, c.recover = 2e-5, r
   return c

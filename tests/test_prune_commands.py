@@ -90,6 +90,21 @@ def test_weights_are_split_over_the_devices_that_divide_them(trained, tmp_path):
   jax.tree.map(close, whole['sums'], sums['sums'])
 
 
+def test_another_number_of_devices_continues(trained, tmp_path, monkeypatch):
+  """Batches are rounded up to fill the devices: what was asked for stays the same."""
+  run, _ = trained
+  eight = calibrate(run, tmp_path / 'stats', batch_size=3)
+  cut = lambda name: commands.cut(
+    str(run), [str(tmp_path / 'stats')], {'layers': 2}, str(tmp_path / name), depth='perplexity'
+  )
+  monkeypatch.setattr(sharding, 'fit_mesh', lambda width: ONE())
+  assert calibrate(run, tmp_path / 'stats', batch_size=3)['count'] == eight['count']
+  cut('one')
+  one = calibrate(run, tmp_path / 'other', batch_size=3)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+  jax.tree.map(close, one['sums'], eight['sums'])
+
+
 def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
   run, path = trained
   stats = calibrate(run, tmp_path / 'stats')
@@ -116,6 +131,14 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
     other = load.load(tmp_path / by, ONE()).params()['blocks']['mlp']['w_up']
     mine = {n: teacher.params()['blocks']['mlp']['w_up'][..., n] for n in range(24)}
     assert all(any((c == w[0]).all() for w in mine.values()) for c in other[0].T)
+  for seed in range(3):  # widths are drawn, layers are not
+    drawn = tmp_path / f'drawn-{seed}'
+    how = {'by': 'random', 'seed': seed, 'align': 4}
+    commands.cut(str(run), [str(tmp_path / 'stats')], {'mlp': 16, 'layers': 2}, str(drawn), **how)
+    np.testing.assert_array_equal(kept_of(drawn)['layers'], kept['layers'])
+  assert (
+    cfg['rows'] == data.Split(path, 'generic', 'train').sha256 and cfg['data']['set'] == 'generic'
+  )
   groups = {'kv_heads': 1, 'heads': 2}
   cfg, _ = commands.cut(str(run), [str(tmp_path / 'stats')], groups, str(tmp_path / 'groups'))
   assert (cfg.num_heads, cfg.num_kv_heads) == (2, 1)
@@ -230,7 +253,7 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   assert files.read_json(tmp_path / 'home' / 'config.json')['eos_token_id'] == tok.ids.eos
 
 
-def test_layers_can_be_chosen_by_a_task(trained, tmp_path):
+def test_layers_can_be_chosen_by_a_task(trained, tmp_path, monkeypatch):
   """The window goes without which most items are right; asking is paid for."""
   run, path = trained
   calibrate(run, tmp_path / 'stats', rows=16)
@@ -256,15 +279,23 @@ def test_layers_can_be_chosen_by_a_task(trained, tmp_path):
   spent = lambda name: rundir.read_ledger(tmp_path / name)['phases'][0]
   assert spent('asked')['tokens'] > spent('plain')['tokens']
   assert spent('asked')['flops'] > spent('plain')['flops']
+  # Nothing is asked twice, neither for the same cut nor for another; both have cost as much.
+  monkeypatch.setattr(tasks, 'asking', lambda *a: lambda *b: pytest.fail('asked again'))
+  how = {'task': str(tmp_path / 'quiz.jsonl'), 'limit': 4}
+  cut('asked', **how)
+  cut('again', **how)
+  assert spent('again')['tokens'] == spent('asked')['tokens']
+  with pytest.raises(ValueError, match='plain holds another run: prune.limit was 0, now 4'):
+    cut('plain', **how)
 
 
 def test_sizes_are_multiples_unless_told_otherwise():
   cfg = DecoderConfig(4096, 512, 2, 2, 2, 8, 2048)
-  commands.check_sizes(cfg, {'mlp': 1152, 'embed': 264, 'layers': 1}, 0)
+  slicing.check_sizes(cfg, {'mlp': 1152, 'embed': 264, 'layers': 1}, 0)
   for wanted, by in (({'mlp': 1160}, 128), ({'embed': 260}, 8), ({'vocab': 4000}, 128)):
     with pytest.raises(ValueError, match=f'expected a multiple of {by},'):
-      commands.check_sizes(cfg, wanted, 0)
-    commands.check_sizes(cfg, wanted, 4)
+      slicing.check_sizes(cfg, wanted, 0)
+    slicing.check_sizes(cfg, wanted, 4)
 
 
 def test_the_command_line(trained, tmp_path):

@@ -14,7 +14,7 @@ from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
 from slm import files, latency, page, plots, rundir
 from slm.advice import count
-from slm.prune import commands, importance
+from slm.prune import commands, importance, slicing
 from slm.report import Table, duration, markdown, number
 from slm.verdicts import interval
 
@@ -128,7 +128,7 @@ def overlap_table(f: Found) -> Table:
   head = ['kept', 'of both', 'by chance']
   if not all(path.exists() for path in stats):
     return head, [['not run'] * 3]
-  shapes = (commands.read_sizes(f.scale.shapes[name]) for name in ('heads', 'width'))
+  shapes = (slicing.read_sizes(f.scale.shapes[name]) for name in ('heads', 'width'))
   sizes = {axis: n for shape in shapes for axis, n in shape.items()}
   scores = [importance.activation_scores(commands.read(s, finished=True)[1]) for s in stats]
   kept = [importance.keep(x, sizes, f.shapes[TEACHER].num_kv_heads) for x in scores]

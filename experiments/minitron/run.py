@@ -103,7 +103,7 @@ class Study:
 
   def sizes(self, student: Student) -> dict[str, int]:
     """Return what a student keeps of each axis."""
-    return commands.read_sizes(self.scale.shapes[student.shape])
+    return slicing.read_sizes(self.scale.shapes[student.shape])
 
   def searched(self) -> dict[str, int]:
     """Search for the best shape no larger than `width`, by a quarter of a recovery's steps."""

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     stats = commands.calibrate(f.run, f.data, f.out, f.set, f.split, f.index, f.rows, f.batch_size)
     print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
   elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
-    wanted = commands.read_sizes(f.sizes)
+    wanted = slicing.read_sizes(f.sizes)
     cfg, counts = commands.cut(
       f.run, f.stats, wanted, f.workdir, norm_gain=f.norm_gain, by=f.by, depth=f.depth, mix=f.mix,
       tokens=f.tokens, sequences=f.sequences, align=f.align, seed=f.seed,
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     print(f'{f.workdir}: {shape}; {counts[1]:,} parameters of {counts[0]:,}')
   elif argv[1:] == ['compare'] and f.stats:
     found = commands.compare(
-      f.stats, commands.read_sizes(f.sizes), tokens=f.tokens, sequences=f.sequences
+      f.stats, slicing.read_sizes(f.sizes), tokens=f.tokens, sequences=f.sequences
     )
     for axis, (share, chance) in found.items():
       print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')

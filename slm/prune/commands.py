@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from slm import cli, data, files, load, rundir, sharding, tasks
+from slm import cli, data, files, load, models, rundir, sharding, tasks
 from slm.data import tokenizer, vocabulary
 from slm.models.config import DecoderConfig
 from slm.models.decoder import forward_flops, num_params
@@ -46,10 +46,9 @@ def calibrate(
     raise ValueError(f'{run} holds several models: take one out with slm.specialise first')
   path = str(Path(path or loaded.cfg['data']['path']).resolve())
   load.same_tokenizer(loaded, data.manifest(path)['tokenizer']['fingerprint'])
-  devices = sharding.batch_devices(mesh)
   asked = {
     'run': str(Path(run).resolve()), 'step': loaded.step, 'data': path, 'set': data_set,
-    'split': split, 'index': index, 'rows': rows, 'batch_size': -(-batch_size // devices) * devices,
+    'split': split, 'index': index, 'rows': rows, 'batch_size': batch_size,
     'rows_sha256': data.Split(path, data_set, split, index).sha256,
     'weights': load.weights_hash(loaded.params()),
   }  # fmt: skip
@@ -75,6 +74,10 @@ def _sum(
   if about.get('finished'):
     return about, stats
   a, mesh = asked, sharding.fit_mesh(loaded.model.cfg.embed)
+  devices = sharding.batch_devices(mesh)
+  size = -(-a['batch_size'] // devices) * devices
+  if about.get('rows_a_batch', size) != size:  # begun on more devices, or fewer
+    about, stats = {'asked': asked}, {}
   if data.Split(a['data'], a['set'], a['split'], a['index']).sha256 != a['rows_sha256']:
     raise ValueError(f'{a["data"]}: {a["set"]}/{a["split"]} has other rows than {folder} is of')
   began = saved = time.monotonic()
@@ -82,7 +85,7 @@ def _sum(
   took = lambda: seconds + (time.monotonic() - began) * jax.device_count()
   where, params, add = sharding.batch_sharding(mesh), loaded.params(), measure.summing(of)
   batches = data.evaluation_batches(
-    a['data'], a['set'], a['split'], a['batch_size'], index=a['index'], max_rows=a['rows']
+    a['data'], a['set'], a['split'], size, index=a['index'], max_rows=a['rows']
   )
   with jax.set_mesh(mesh), cli.progress(name, a['rows'], 'rows') as progress:
     for i, (_, ids, batch) in enumerate(batches):
@@ -92,7 +95,8 @@ def _sum(
       stats = measure.merge(stats, add(params, jax.device_put(batch, where)))
       progress.update(int((ids >= 0).sum()))
       if time.monotonic() - saved > _SAVE_EVERY:
-        about = {'asked': asked, 'batches': i + 1, 'device_seconds': took()}
+        about = {'asked': asked, 'batches': i + 1, 'rows_a_batch': size}
+        about['device_seconds'] = took()
         _write(folder, name, about, stats)
         saved = time.monotonic()
   context = data.manifest(a['data'])['context']
@@ -191,7 +195,8 @@ class _Calibration:
       gradients = self.sums('taylor', {}, measure.gradients(self.loaded.model, *how), 3.0)['sums']
       found |= importance.taylor_scores(self.loaded.params(), gradients)
     elif by == 'random':
-      found = importance.random_scores(found, seed)
+      drawn = importance.random_scores(found, seed)
+      found |= {axis: score for axis, score in drawn.items() if axis != 'layers'}
     found['vocab'] = stats['sums']['vocab']
     if depth != 'influence' and wanted.get('layers', layers) < layers:
       width = 1 if depth == 'perplexity' else layers - wanted['layers']
@@ -207,43 +212,6 @@ class _Calibration:
     of = measure.shrinkage(self.loaded.model, self.loaded.cfg['dtype'], embed)
     sums = self.sums(f'gain-{sha[:12]}', {'embed': sha}, of)['sums']
     return jax.tree.map(lambda x: x[..., 0] / np.maximum(x[..., 1], 1), sums)
-
-
-def read_sizes(text: str) -> dict[str, int]:
-  """Read axis=size,axis=size.
-
-  Raises:
-    ValueError: if a part is not of that form.
-  """
-  found = {}
-  for part in filter(None, text.split(',')):
-    axis, _, size = part.partition('=')
-    if axis not in slicing.SIZES or not size.isdigit():
-      raise ValueError(f'--sizes: expected axis=size of {", ".join(slicing.SIZES)}, found {part!r}')
-    found[axis] = int(size)
-  return found
-
-
-def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
-  """Refuse sizes that are not there, or that accelerators do badly with.
-
-  align 0: multiples of 128 of at least 1024, otherwise of 8.
-
-  Raises:
-    ValueError: naming the axis.
-  """
-  if not wanted:
-    raise ValueError('--sizes: name at least one axis')
-  for axis, size in wanted.items():
-    if not 0 < size <= (whole := getattr(cfg, slicing.SIZES[axis])):
-      raise ValueError(f'--sizes: {axis}={size}: expected 1 to {whole}')
-  for axis in wanted.keys() & {'vocab', 'embed', 'mlp', 'shared_mlp'}:
-    by = align or (128 if getattr(cfg, slicing.SIZES[axis]) >= 1024 else 8)
-    if wanted[axis] % by:
-      raise ValueError(
-        f'--sizes: {axis}={wanted[axis]}: expected a multiple of {by}, which accelerators want; '
-        '--align=1 allows any'
-      )
 
 
 def cut(
@@ -269,70 +237,104 @@ def cut(
     raise ValueError(
       f'--stats, --mix: expected one, or two and 0 to 1, found {len(stats)} and {mix}'
     )
-  for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
-    if value not in ('', 'none') and axis not in wanted:
-      raise ValueError(f'--{name}={value}: is for cutting {axis}, which --sizes does not name')
+  slicing.check_options(wanted, task, norm_gain)
   loaded = load.load(run, load.mesh_for(run), finished=True)
   old, params = loaded.model.cfg, loaded.params()
-  check_sizes(old, wanted, align)
+  slicing.check_sizes(old, wanted, align)
   run = str(Path(run).resolve())
   passes = [_Calibration(run, loaded, Path(s), []) for s in stats]
   how = {'by': by, 'depth': depth, 'tokens': tokens, 'sequences': sequences, 'seed': seed}
   # A task chooses the window by itself.
-  scored = how | {'depth': 'influence'} if task else how
-  scores = [p.scores(wanted, **scored) for p in passes]
+  scored = how | ({'depth': 'influence'} if task else {})
   how |= {'norm_gain': norm_gain, 'mix': mix, 'task': task and Path(task).name, 'limit': limit}
+  of = [read(Path(s), finished=True)[0]['asked'] for s in stats]
+  digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
+  how |= {'shape': wanted, 'stats': [digest(asked) for asked in of]}
+  if done := _finished(Path(workdir), run, how):
+    return done, tuple(sum(num_params(c).values()) for c in (old, done))
+  scores = [p.scores(wanted, **scored) for p in passes]
   found = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
   widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
   kept = importance.keep(found, widths, old.num_kv_heads)
   smaller: Sequence[Any] | None = None  # its tokenizer file's name and content, if it is another
   if 'vocab' in wanted:
-    of = Path(passes[0].costs[0]['asked']['data']) / 'tokenizer'
-    *smaller, kept['vocab'] = vocabulary.reduce(of, found['vocab'], wanted['vocab'])
+    whole = Path(of[0]['data']) / 'tokenizer'
+    *smaller, kept['vocab'] = vocabulary.reduce(whole, found['vocab'], wanted['vocab'])
   if task and 'layers' in wanted:
-    ask = _asking(passes[0], task, limit)
-    kept['layers'] = importance.best_window(params, old, wanted['layers'], ask)
+    ask = _asking(passes[0], params, task, limit)
+    kept['layers'] = importance.best_window(old.num_layers, wanted['layers'], ask)
   ratios = None
   if norm_gain == 'calibrated' and 'embed' in kept:
     each = [p.ratios(kept['embed']) for p in passes]
     ratios = jax.tree.map(lambda a, b: (1 - mix) * a + mix * b, each[0], each[-1])
-  digest = hashlib.sha256()
+  sha = hashlib.sha256()
   for axis in sorted(kept):
-    digest.update(axis.encode() + np.ascontiguousarray(kept[axis], np.int32).tobytes())
+    sha.update(axis.encode() + np.ascontiguousarray(kept[axis], np.int32).tobytes())
   params, new = slicing.cut(params, old, kept, norm_gain, ratios)
   config = {
     **loaded.cfg,
     'phase': 'prune',
     'model': {'name': 'decoder', **dataclasses.asdict(new)},
     'reparam': {'name': 'full'},
+    'objective': {'name': 'next_token', 'chunk': loaded.cfg['objective']['chunk']},
     'init': run,
     'teacher': '',
-    'prune': {'shape': wanted, 'sha256': digest.hexdigest(), **how},
+    'data': loaded.cfg['data'] | {'path': of[0]['data']} | {k: of[0][k] for k in ('set', 'index')},
+    'rows': of[0]['rows_sha256'],
+    'prune': {'sha256': sha.hexdigest(), **how},
   }
-  config.pop('hf', None)
+  for key in ('hf', 'teacher_cache', 'specialist'):
+    config.pop(key, None)
   if smaller:
     config['tokenizer'] = hashlib.sha256(smaller[1]).hexdigest()
   rundir.check_run(Path(workdir), config)
-  if not (Path(workdir) / 'result.json').exists():
-    costs = [about for p in passes for about in p.costs]
-    _write_run(Path(workdir), config, params, kept, smaller, costs)
-  count = lambda c: sum(num_params(c).values())
-  return new, (count(old), count(new))
+  costs = [about for p in passes for about in p.costs]
+  _write_run(Path(workdir), config, params, kept, smaller, costs)
+  return new, tuple(sum(num_params(c).values()) for c in (old, new))
 
 
-def _asking(of: _Calibration, task: str, limit: int) -> Callable[[Params, DecoderConfig], float]:
-  """Return the score of cut weights at a task; what asking costs joins the calibration's costs."""
-  asked, mesh = of.costs[0]['asked'], sharding.fit_mesh(of.loaded.model.cfg.embed)
+def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | None:
+  """Return the shape of the finished cut that a directory holds, None if it is not begun.
+
+  Raises:
+    ValueError: if it holds another run.
+  """
+  if not (folder / 'config.json').exists():
+    return None
+  found = rundir.read_config(folder)
+  pruned = {key: value for key, value in found.get('prune', {}).items() if key != 'sha256'}
+  held = {'init': found.get('init'), 'prune': pruned}
+  rundir.check_same(
+    folder, held, json.loads(json.dumps({'init': run, 'prune': how})), 'another run'
+  )
+  return models.build(found['model']).cfg if (folder / 'result.json').exists() else None
+
+
+def _asking(
+  of: _Calibration, params: Params, task: str, limit: int
+) -> Callable[[np.ndarray], float]:
+  """Return the score at a task of what is left with layers [n]; what asking costs joins the others.
+
+  Scores are kept beside the calibration: a window is asked about once.
+  """
+  asked, cfg = of.costs[0]['asked'], of.loaded.model.cfg
+  mesh = sharding.fit_mesh(cfg.embed)
   tok = tokenizer.load(f'{asked["data"]}/tokenizer')
   context = data.manifest(asked['data'])['context']
   ask = tasks.asking(task, tok, mesh, context, asked['batch_size'], limit)
+  path = of.folder / f'task-{files.sha256(Path(task))[:12]}-{limit}.json'
 
-  def score(params: Params, cfg: DecoderConfig) -> float:
-    with jax.set_mesh(mesh):
-      found = ask(params, cfg)
-    flops = found['tokens'] * forward_flops(cfg, context)
-    of.costs.append({key: found[key] for key in ('tokens', 'device_seconds')} | {'flops': flops})
-    return found['score']
+  def score(layers: np.ndarray) -> float:
+    known, window = files.read_json(path) if path.exists() else {}, ' '.join(map(str, layers))
+    if window not in known:
+      smaller, shape = slicing.cut(params, cfg, {'layers': layers})
+      with jax.set_mesh(mesh):
+        found = ask(smaller, shape)
+      known[window] = {key: found[key] for key in ('score', 'tokens', 'device_seconds')}
+      known[window]['flops'] = found['tokens'] * forward_flops(shape, context)
+      files.write_json(path, known)
+    of.costs.append(known[window])
+    return known[window]['score']
 
   return score
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.models.config import DecoderConfig
 from slm.models.observe import AGGREGATORS
 from slm.prune import measure, slicing
 from slm.prune.measure import Stats
@@ -113,16 +112,13 @@ def deletion_scores(sums: Params) -> np.ndarray:
   return nll[:-1] - nll[-1]
 
 
-def best_window(
-  params: Params, cfg: DecoderConfig, size: int, score: Callable[[Params, DecoderConfig], float]
-) -> np.ndarray:
+def best_window(layers: int, size: int, score: Callable[[np.ndarray], float]) -> np.ndarray:
   """Keep `size` layers [size]: without the contiguous others the model scores highest.
 
-  The score is any task's (as Minitron's Winogrande, arXiv 2408.11796); ties: the first window.
+  The score, of the layers that stay, is any task's (as Minitron's Winogrande, arXiv 2408.11796);
+  ties: the first window.
   """
-  gates = measure.windows(cfg.num_layers, cfg.num_layers - size)[:-1]
-  kept = [np.flatnonzero(gate) for gate in gates]
-  return max(kept, key=lambda k: score(*slicing.cut(params, cfg, {'layers': k})))
+  return max((np.flatnonzero(g) for g in measure.windows(layers, layers - size)[:-1]), key=score)
 
 
 def mix(a: Scores, b: Scores, share: float) -> Scores:

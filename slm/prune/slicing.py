@@ -33,6 +33,56 @@ SIZES = {
 }
 
 
+def read_sizes(text: str) -> dict[str, int]:
+  """Read axis=size,axis=size.
+
+  Raises:
+    ValueError: if a part is not of that form.
+  """
+  found = {}
+  for part in filter(None, text.split(',')):
+    axis, _, size = part.partition('=')
+    if axis not in SIZES or not size.isdigit():
+      raise ValueError(f'--sizes: expected axis=size of {", ".join(SIZES)}, found {part!r}')
+    found[axis] = int(size)
+  return found
+
+
+def check_options(wanted: dict[str, int], task: str, norm_gain: str) -> None:
+  """Refuse options of axes that are not cut.
+
+  Raises:
+    ValueError: naming the option.
+  """
+  for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
+    if value not in ('', 'none') and axis not in wanted:
+      raise ValueError(f'--{name}={value}: is for cutting {axis}, which --sizes does not name')
+  if 'kv_heads' in wanted and 'heads' not in wanted:
+    raise ValueError('--sizes: kv_heads: expected a size of heads beside it')
+
+
+def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
+  """Refuse sizes that are not there, or that accelerators do badly with.
+
+  align 0: multiples of 128 of at least 1024, otherwise of 8.
+
+  Raises:
+    ValueError: naming the axis.
+  """
+  if not wanted:
+    raise ValueError('--sizes: name at least one axis')
+  for axis, size in wanted.items():
+    if not 0 < size <= (whole := getattr(cfg, SIZES[axis])):
+      raise ValueError(f'--sizes: {axis}={size}: expected 1 to {whole}')
+  for axis in wanted.keys() & {'vocab', 'embed', 'mlp', 'shared_mlp'}:
+    by = align or (128 if getattr(cfg, SIZES[axis]) >= 1024 else 8)
+    if wanted[axis] % by:
+      raise ValueError(
+        f'--sizes: {axis}={wanted[axis]}: expected a multiple of {by}, which accelerators want; '
+        '--align=1 allows any'
+      )
+
+
 def check(cfg: DecoderConfig, kept: Kept) -> None:
   """Refuse kept sets that do not fit the model.
 
@@ -122,7 +172,8 @@ def cut(
 
   A norm divides by the root mean square over fewer channels, so its output shrinks. With
   gain='sqrt' every scale (and epsilon) makes up for it as if what was cut had been zero: then the
-  result computes exactly what the whole model does with those channels masked. 'none' leaves them.
+  result computes exactly what the whole model does with those channels masked (of heads that are
+  normed, up to the epsilon, which they share). 'none' leaves them.
 
   What is cut is not zero, though: with gain='calibrated' each norm's scale is multiplied by its
   r = E[rms(kept) / rms(all)] over tokens of the whole model (`ratios`, a leaf 'gain' [l] or scalar
