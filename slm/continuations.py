@@ -155,7 +155,7 @@ def write(
     for start in range(0, len(ids), _SHARD):
       shard, part = folder / f'text-{start:08d}.jsonl', ids[start : start + _SHARD]
       if not shard.exists():
-        lines, made, began = [], 0, time.monotonic()
+        lines, made, heard, began = [], 0, 0, time.monotonic()
         for i in range(0, len(part), size):
           rows = np.pad(part[i : i + size], (0, max(i + size - len(part), 0)), constant_values=-1)
           read = split.read(rows)
@@ -168,9 +168,11 @@ def write(
           )  # fmt: skip
           lines += _lines(tok, rows, begun, mask, found)
           made += int((np.asarray(found.lengths) * mask.any(1)).sum())
+          heard += int(mask.sum())  # prompts take a forward pass too
         files.write_text(shard, ''.join(lines))
         took = (time.monotonic() - began) * jax.device_count()
-        record.spend(folder, 'continue', made, made * flops, took, ancestors=[about['run']])
+        cost = made, (made + heard) * flops, took
+        record.spend(folder, 'continue', *cost, ancestors=[about['run']])
       written += len(shard.read_text().splitlines())
       progress.update(len(part))
   return written

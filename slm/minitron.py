@@ -23,10 +23,12 @@ from ml_collections import config_flags
 from slm import (
   cli,
   comparison,
+  data,
   evaluate,
   files,
   latency,
   models,
+  objectives,
   plan,
   rundir,
   scoring,
@@ -57,8 +59,8 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   ):
     convert.import_model(teacher, folder / 'teacher')
     teacher = folder / 'teacher'
-  sizes, recover = commands.read_sizes(cfg['sizes']), cfg['recover']
-  commands.check_sizes(scoring.shape(teacher), sizes, cfg['cut']['align'])
+  sizes, recover = slicing.read_sizes(cfg['sizes']), cfg['recover']
+  slicing.check_sizes(scoring.shape(teacher), sizes, cfg['cut']['align'])
   _exportable(scoring.shape(teacher), sizes)
   if 'vocab' in sizes:
     raise ValueError(
@@ -75,6 +77,13 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       f'correct.schedule.peak={rates[0]:g}: expected at most recover.schedule.peak={rates[1]:g} of '
       'a teacher that is corrected meanwhile (correct.steps=0)'
     )
+  if recover['teacher_cache']:
+    raise ValueError('recover.teacher_cache: here the teacher itself is asked')
+  slicing.check_options(sizes, cfg['cut']['task'], cfg['cut']['norm_gain'])
+  meanwhile = cfg['probe']['steps'] and not cfg['correct']['steps'] and rates[0] / rates[1]
+  if meanwhile:  # at the rate that the probe tries, not at the student's
+    objectives.build(recover['objective'] | {'correct': meanwhile}, {})
+  objectives.build(recover['objective'], {})
   recover['data']['path'] = cfg['data']
   runs, found, pays = {'teacher': teacher}, {}, False
   if cfg['probe']['steps']:
@@ -84,8 +93,7 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     runs['corrected'] = teacher = folder / 'corrected'
     train.train(_correction(cfg, runs['teacher'], cfg['correct']['steps']), teacher)
   elif pays:
-    # At the rate that the probe tried, not at the student's.
-    recover['objective']['correct'] = rates[0] / rates[1]
+    recover['objective']['correct'] = meanwhile
   c = cfg['calibrate']
   commands.calibrate(
     str(teacher), cfg['data'], str(folder / 'stats'), c['set'], c['split'], c['index'], c['rows'],
@@ -222,15 +230,25 @@ def dry_run(
     teacher = scoring.shape(Path(cfg['teacher']))
   else:
     teacher = models.build({'name': 'decoder', **cfg['model']}).cfg
-  sizes = commands.read_sizes(cfg['sizes'])
-  commands.check_sizes(teacher, sizes, cfg['cut']['align'])
+  sizes = slicing.read_sizes(cfg['sizes'])
+  slicing.check_sizes(teacher, sizes, cfg['cut']['align'])
   kept = {axis: np.arange(n) for axis, n in sizes.items()}
   student = slicing.shape(teacher, kept)
   how = {name: recover['model'][name] for name in ('dispatch', 'remat', 'unroll')}
   recover['model'] = {'name': 'decoder', **dataclasses.asdict(student), **how}
-  found = plan.plan(recover, devices, chip, mfu, cfg['context'], teacher)
-  before, after = (sum(num_params(c).values()) for c in (teacher, student))
-  return teacher, student, f'{"teacher parameters":28} {before:,}\n' + plan.text(found)
+  context = cfg['context'] or (data.manifest(cfg['data'])['context'] if cfg['data'] else 0)
+  if not context:
+    raise ValueError('data or context: expected one of them, found neither')
+  text = f'{"teacher parameters":28} {sum(num_params(teacher).values()):,}\n'
+  text += plan.text(plan.plan(recover, devices, chip, mfu, context, teacher))
+  steps = cfg['probe']['steps'] and cfg['probe']['steps'] + cfg['correct']['steps']
+  if steps:
+    correct = _correction(cfg, Path(), steps) | {'init': ''}
+    how = {name: correct['model'][name] for name in ('dispatch', 'remat', 'unroll')}
+    correct['model'] = {'name': 'decoder', **dataclasses.asdict(teacher), **how}
+    text += '\n\nthe probe, and the correction of the teacher if it pays\n'
+    text += plan.text(plan.plan(correct, devices, chip, mfu, context))
+  return teacher, student, text
 
 
 def main(_: list[str]) -> None:

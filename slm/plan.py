@@ -89,7 +89,9 @@ def plan(
   if teacher:
     teacher_flops = distill.flops(cfg['objective'], teacher, model.cfg, context)
     copies = 4 if cfg['objective'].get('correct') else 1  # with its gradient and moments
-    memory['teacher'] = 4.0 * copies * sum(num_params(teacher).values()) / math.prod(sizes[1:3])
+    width = 0 if cfg['dtype'] == 'float32' else jnp.dtype(cfg['dtype']).itemsize  # computed with
+    share = sum(num_params(teacher).values()) / math.prod(sizes[1:3])
+    memory['teacher'] = (4.0 * copies + width) * share
   tokens = d['batch_size'] * context
   own = distill.own_share(cfg['objective'])  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
@@ -185,7 +187,10 @@ def _memory(cfg, model, rep, theta, where, mesh, groups) -> dict[str, float]:
     'gradients': 4.0 * held,
     'optimiser moments': 8.0 * held,
     'compute copy of weights': float(width * copy) if keeps_copy else 0.0,
-    'logits of a chunk': 8.0 * cfg['objective']['chunk'] * model.vocab,  # and their gradient
+    # And their gradient; a teacher's are there too.
+    'logits of a chunk': (12.0 if cfg['objective']['name'] == 'distill' else 8.0)
+    * cfg['objective']['chunk']
+    * model.vocab,
     'kept for the backward pass': rows * _kept(model, cfg, tensor),
     'one layer, recomputed': rows * recomputed,
   }

@@ -149,6 +149,11 @@ def test_a_corpus_of_continuations(tiny_config, tmp_path):
     read = split.read(np.array([int(line['id'])]))
     ids, mask = continuations.prompts(read[:, 0], read[:, 1], 6)
     assert line['text'].startswith(tok.decode(ids[0][mask[0]]))
+  (spent,) = rundir.read_ledger(tmp_path / 'text')['phases']
+  flops = forward_flops(load.load(tmp_path / 'run', load.mesh_for(tmp_path / 'run')).model.cfg, 15)
+  # As many prompts as texts, of a begin token and what else of six tokens is the row's own.
+  heard = spent['flops'] / flops - spent['tokens']
+  assert 2 * count < heard <= 6 * count and spent['tokens'] <= 9 * count
   before = path.read_text()
   path.unlink()
   assert write(tmp_path / 'text') == count and path.read_text() == before

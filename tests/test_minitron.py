@@ -20,7 +20,7 @@ from slm.comparison import Loss
 from slm.data import prepare
 from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import slicing
-from slm.prune.commands import read_sizes
+from slm.prune.slicing import read_sizes
 
 total = lambda cfg: sum(num_params(cfg).values())
 
@@ -43,6 +43,10 @@ def test_published_recipes_have_the_published_counts(name, before, after, non_em
   rest = total(student) - num_params(student)['embedding']
   assert non_embedding in (None, round(rest / 1e9, 1))
   assert 'does not fit' not in text and f'{total(teacher):,}' in text
+  config['probe']['steps'], config['correct']['steps'] = 500, 1000
+  planned = minitron.dry_run(config, 128, 'h100', 0.4)[-1]
+  assert 'does not fit' not in planned and planned.startswith(text)
+  assert 'correction of the teacher' in planned and '1,500' in planned
 
 
 @pytest.mark.parametrize('scale', ['cpu', 'gpu'])
@@ -300,6 +304,13 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
     part.schedule.warmup = 1
     part.eval.update(every=2, max_rows=8, batch_size=8)
   c.correct.steps, c.probe.steps, c.probe.worth = steps, 2, worth
+  assert 'correction of the teacher' in minitron.dry_run(c.to_dict(), 8, 'h100', 0.4)[-1]
+  bad = c.to_dict()
+  bad['recover'] |= {'teacher_cache': 'x'} if steps else {}
+  bad['recover']['objective'] |= {} if steps else {'on_policy': 0.5}
+  with pytest.raises(ValueError, match='teacher_cache: here' if steps else 'needs mixing=1 and'):
+    minitron.minitron(bad, tmp_path / 'bad')
+  assert not (tmp_path / 'bad').exists()
   found = minitron.minitron(c.to_dict(), tmp_path / 'small')
   assert found['probe']['pays'] == (worth < 0)
   low, high = found['probe']['interval']
