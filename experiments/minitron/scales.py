@@ -34,7 +34,7 @@ class Scale:
 _SPLITS = ('train', 'validation', 'test')
 _general = {s: f'general/{s}.jsonl.gz' for s in _SPLITS}
 
-# 0.71M parameters trained on 14.3M tokens, cut to 0.40M and to 0.18M; a recovery is 0.3M tokens,
+# 0.71M parameters trained on 14.2M tokens, cut to 0.40M and to 0.18M; a recovery is 0.3M tokens,
 # about as many a parameter as the ablations of arXiv 2407.14679 have.
 CPU = Scale(
   title='Half of a small model, on general text',
