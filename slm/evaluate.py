@@ -140,6 +140,10 @@ def main(_: list[str]) -> None:
     print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
     for path in f.run:
       data_path = f.data or rundir.read_config(path)['data']['path']
+      if not data_path:
+        raise ValueError(
+          f'{path}: was not trained on data here: name a directory of them by --data'
+        )
       for name, r in run(path, data_path, f.on, mesh[path], f.batch_size).items():
         if name in f.on:
           print(

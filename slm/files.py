@@ -18,6 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
     yield temporary
+    os.umask(umask := os.umask(0))
+    temporary.chmod(0o666 & ~umask)  # as any other file: safetensors hides its own from others
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)

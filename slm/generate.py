@@ -4,6 +4,7 @@ python -m slm.generate --run=RUN --prompt='The licence' [--run=OTHER] [--tempera
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ def main(_: list[str]) -> None:
     )
     print(f'== {path} (step {loaded.step})')
     for prompt, text in zip(flags.FLAGS.prompt, texts, strict=True):
-      print(f'{prompt}\033[1m{text}\033[0m\n')
+      print(f'{prompt}\033[1m{text}\033[0m\n' if sys.stdout.isatty() else f'{prompt}{text}\n')
 
 
 if __name__ == '__main__':
@@ -173,7 +174,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('data', '', 'Where tokenizer/ is; default: the run, or its data.')
   flags.DEFINE_integer('cluster', None, 'Specialist to use, if the run holds several.')
   flags.DEFINE_multi_string('prompt', [], 'Prompt; repeat for several.')
-  flags.DEFINE_integer('max_tokens', 64, 'Tokens to generate.')
+  flags.DEFINE_integer('max_tokens', 64, 'Tokens to generate.', lower_bound=1)
   flags.DEFINE_float('temperature', 0.0, '0 is greedy.')
   flags.DEFINE_integer('top_k', 0, 'Sample among this many ids; 0: all.')
   flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.')

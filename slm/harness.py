@@ -6,14 +6,20 @@ is the harness's own command with this model registered; from Python it is
 `lm_eval.simple_evaluate(model=SLM(RUN), tasks=[...])`. Its dependency is the extra slm[eval].
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+try:
+  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.api.instance import Instance
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.api.registry import register_model
+  from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as e:
+  if __name__ != '__main__':
+    raise
+  sys.exit(f"error: slm.harness needs lm_eval: pip install 'slm[eval]' ({e})")
 
 from slm import cli, scoring, sharding
 

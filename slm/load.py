@@ -118,7 +118,7 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
       and is not (a named step need not be the last).
   """
   run, step = rundir.split_ref(run)
-  cfg = files.read_json(run / 'config.json')
+  cfg = rundir.read_config(run)
   if finished and step is None and not (run / 'result.json').exists():
     raise ValueError(f'{run}: has not finished; the command that started it continues it')
   model, rep = build(cfg)

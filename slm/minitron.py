@@ -29,6 +29,7 @@ from slm import (
   latency,
   models,
   objectives,
+  optim,
   plan,
   rundir,
   scoring,
@@ -54,19 +55,15 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     if not cfg[key]:
       raise ValueError(f'{key}: expected a value, found nothing')
   teacher, folder = Path(cfg['teacher']), Path(workdir)
-  if (teacher / 'config.json').exists() and 'model_type' in files.read_json(
-    teacher / 'config.json'
-  ):
+  if (folder / 'config.json').exists():
+    raise ValueError(f'{folder}: holds a run: choose another directory')
+  if (teacher / 'config.json').exists() and rundir.of_transformers(teacher):
     convert.import_model(teacher, folder / 'teacher')
     teacher = folder / 'teacher'
   sizes, recover = slicing.read_sizes(cfg['sizes']), cfg['recover']
   slicing.check_sizes(scoring.shape(teacher), sizes, cfg['cut']['align'])
+  _check_vocabulary(sizes)
   _exportable(scoring.shape(teacher), sizes)
-  if 'vocab' in sizes:
-    raise ValueError(
-      "sizes: vocab: a teacher has its student's tokenizer: cut it to that vocabulary first, with "
-      'slm.prune, and prepare the data with its tokenizer'
-    )
   if recover['distributed']['enable']:
     raise ValueError(
       'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
@@ -80,10 +77,12 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   if recover['teacher_cache']:
     raise ValueError('recover.teacher_cache: here the teacher itself is asked')
   slicing.check_options(sizes, cfg['cut']['task'], cfg['cut']['norm_gain'])
-  meanwhile = cfg['probe']['steps'] and not cfg['correct']['steps'] and rates[0] / rates[1]
+  meanwhile = _meanwhile(cfg)
   if meanwhile:  # at the rate that the probe tries, not at the student's
     objectives.build(recover['objective'] | {'correct': meanwhile}, {})
   objectives.build(recover['objective'], {})
+  optim.schedule(recover['schedule'], recover['steps'])
+  data.Split(cfg['data'], *(recover['data'][key] for key in ('set', 'split', 'index')))
   recover['data']['path'] = cfg['data']
   runs, found, pays = {'teacher': teacher}, {}, False
   if cfg['probe']['steps']:
@@ -116,6 +115,14 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   return found
 
 
+def _check_vocabulary(sizes: Mapping[str, int]) -> None:
+  if 'vocab' in sizes:
+    raise ValueError(
+      "sizes: vocab: a teacher has its student's tokenizer: cut it to that vocabulary first, with "
+      'slm.prune, and prepare the data with its tokenizer'
+    )
+
+
 def _exportable(teacher: DecoderConfig, sizes: Mapping[str, int]) -> None:
   """Refuse a shape that no architecture of transformers has, before anything is trained.
 
@@ -126,6 +133,12 @@ def _exportable(teacher: DecoderConfig, sizes: Mapping[str, int]) -> None:
   """
   if not ('layers' in sizes and teacher.layer_types):
     families.find(slicing.shape(teacher, {axis: np.arange(n) for axis, n in sizes.items()}))
+
+
+def _meanwhile(cfg: Mapping[str, Any]) -> float:
+  """Return the share of the student's rate at which a teacher learns beside it, if it pays."""
+  rates = [of['schedule']['peak'] for of in (cfg['correct'], cfg['recover'])]
+  return rates[0] / rates[1] if cfg['probe']['steps'] and not cfg['correct']['steps'] else 0.0
 
 
 def _correction(cfg: Mapping[str, Any], teacher: Path, steps: int) -> dict[str, Any]:
@@ -232,10 +245,12 @@ def dry_run(
     teacher = models.build({'name': 'decoder', **cfg['model']}).cfg
   sizes = slicing.read_sizes(cfg['sizes'])
   slicing.check_sizes(teacher, sizes, cfg['cut']['align'])
+  _check_vocabulary(sizes)
   kept = {axis: np.arange(n) for axis, n in sizes.items()}
   student = slicing.shape(teacher, kept)
   how = {name: recover['model'][name] for name in ('dispatch', 'remat', 'unroll')}
   recover['model'] = {'name': 'decoder', **dataclasses.asdict(student), **how}
+  recover['objective']['correct'] = _meanwhile(cfg) or recover['objective'].get('correct', 0.0)
   context = cfg['context'] or (data.manifest(cfg['data'])['context'] if cfg['data'] else 0)
   if not context:
     raise ValueError('data or context: expected one of them, found neither')

@@ -30,8 +30,23 @@ def split_ref(ref: str | Path) -> tuple[Path, int | None]:
 
 
 def read_config(ref: str | Path) -> dict[str, Any]:
-  """Read the resolved config of RUN or RUN@STEP."""
-  return files.read_json(split_ref(ref)[0] / 'config.json')
+  """Read the resolved config of RUN or RUN@STEP.
+
+  Raises:
+    ValueError: if it is damaged, or of a model of transformers.
+  """
+  path = split_ref(ref)[0]
+  if of_transformers(path):
+    raise ValueError(
+      f'{path}: a model of transformers, not a run: python -m slm.hf import {path} RUN makes it one'
+    )
+  return files.read_json(path / 'config.json')
+
+
+def of_transformers(path: Path) -> bool:
+  """Say whether the config.json of a directory is one that transformers wrote."""
+  config = files.read_json(path / 'config.json')
+  return isinstance(config, dict) and 'model_type' in config
 
 
 def evaluations(ref: str | Path, kind: str = 'eval') -> Path:

@@ -85,10 +85,9 @@ def make(
 
 def shape(ref: str | Path) -> DecoderConfig:
   """Read the shape of RUN, RUN@STEP or a directory of transformers."""
-  config = rundir.read_config(ref)
-  if 'model_type' in config:  # as transformers writes it
-    return convert.read_config(rundir.split_ref(ref)[0])[1]
-  return models.build(config['model']).cfg
+  if rundir.of_transformers(path := rundir.split_ref(ref)[0]):
+    return convert.read_config(path)[1]
+  return models.build(rundir.read_config(ref)['model']).cfg
 
 
 def open_model(
@@ -104,7 +103,7 @@ def open_model(
     ValueError: if the run holds several specialists, or its tokenizer is another.
   """
   path = rundir.split_ref(ref)[0]
-  if 'model_type' in rundir.read_config(path):
+  if rundir.of_transformers(path):
     model, params, hf, _ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
     longest, first = hf.get('max_position_embeddings', 2048), [tok.ids.bos] if tok.begins else []

@@ -455,6 +455,16 @@ def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
   assert str(tmp_path) not in lineage + text  # nothing of this machine
   with pytest.raises(ValueError, match='is not empty and was not exported here'):
     convert.export_model(tmp_path / 'run', tmp_path)
+  assert (
+    '- Made from: random weights.' in text
+    and (tmp_path / 'out/model.safetensors').stat().st_mode
+    == (tmp_path / 'out/config.json').stat().st_mode
+  )  # whoever reads one reads the other
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert not (tmp_path / 'out' / 'README.md').exists()  # it was of the weights before
+  for wrong in (load.mesh_for, lambda path: load.load(path, None), rundir.read_config):
+    with pytest.raises(ValueError, match='out: a model of transformers, not a run: python -m'):
+      wrong(tmp_path / 'out')
   refused = run('verify', tmp_path / 'out', '--tolerance=1e-12')
   assert refused.returncode == 1 and 'is above --tolerance=1e-12' in refused.stderr
   convert.import_model(tmp_path / 'out', tmp_path / 'back')
@@ -507,6 +517,8 @@ def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
     assert 'Made from: model.' in shown and '- Taught by: big.' in shown and '| 1.5000 |' in shown
     assert ('| signals | topk | 7 |' in shown) == bool(ancestors)
     assert [x['phase'] for x in made['history']].count('import') == 2
+  with pytest.raises(ValueError, match='out: holds the export of taught, not of base'):
+    convert.export_model(base, tmp_path / 'out')
 
 
 def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_config):

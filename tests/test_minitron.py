@@ -310,6 +310,16 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
   bad['recover']['objective'] |= {} if steps else {'on_policy': 0.5}
   with pytest.raises(ValueError, match='teacher_cache: here' if steps else 'needs mixing=1 and'):
     minitron.minitron(bad, tmp_path / 'bad')
+  for change, message in (
+    ({'data': bad['recover']['data'] | {'set': 'none'}}, 'none'),
+    ({'steps': 1}, 'warmup=1: expected less'),
+  ):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      minitron.minitron({**c.to_dict(), 'recover': c.recover.to_dict() | change}, tmp_path / 'bad')
+  with pytest.raises(ValueError, match='whole: holds a run'):
+    minitron.minitron(c.to_dict(), tmp_path / 'whole')
+  with pytest.raises(ValueError, match='sizes: vocab: a teacher has'):
+    minitron.dry_run({**c.to_dict(), 'sizes': 'vocab=64'}, 8, 'h100', 0.4)
   assert not (tmp_path / 'bad').exists()
   found = minitron.minitron(c.to_dict(), tmp_path / 'small')
   assert found['probe']['pays'] == (worth < 0)

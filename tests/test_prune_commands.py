@@ -308,8 +308,11 @@ def test_the_command_line(trained, tmp_path):
   cut = ('cut', f'--run={run}', f'--stats={tmp_path}/stats', f'--workdir={tmp_path}/small')
   done = prune(*cut, '--sizes=mlp=16', '--align=8')
   assert done.returncode == 0 and 'mlp 16; ' in done.stdout, done.stderr
-  assert '--sizes: expected axis=size' in prune(*cut, '--sizes=width=3').stderr
+  assert 'error: sizes: expected axis=size' in prune(*cut, '--sizes=width=3').stderr
   assert 'mlp=17: expected a multiple of 8' in prune(*cut, '--sizes=mlp=17').stderr
+  assert 'sizes: mlp is named twice' in prune(*cut, '--sizes=mlp=16,mlp=8').stderr
+  two = prune(*cut, f'--stats={tmp_path}/stats', '--sizes=mlp=16')
+  assert '--mix: with two --stats expected the share of the second' in two.stderr
   both = ('compare', f'--stats={tmp_path}/stats', f'--stats={tmp_path}/stats')
   assert 'mlp: 1.000 in common, 0.333 by chance' in prune(*both, '--sizes=mlp=8').stdout
   assert 'expected: calibrate' in prune().stderr

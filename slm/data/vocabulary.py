@@ -37,7 +37,7 @@ def reduce(folder: Path, counts: np.ndarray, size: int) -> tuple[str, bytes, np.
   kept, needs, write = _READERS[name](folder / name)
   if not len(kept) <= size <= len(needs):
     raise ValueError(
-      f'--sizes: vocab={size}: expected {len(kept)} (what any text needs) to {len(needs)}'
+      f'sizes: vocab={size}: expected {len(kept)} (what any text needs) to {len(needs)}'
     )
   order = [i for i in np.argsort(-counts, kind='stable').tolist() if i in needs]
   while len(kept) < size:  # a token that did not fit may once its parts are there
@@ -49,7 +49,7 @@ def reduce(folder: Path, counts: np.ndarray, size: int) -> tuple[str, bytes, np.
       if len(kept) == size:
         break
     if len(kept) == before:
-      raise ValueError(f'--sizes: vocab={size}: {folder / name} fits {before}, no more')
+      raise ValueError(f'sizes: vocab={size}: {folder / name} fits {before}, no more')
   found = sorted(kept)
   return name, write(found), np.array(found)
 

@@ -30,14 +30,14 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
   lines += [
     f'- Architecture: {hf["architectures"][0]}, {about["total_parameters"]:,} parameters, '
     f'{about["dtype"]}.',
-    f'- Made from: {", ".join(about["made_from"]) or "random weights"}.',
+    f'- Made from: {", ".join(about["made_from"])}.',
     *(f'- Taught by: {x["teacher"]}.' for x in history[:1] if x.get('teacher')),
     f'- Licence of this model: {licence or _UNKNOWN}. Licences of the models and data it was made '
     f'from: {_UNKNOWN}; theirs apply.',
     '',
     '## Lineage, newest first',
     '',
-    '| run | phase | objective | tokens | FLOPs | device-seconds | held-out loss | text | rows |',
+    '| run | phase | objective | tokens | FLOPs | device-seconds | validation loss | text | rows |',
     '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |',
   ]
   for entry in history:
@@ -45,7 +45,7 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
     total = lambda key, mine=mine: sum(p[key] for p in mine)
     loss = entry.get('result', {}).get('loss')
     lines.append(
-      f'| {entry["run"]} | {entry["phase"]} | {_objective(entry["objective"])} | '
+      f'| {entry["run"]} | {entry["phase"]} | {_objective(entry)} | '
       f'{total("tokens"):,} | {total("flops"):.3g} | {total("device_seconds"):.0f} | '
       f'{_UNKNOWN if loss is None else f"{loss:.4f}"} | '
       f'{"/".join(filter(None, (entry["data"], entry["set"]))) or "none"} | '
@@ -58,8 +58,11 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
   return '\n'.join(lines)
 
 
-def _objective(found: dict[str, Any]) -> str:
-  """Say what was minimised: a distillation with all that makes it one."""
+def _objective(entry: dict[str, Any]) -> str:
+  """Say what was minimised, if anything was: a distillation with all that makes it one."""
+  found = entry['objective']
+  if entry['phase'] in ('prune', 'import', 'select'):
+    return 'none'
   how = ', '.join(f'{k} {found[k]}' for k in _HOW if found.get(k))
   return f'{found["name"]} ({how})' if how else found['name']
 

@@ -156,6 +156,12 @@ def export_model(
   if out.exists() and any(out.iterdir()) and not (out / LINEAGE).exists():
     raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
   history = lineage(run)
+  mine = Path(history[0]['run']).name
+  if (out / LINEAGE).exists():
+    before = files.read_json(out / LINEAGE).get('history', [{'run': mine}])[0]['run']
+    if before != mine:
+      raise ValueError(f'{out}: holds the export of {before}, not of {mine}: choose another one')
+    (out / 'README.md').unlink(missing_ok=True)  # a card of the weights that were there
   line = _line(history)
   origin = next((x['hf'] for x in line if 'hf' in x), {})
   known = origin.get('config', {'max_position_embeddings': loaded.cfg['context']})
@@ -175,7 +181,8 @@ def export_model(
     (out / name).unlink(missing_ok=True)
   files.write_json(out / 'config.json', hf)
   about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': carried}
-  about['made_from'] = [Path(x['hf']['path']).name for x in line if 'hf' in x]
+  steps = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in line[1:]]
+  about['made_from'] = steps if origin else [*steps, 'random weights']
   about['history'] = [_public(entry) for entry in history]
   files.write_json(out / LINEAGE, about)
   return about

@@ -94,7 +94,7 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   mine, vocab, dtype = ours(first)
   reference = {f'transformers on {first}': theirs(first)}
   for path in others:
-    if 'model_type' in rundir.read_config(path):
+    if rundir.of_transformers(path):
       reference[f'transformers on {path}'] = theirs(path)
     else:
       reference[f'the run {path}'] = native(path, dtype)

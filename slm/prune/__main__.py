@@ -24,6 +24,8 @@ def main(argv: list[str]) -> None:
     print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
   elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
     wanted = slicing.read_sizes(f.sizes)
+    if len(f.stats) == 2 and not f.mix:
+      raise ValueError('--mix: with two --stats expected the share of the second, found 0')
     cfg, counts = commands.cut(
       f.run, f.stats, wanted, f.workdir, norm_gain=f.norm_gain, by=f.by, depth=f.depth, mix=f.mix,
       tokens=f.tokens, sequences=f.sequences, align=f.align, seed=f.seed,

@@ -146,14 +146,14 @@ def compare(
   if len(stats) != 2:
     raise ValueError(f'--stats: compare takes two, found {len(stats)}')
   if not wanted:
-    raise ValueError('--sizes: name at least one axis')
+    raise ValueError('sizes: name at least one axis')
   both = [read(Path(s), finished=True) for s in stats]
   first, second = ({k: about['asked'][k] for k in ('run', 'step')} for about, _ in both)
   if first != second:
     raise ValueError(f'--stats: are of {first} and of {second}: not of one model')
   heads = rundir.read_config(first['run'])['model']['num_kv_heads']
   if 'kv_heads' in wanted:
-    raise ValueError('--sizes: kv_heads: not compared; its heads are')
+    raise ValueError('sizes: kv_heads: not compared; its heads are')
   how = (tokens, sequences)
   scores = [importance.activation_scores(s, *how) | {'vocab': s['sums']['vocab']} for _, s in both]
   a, b = (importance.keep(s, wanted, heads) for s in scores)

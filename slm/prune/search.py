@@ -102,7 +102,9 @@ def shapes(
     if sizes and bounds.allow(new):
       found.append((sizes, new))
   if not found:
-    raise ValueError(f'no shape of {dict(grid)} is within the bounds: lower --grid or raise --max_')
+    raise ValueError(
+      f'no shape of {dict(grid)} is within the bounds: lower --multiple or --grid, or raise a bound'
+    )
   return sorted(found, key=lambda pair: (-sum(num_params(pair[1]).values()), name(pair[0])))
 
 

@@ -43,7 +43,9 @@ def read_sizes(text: str) -> dict[str, int]:
   for part in filter(None, text.split(',')):
     axis, _, size = part.partition('=')
     if axis not in SIZES or not size.isdigit():
-      raise ValueError(f'--sizes: expected axis=size of {", ".join(SIZES)}, found {part!r}')
+      raise ValueError(f'sizes: expected axis=size of {", ".join(SIZES)}, found {part!r}')
+    if axis in found:
+      raise ValueError(f'sizes: {axis} is named twice')
     found[axis] = int(size)
   return found
 
@@ -56,9 +58,9 @@ def check_options(wanted: dict[str, int], task: str, norm_gain: str) -> None:
   """
   for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
     if value not in ('', 'none') and axis not in wanted:
-      raise ValueError(f'--{name}={value}: is for cutting {axis}, which --sizes does not name')
+      raise ValueError(f'{name}={value}: is for cutting {axis}, which sizes does not name')
   if 'kv_heads' in wanted and 'heads' not in wanted:
-    raise ValueError('--sizes: kv_heads: expected a size of heads beside it')
+    raise ValueError('sizes: kv_heads: expected a size of heads beside it')
 
 
 def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
@@ -70,16 +72,16 @@ def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
     ValueError: naming the axis.
   """
   if not wanted:
-    raise ValueError('--sizes: name at least one axis')
+    raise ValueError('sizes: name at least one axis')
   for axis, size in wanted.items():
     if not 0 < size <= (whole := getattr(cfg, SIZES[axis])):
-      raise ValueError(f'--sizes: {axis}={size}: expected 1 to {whole}')
+      raise ValueError(f'sizes: {axis}={size}: expected 1 to {whole}')
   for axis in wanted.keys() & {'vocab', 'embed', 'mlp', 'shared_mlp'}:
     by = align or (128 if getattr(cfg, SIZES[axis]) >= 1024 else 8)
     if wanted[axis] % by:
       raise ValueError(
-        f'--sizes: {axis}={wanted[axis]}: expected a multiple of {by}, which accelerators want; '
-        '--align=1 allows any'
+        f'sizes: {axis}={wanted[axis]}: expected a multiple of {by}, which accelerators want; '
+        'align=1 allows any'
       )
 
 
