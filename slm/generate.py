@@ -155,15 +155,9 @@ def main(_: list[str]) -> None:
     tok, begin = load.reads(loaded, flags.FLAGS.data)
     params = loaded.params(flags.FLAGS.cluster)
     texts = complete(
-      loaded,
-      params,
-      tok,
-      begin,
-      flags.FLAGS.prompt,
-      flags.FLAGS.max_tokens,
-      sampler,
+      loaded, params, tok, begin, flags.FLAGS.prompt, flags.FLAGS.max_tokens, sampler,
       flags.FLAGS.seed,
-    )
+    )  # fmt: skip
     print(f'== {path} (step {loaded.step})')
     for prompt, text in zip(flags.FLAGS.prompt, texts, strict=True):
       print(f'{prompt}\033[1m{text}\033[0m\n' if sys.stdout.isatty() else f'{prompt}{text}\n')

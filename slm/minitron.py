@@ -68,16 +68,16 @@ def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     raise ValueError(
       'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
     )
-  rates = [of['schedule']['peak'] for of in (cfg['correct'], recover)]
-  if cfg['probe']['steps'] and not cfg['correct']['steps'] and rates[0] > rates[1]:
+  meanwhile = _meanwhile(cfg)
+  if meanwhile > 1:
     raise ValueError(
-      f'correct.schedule.peak={rates[0]:g}: expected at most recover.schedule.peak={rates[1]:g} of '
-      'a teacher that is corrected meanwhile (correct.steps=0)'
+      f'correct.schedule.peak={cfg["correct"]["schedule"]["peak"]:g}: expected at most '
+      f'recover.schedule.peak={recover["schedule"]["peak"]:g} of a teacher that is corrected '
+      'meanwhile (correct.steps=0)'
     )
   if recover['teacher_cache']:
     raise ValueError('recover.teacher_cache: here the teacher itself is asked')
   slicing.check_options(sizes, cfg['cut']['task'], cfg['cut']['norm_gain'])
-  meanwhile = _meanwhile(cfg)
   if meanwhile:  # at the rate that the probe tries, not at the student's
     objectives.build(recover['objective'] | {'correct': meanwhile}, {})
   objectives.build(recover['objective'], {})
@@ -227,6 +227,12 @@ def table(found: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
+def _shaped(cfg: Mapping[str, Any], shape: DecoderConfig) -> dict[str, Any]:
+  """Return the model section of a shape, computed as the config says."""
+  how = {name: cfg['model'][name] for name in ('dispatch', 'remat', 'unroll')}
+  return {'name': 'decoder', **dataclasses.asdict(shape), **how}
+
+
 def dry_run(
   config: Mapping[str, Any], devices: int, chip: str, mfu: float
 ) -> tuple[DecoderConfig, DecoderConfig, str]:
@@ -248,9 +254,9 @@ def dry_run(
   _check_vocabulary(sizes)
   kept = {axis: np.arange(n) for axis, n in sizes.items()}
   student = slicing.shape(teacher, kept)
-  how = {name: recover['model'][name] for name in ('dispatch', 'remat', 'unroll')}
-  recover['model'] = {'name': 'decoder', **dataclasses.asdict(student), **how}
-  recover['objective']['correct'] = _meanwhile(cfg) or recover['objective'].get('correct', 0.0)
+  recover['model'] = _shaped(recover, student)
+  if meanwhile := _meanwhile(cfg):
+    recover['objective']['correct'] = meanwhile
   context = cfg['context'] or (data.manifest(cfg['data'])['context'] if cfg['data'] else 0)
   if not context:
     raise ValueError('data or context: expected one of them, found neither')
@@ -259,8 +265,7 @@ def dry_run(
   steps = cfg['probe']['steps'] and cfg['probe']['steps'] + cfg['correct']['steps']
   if steps:
     correct = _correction(cfg, Path(), steps) | {'init': ''}
-    how = {name: correct['model'][name] for name in ('dispatch', 'remat', 'unroll')}
-    correct['model'] = {'name': 'decoder', **dataclasses.asdict(teacher), **how}
+    correct['model'] = _shaped(correct, teacher)
     text += '\n\nthe probe, and the correction of the teacher if it pays\n'
     text += plan.text(plan.plan(correct, devices, chip, mfu, context))
   return teacher, student, text

@@ -92,6 +92,7 @@ def plan(
     width = 0 if cfg['dtype'] == 'float32' else jnp.dtype(cfg['dtype']).itemsize  # computed with
     share = sum(num_params(teacher).values()) / math.prod(sizes[1:3])
     memory['teacher'] = (4.0 * copies + width) * share
+    memory['logits of a chunk'] += 4.0 * cfg['objective']['chunk'] * teacher.vocab
   tokens = d['batch_size'] * context
   own = distill.own_share(cfg['objective'])  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
@@ -187,10 +188,7 @@ def _memory(cfg, model, rep, theta, where, mesh, groups) -> dict[str, float]:
     'gradients': 4.0 * held,
     'optimiser moments': 8.0 * held,
     'compute copy of weights': float(width * copy) if keeps_copy else 0.0,
-    # And their gradient; a teacher's are there too.
-    'logits of a chunk': (12.0 if cfg['objective']['name'] == 'distill' else 8.0)
-    * cfg['objective']['chunk']
-    * model.vocab,
+    'logits of a chunk': 8.0 * cfg['objective']['chunk'] * model.vocab,  # and their gradient
     'kept for the backward pass': rows * _kept(model, cfg, tensor),
     'one layer, recomputed': rows * recomputed,
   }

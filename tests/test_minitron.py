@@ -20,7 +20,6 @@ from slm.comparison import Loss
 from slm.data import prepare
 from slm.models.decoder import DecoderConfig, num_params
 from slm.prune import slicing
-from slm.prune.slicing import read_sizes
 
 total = lambda cfg: sum(num_params(cfg).values())
 
@@ -54,7 +53,7 @@ def test_students_compared_at_equal_size_are_of_equal_size(scale):
   s = SCALES[scale]
   whole = DecoderConfig(vocab=s.prepare['tokenizer.vocab'], **s.teacher)
   shape = lambda n: slicing.shape(
-    whole, {a: np.arange(k) for a, k in read_sizes(s.shapes[n]).items()}
+    whole, {a: np.arange(k) for a, k in slicing.read_sizes(s.shapes[n]).items()}
   )
   counts = [total(shape(n)) for n in ('width', 'depth', 'both', 'mlp', 'heads')]
   assert max(counts) < 1.04 * min(counts) and max(counts) < 0.6 * total(whole)

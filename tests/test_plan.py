@@ -154,6 +154,8 @@ def test_distillation_pays_for_the_teacher(tmp_path):
   extra = taught['training FLOPs per token'] - plain['training FLOPs per token']
   assert extra == plan.forward_flops(teacher, 1024)
   assert taught['bytes per device']['teacher'] == pytest.approx(4 * 771e6, rel=4e-3)
+  logits = lambda found: found['bytes per device']['logits of a chunk']
+  assert logits(taught) - logits(plain) == 4 * cfg['objective']['chunk'] * teacher.vocab
   half = planned({**cfg, 'teacher': str(tmp_path), 'dtype': 'bfloat16'})
   assert half['bytes per device']['teacher'] == pytest.approx(6 * 771e6, rel=4e-3)
 

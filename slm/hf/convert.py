@@ -161,7 +161,6 @@ def export_model(
     before = files.read_json(out / LINEAGE).get('history', [{'run': mine}])[0]['run']
     if before != mine:
       raise ValueError(f'{out}: holds the export of {before}, not of {mine}: choose another one')
-    (out / 'README.md').unlink(missing_ok=True)  # a card of the weights that were there
   line = _line(history)
   origin = next((x['hf'] for x in line if 'hf' in x), {})
   known = origin.get('config', {'max_position_embeddings': loaded.cfg['context']})
@@ -171,7 +170,8 @@ def export_model(
   # The directory is marked first, so that an export cut short can be begun again; and it does not
   # load before its config is there, last.
   files.write_json(out / LINEAGE, {'unfinished': True})
-  (out / 'config.json').unlink(missing_ok=True)
+  for name in ('config.json', 'README.md'):  # the card is of the weights that were there
+    (out / name).unlink(missing_ok=True)
   carried = carry_tokenizer(line, out, hf)
   sizes = weights.save(
     loaded.params(), loaded.model.cfg, family, out, np.dtype(getattr(ml_dtypes, dtype, dtype)),

@@ -250,8 +250,9 @@ def cut(
   of = [read(Path(s), finished=True)[0]['asked'] for s in stats]
   digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
   how |= {'shape': wanted, 'stats': [digest(asked) for asked in of]}
+  counts = lambda new: tuple(sum(num_params(c).values()) for c in (old, new))
   if done := _finished(Path(workdir), run, how):
-    return done, tuple(sum(num_params(c).values()) for c in (old, done))
+    return done, counts(done)
   scores = [p.scores(wanted, **scored) for p in passes]
   found = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
   widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
@@ -290,7 +291,7 @@ def cut(
   rundir.check_run(Path(workdir), config)
   costs = [about for p in passes for about in p.costs]
   _write_run(Path(workdir), config, params, kept, smaller, costs)
-  return new, tuple(sum(num_params(c).values()) for c in (old, new))
+  return new, counts(new)
 
 
 def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | None:
