@@ -32,11 +32,11 @@ def prepare_data(
   found.sets = {
     name: {split: str(Path(corpus) / glob) for split, glob in source.items()}
     if isinstance(source, Mapping)
-    else {prepare.ALL: source}
+    else {settings.ALL: source}
     for name, source in sources.items()
   }
   found.update_from_flattened_dict({**settings, 'sizes': sizes, 'out': str(out)})
-  prepare.prepare(prepare.PrepareConfig.of(found))
+  prepare.prepare(settings.PrepareConfig.of(found))
 
 
 def cache(directory: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from slm import comparison
-from slm.comparison import compare
-from slm.study import load_study
+from slm.reporting import comparison
+from slm.reporting.comparison import compare
+from slm.reporting.study import load_study
 
 LABELS = {
   'slm': 'SLM',

@@ -11,10 +11,10 @@ import studies
 import toy
 
 from experiments.specialise import check
-from slm import advise, data, report
-from slm.data import histograms
-from slm.points import Budget, Point, Want, read
-from slm.study import load_study
+from slm.data import histograms, loader
+from slm.reporting import advise, report
+from slm.reporting.points import Budget, Point, Want, read
+from slm.reporting.study import load_study
 
 SLM_PARAMS = 126_000_000
 UNIT = SLM_PARAMS * 1e7  # FLOPs of a token per parameter in the synthetic runs
@@ -273,7 +273,7 @@ def test_command_reads_the_spread_of_a_domain(tmp_path):
   assert done.returncode == 0, done.stderr
   assert re.search(r'text, [\d,]+ windows, lies in about [\d.]+ clusters; as many', done.stdout)
   assert 'The plain SLM: the domain is spread' in done.stdout
-  counts = data.window_counts(path, 'generic', 'train', 8)
+  counts = loader.window_counts(path, 'generic', 'train', 8)
   assert len(counts) == 8
   refused = run(*budget, '--domain_tokens=1e6', f'--domain_text={file}')
   assert refused.returncode == 1 and '--domain_text needs --data' in refused.stderr

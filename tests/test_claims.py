@@ -6,10 +6,10 @@ import pytest
 import studies
 
 from experiments.specialise import claims
-from slm import budgets, report, sweeps
-from slm.comparison import compare
-from slm.study import load_study
-from slm.verdicts import NO, NOISE, UNTESTED, YES, interval
+from slm.reporting import budgets, report, sweeps
+from slm.reporting.comparison import compare
+from slm.reporting.study import load_study
+from slm.reporting.verdicts import NO, NOISE, UNTESTED, YES, interval
 
 # Loss above the plain SLM's, as the paper finds it; 'generic': before any specialisation.
 PAPER = {

@@ -10,8 +10,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from slm import data
-from slm.data import cluster
+from slm.data import cluster, loader
 
 TEXTS = toy.documents(list(toy.TOPICS), 200, 0)
 
@@ -84,7 +83,7 @@ def test_too_many_clusters_are_refused():
 
 def test_domain_histogram_is_concentrated():
   path = toy.prepared()
-  law, generic = (data.histogram(path, s, 'train', 8) for s in ('law', 'generic'))
+  law, generic = (loader.histogram(path, s, 'train', 8) for s in ('law', 'generic'))
   assert law.sum() == pytest.approx(1) and generic.sum() == pytest.approx(1)
   assert (law > 0).sum() < (generic > 0).sum()
 

@@ -8,21 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import (  # fmt: skip
-  checkpoint,
-  cli,
-  continuations,
-  data,
-  files,
-  generate,
-  load,
-  losses,
-  rundir,
-  sharding,
-  train,
-)
-from slm.data import sources, tokenizer
+from slm.base import console, files
+from slm.data import loader, sources, tokenizer
+from slm.inference import continuations
+from slm.models import decode
 from slm.models.decoder import forward_flops, unembed
+from slm.objectives import losses, rollout
+from slm.runs import checkpoint, ledger, load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 KD = {'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'jsd', 'beta': 0.3}
 
@@ -46,17 +40,17 @@ def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   c.model.vocab = 264  # padded
   model, rep = load.build(c.to_dict())
   params, key = rep.init(jax.random.key(0)), jax.random.key(1)
-  rows = next(data.evaluation_batches(c.data.path, 'generic', 'test', 8))[2]
+  rows = next(loader.evaluation_batches(c.data.path, 'generic', 'test', 8))[2]
   rows['segments'][0, 3:], rows['segments'][1, 3:] = 2, 0  # a window that has just begun; padding
   rows = {name: jnp.asarray(x) for name, x in rows.items()}
-  made = continuations.rewrite(model, params, rows, key, prompt, tok)
+  made = rollout.rewrite(model, params, rows, key, prompt, tok)
   assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
     n: (x.shape, x.dtype) for n, x in rows.items()
   }
-  ids, mask = continuations.prompts(rows['inputs'], rows['segments'], prompt)
+  ids, mask = rollout.prompts(rows['inputs'], rows['segments'], prompt)
   assert mask[0].tolist() == [False] * 3 + [True] * 2 and not mask[1].any()
-  sampler = continuations._sampler(1.0, 259)
-  drawn = generate.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=2)
+  sampler = rollout._sampler(1.0, 259)
+  drawn = decode.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=2)
   assert int(drawn.tokens.max()) < 259
   np.testing.assert_array_equal(made['inputs'][:, :prompt], ids)
   logits = jax.nn.log_softmax(unembed(params, model.forward(params, made)))
@@ -83,29 +77,29 @@ class Stop:
 @pytest.mark.parametrize('share', [{'on_policy': 0.5}, {'on_policy': 1.0, 'on_policy_from': 0.5}])
 def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkeypatch):
   c = tiny_config
-  train.train(c.to_dict(), tmp_path / 'teacher')
+  loop.train(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
   c.objective = {**KD, **share, 'prompt': 4}
-  train.train(c.to_dict(), tmp_path / 'whole')
+  loop.train(c.to_dict(), tmp_path / 'whole')
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', Stop)
-    with pytest.raises(cli.Interrupted):
-      train.train(c.to_dict(), tmp_path / 'halves')
-  train.train(c.to_dict(), tmp_path / 'halves')
+    with pytest.raises(console.Interrupted):
+      loop.train(c.to_dict(), tmp_path / 'halves')
+  loop.train(c.to_dict(), tmp_path / 'halves')
   whole, halves, rows = (rundir.read_metrics(tmp_path / n) for n in ('whole', 'halves', 'teacher'))
   assert [x['loss'] for x in whole] == [x['loss'] for x in halves]
   # The rows' own numbers of predicted tokens, where it was their turn.
-  own = [continuations.turn(c.to_dict(), step) for step in range(1, 5)]
+  own = [rollout.turn(c.to_dict(), step) for step in range(1, 5)]
   assert set(own) == {True, False} and ('on_policy_from' not in share or own[2:] == [True, True])
   counts = lambda lines: np.diff([0] + [x['tokens'] for x in lines])
   assert [a != b for a, b in zip(counts(whole), counts(rows), strict=True)] == own
   model = load.load(tmp_path / 'whole', sharding.make_mesh({'data': -1})).model
-  ledger = rundir.read_ledger(tmp_path / 'whole')['phases'][0]
+  spent = ledger.read_ledger(tmp_path / 'whole')['phases'][0]
   # Three of the student, one of the teacher, and in half of the steps one to write.
-  assert ledger['flops'] == pytest.approx(4 * 8 * 32 * 4.5 * forward_flops(model.cfg, 32))
+  assert spent['flops'] == pytest.approx(4 * 8 * 32 * 4.5 * forward_flops(model.cfg, 32))
   # Own text has a divergence of its own: up to the first such step nothing else changes.
   c.objective.on_policy_kl = 'forward'
-  train.train(c.to_dict(), tmp_path / 'other')
+  loop.train(c.to_dict(), tmp_path / 'other')
   other, first = rundir.read_metrics(tmp_path / 'other'), own.index(True)
   same = [a['loss'] == b['loss'] for a, b in zip(whole, other, strict=True)]
   assert all(same[:first]) and not same[first]
@@ -124,14 +118,14 @@ def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkey
 def test_impossible_settings_are_refused(change, message, tiny_config, tmp_path):
   c, two = tiny_config, sharding.make_mesh({'data': -1})
   c.objective = {**KD, **change}
-  cfg = {**train.resolve({**c.to_dict(), 'objective': {'name': 'next_token', 'chunk': 8}})}
+  cfg = {**loop.resolve({**c.to_dict(), 'objective': {'name': 'next_token', 'chunk': 8}})}
   with jax.set_mesh(two), pytest.raises(ValueError, match=message):
-    train._Run({**cfg, 'objective': c.objective.to_dict()}, tmp_path, two)
+    loop._Run({**cfg, 'objective': c.objective.to_dict()}, tmp_path, two)
 
 
 def test_a_corpus_of_continuations(tiny_config, tmp_path):
   c = tiny_config
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   how = {
     'count': 40, 'prompt': 6, 'max_tokens': 9, 'temperature': 1.0, 'seed': 0, 'batch_size': 16
   }  # fmt: skip
@@ -143,13 +137,13 @@ def test_a_corpus_of_continuations(tiny_config, tmp_path):
   texts = [text for _, text in sources.read(str(path), 'text', 'id')]
   assert len(texts) == count > 0
   tok = tokenizer.load(f'{c.data.path}/tokenizer')
-  split = data.Split(c.data.path, 'generic', 'test')
+  split = loader.Split(c.data.path, 'generic', 'test')
   for line in path.read_text().splitlines():
     line = json.loads(line)
     read = split.read(np.array([int(line['id'])]))
-    ids, mask = continuations.prompts(read[:, 0], read[:, 1], 6)
+    ids, mask = rollout.prompts(read[:, 0], read[:, 1], 6)
     assert line['text'].startswith(tok.decode(ids[0][mask[0]]))
-  (spent,) = rundir.read_ledger(tmp_path / 'text')['phases']
+  (spent,) = ledger.read_ledger(tmp_path / 'text')['phases']
   flops = forward_flops(load.load(tmp_path / 'run', load.mesh_for(tmp_path / 'run')).model.cfg, 15)
   # As many prompts as texts, of a begin token and what else of six tokens is the row's own.
   heard = spent['flops'] / flops - spent['tokens']

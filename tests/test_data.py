@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 import toy
 
-from slm import data
-from slm.data import documents, prepare, rows, tokenizer
+from slm.data import documents, loader, prepare, rows, tokenizer
 
 SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
 
 
-def cfg(**changes) -> data.DataConfig:
-  return data.DataConfig(**dict(path=toy.prepared(), batch_size=8) | changes)
+def cfg(**changes) -> loader.DataConfig:
+  return loader.DataConfig(**dict(path=toy.prepared(), batch_size=8) | changes)
 
 
-def take(n: int, config: data.DataConfig, **build) -> list[data.Batch]:
-  loader = data.build(config, **build)
-  return [next(loader) for _ in range(n)]
+def take(n: int, config: loader.DataConfig, **build) -> list[loader.Batch]:
+  batches = loader.build(config, **build)
+  return [next(batches) for _ in range(n)]
 
 
-def equal(a: data.Batch, b: data.Batch) -> bool:
+def equal(a: loader.Batch, b: loader.Batch) -> bool:
   return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
@@ -72,12 +71,12 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   manifest = prepare.prepare(toy.config(tmp_path, sets, **changes))
   path, offset = str(tmp_path / 'out'), ord('a') + 3
   for set, first in (('generic', 0), ('law', 12)):
-    found = data.Split(str(path), set, 'train').documents
+    found = loader.Split(str(path), set, 'train').documents
     facts = manifest['sets'][set]['train']
     assert found.dtype == np.int32 and len(found) == facts['rows']
     assert len(facts['shards']) > 1  # documents are numbered through them
     assert found.min() >= 0 and found.max() < facts['documents'] and len(np.unique(found)) > 3
-    for _, ids, batch in data.evaluation_batches(path, set, 'train', 4):
+    for _, ids, batch in loader.evaluation_batches(path, set, 'train', 4):
       for id, inputs, targets, weights in zip(
         ids, batch['inputs'], batch['targets'], batch['weights'], strict=True
       ):
@@ -85,7 +84,7 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
         if id >= 0:
           held = np.bincount(letters, minlength=20)
           assert held[found[id]] >= held.max() - 1, inputs  # EOS may decide
-  assert (data.Split(str(path), 'law', 'test').documents == 0).all()
+  assert (loader.Split(str(path), 'law', 'test').documents == 0).all()
 
 
 def test_row_fields():
@@ -103,11 +102,11 @@ def test_row_fields():
 
 
 def test_epoch_has_every_row_once():
-  facts = data.manifest(toy.prepared())['sets']['generic']['train']
+  facts = loader.manifest(toy.prepared())['sets']['generic']['train']
   for level, per_group in ((0, 1), (8, 4)):
-    order = data.Order(
+    order = loader.Order(
       cfg(level=level, rows_per_group=per_group, batch_size=per_group),
-      data.Split(toy.prepared(), 'generic', 'train', level=level),
+      loader.Split(toy.prepared(), 'generic', 'train', level=level),
     )
     steps = int(order._chunk_ends[-1])
     ids = np.concatenate([order.step(s)[1].ravel() for s in range(steps)])
@@ -120,8 +119,8 @@ def test_epoch_has_every_row_once():
 @pytest.mark.parametrize('level', [2, 8])
 def test_groups_hold_one_cluster(level):
   config = cfg(level=level, rows_per_group=4, accum=2, batch_size=32)
-  split = data.Split(config.path, 'generic', 'train', level=level)
-  order = data.Order(config, split)
+  split = loader.Split(config.path, 'generic', 'train', level=level)
+  order = loader.Order(config, split)
   for step in range(20):
     clusters, ids = order.step(step)
     for c, group in zip(clusters, ids, strict=True):
@@ -133,8 +132,8 @@ def test_groups_hold_one_cluster(level):
 
 def test_every_order_cycles_over_each_cluster():
   config = cfg(level=8, order='every', rows_per_group=2, batch_size=32, accum=2)
-  split = data.Split(config.path, 'generic', 'train', level=8)
-  order = data.Order(config, split)
+  split = loader.Split(config.path, 'generic', 'train', level=8)
+  order = loader.Order(config, split)
   sizes = np.bincount(split.clusters, minlength=8)
   seen = [order.step(s) for s in range(40)]
   for clusters, _ in seen:
@@ -168,8 +167,8 @@ def test_same_global_batches_on_any_number_of_hosts(changes):
 
 def test_groups_follow_their_random_histogram():
   config = cfg(level=8, order='histogram', rows_per_group=4, batch_size=32, histogram_clusters=3)
-  split = data.Split(config.path, 'generic', 'train', level=8)
-  order = data.Order(config, split)
+  split = loader.Split(config.path, 'generic', 'train', level=8)
+  order = loader.Order(config, split)
   drawn, asked, support = np.zeros(8), np.zeros(8), set()
   for step in range(300):
     histograms, ids = order.step(step)
@@ -189,7 +188,7 @@ def test_groups_follow_their_random_histogram():
 
 def test_mixing_puts_an_exact_share_of_another_sets_rows_between():
   config = cfg(mix_share=0.3, mix_set='law', mix_index='law-500', batch_size=8)
-  law = data.Split(config.path, 'law', 'train', 'law-500')
+  law = loader.Split(config.path, 'law', 'train', 'law-500')
   own = {law.read(law.ids[i : i + 1]).tobytes() for i in range(len(law.ids))}
   plain = [b['inputs'] for b in take(9, cfg(batch_size=8))]
   generic = iter(np.concatenate([b.reshape(-1, 64) for b in plain]))
@@ -211,11 +210,11 @@ def test_mixing_puts_an_exact_share_of_another_sets_rows_between():
 def test_state_is_one_integer_and_resumes_anywhere():
   batches = take(6, cfg())
   for step in range(6):
-    loader = data.build(cfg())
-    loader.set_state(step)
-    assert loader.get_state() == step and isinstance(loader.get_state(), int)
-    assert equal(next(loader), batches[step])
-    assert loader.get_state() == step + 1
+    stream = loader.build(cfg())
+    stream.set_state(step)
+    assert stream.get_state() == step and isinstance(stream.get_state(), int)
+    assert equal(next(stream), batches[step])
+    assert stream.get_state() == step + 1
 
 
 def test_seed_changes_the_order():
@@ -224,9 +223,9 @@ def test_seed_changes_the_order():
 
 def test_evaluation_covers_a_split_once():
   path = toy.prepared()
-  facts = data.manifest(path)['sets']['law']['test']
+  facts = loader.manifest(path)['sets']['law']['test']
   for level in (0, 2, 8):
-    found = list(data.evaluation_batches(path, 'law', 'test', 4, level=level))
+    found = list(loader.evaluation_batches(path, 'law', 'test', 4, level=level))
     ids = np.concatenate([i for _, i, _ in found])
     assert sorted(ids[ids >= 0]) == list(range(facts['rows']))
     assert sum(b['weights'].sum() for _, _, b in found) == facts['tokens']
@@ -234,9 +233,9 @@ def test_evaluation_covers_a_split_once():
     for condition, ids, batch in found:
       assert (batch['weights'][ids < 0] == 0).all()
       if level:
-        clusters = data.Split(path, 'law', 'test', level=level).clusters
+        clusters = loader.Split(path, 'law', 'test', level=level).clusters
         assert (clusters[ids[ids >= 0]] == condition).all()
-  few = [i for _, i, _ in data.evaluation_batches(path, 'law', 'test', 4, max_rows=6)]
+  few = [i for _, i, _ in loader.evaluation_batches(path, 'law', 'test', 4, max_rows=6)]
   assert (np.concatenate(few) >= 0).sum() == 6
 
 
@@ -244,7 +243,7 @@ def test_text_comes_back():
   path = toy.prepared()
   tok = tokenizer.load(pathlib.Path(path) / 'tokenizer')
   texts = json.dumps(toy.documents(['law', 'law', 'sea'], 90, 1)[60:])
-  for _, ids, batch in data.evaluation_batches(path, 'law', 'test', 4):
+  for _, ids, batch in loader.evaluation_batches(path, 'law', 'test', 4):
     for row in range(4):
       for segment in range(1, batch['segments'][row].max() + 1):
         window = batch['inputs'][row][batch['segments'][row] == segment]
@@ -261,27 +260,27 @@ def copy(tmp_path) -> pathlib.Path:
 
 def test_refusals(tmp_path):
   path = toy.prepared()
-  about = data.manifest(path)['tokenizer']
-  data.build(cfg(), tokenizer=about['fingerprint'])
+  about = loader.manifest(path)['tokenizer']
+  loader.build(cfg(), tokenizer=about['fingerprint'])
   with pytest.raises(ValueError, match=f'bytes tokenizer {about["fingerprint"]}.* expects other'):
-    data.build(cfg(), tokenizer='other')
+    loader.build(cfg(), tokenizer='other')
   for changes, message in {
     'set': "no set 'nope'; there are: generic, law",
     'split': "no split 'nope'; there are: test, train",
     'index': 'no such index; there are: law-2000',
   }.items():
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-      data.build(cfg(**{'set': 'law', changes: 'nope'}))
+      loader.build(cfg(**{'set': 'law', changes: 'nope'}))
   with pytest.raises(ValueError, match='is of law/train, not of generic/train'):
-    data.build(cfg(index='law-500'))
+    loader.build(cfg(index='law-500'))
   with pytest.raises(ValueError, match='no level 5; there are: 2, 8'):
-    data.build(cfg(level=5))
+    loader.build(cfg(level=5))
   with pytest.raises(ValueError, match='8 groups per batch cannot be shared by 3'):
-    data.build(cfg(), process_count=3)
+    loader.build(cfg(), process_count=3)
   with pytest.raises(ValueError, match='level \\* rows_per_group = 8, found 16'):
-    data.build(cfg(level=8, order='every', batch_size=16))
+    loader.build(cfg(level=8, order='every', batch_size=16))
   with pytest.raises(ValueError, match='clusters .* have no rows in law/test'):
-    data.build(cfg(set='law', split='test', level=8, order='every'))
+    loader.build(cfg(set='law', split='test', level=8, order='every'))
   for changes in ({'batch_size': 7, 'accum': 2}, {'order': 'random'}, {'rows_per_group': 2}):
     with pytest.raises(ValueError, match='data'):
       cfg(**changes)
@@ -289,26 +288,26 @@ def test_refusals(tmp_path):
 
 def test_damaged_directories_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='manifest.json: not found'):
-    data.manifest(tmp_path)
+    loader.manifest(tmp_path)
   path = copy(tmp_path)
   text = (path / 'manifest.json').read_text()
   (path / 'manifest.json').write_text(text[:100])
   with pytest.raises(ValueError, match='manifest.json: truncated or damaged'):
-    data.manifest(path)
+    loader.manifest(path)
   (path / 'manifest.json').write_text(json.dumps(json.loads(text) | {'version': 99}))
   with pytest.raises(ValueError, match='expected version 2, found 99'):
-    data.manifest(path)
+    loader.manifest(path)
   (path / 'manifest.json').write_text(text)
   clusters = path / 'generic/train/clusters.npy'
   np.save(clusters, np.load(clusters)[:-1])
   with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
-    data.build(cfg(path=str(path)))
+    loader.build(cfg(path=str(path)))
   shutil.copy(pathlib.Path(toy.prepared()) / 'generic/train/clusters.npy', clusters)
   owners = path / 'generic/train/documents.npy'
   np.save(owners, np.load(owners)[:-1])
   with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
-    data.build(cfg(path=str(path)))
+    loader.build(cfg(path=str(path)))
   index = path / 'index/law-500.npy'
   np.save(index, np.load(index)[::-1].copy())
   with pytest.raises(ValueError, match='does not match the hash'):
-    data.build(cfg(path=str(path), set='law', index='law-500'))
+    loader.build(cfg(path=str(path), set='law', index='law-500'))

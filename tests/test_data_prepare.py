@@ -13,8 +13,7 @@ import pytest
 import toy
 import zstandard
 
-from slm import data
-from slm.data import documents, installed, prepare, rows, sources, work
+from slm.data import documents, installed, loader, prepare, rows, settings, sources, work
 
 
 def state(out: str) -> dict[str, str]:
@@ -26,13 +25,13 @@ def state(out: str) -> dict[str, str]:
     for p in sorted(root.rglob('*'))
     if p.suffix in kept
   }
-  manifest = data.manifest(out)
+  manifest = loader.manifest(out)
   del manifest['cost']
   return found | {'manifest': json.dumps(manifest, sort_keys=True)}
 
 
 @pytest.fixture
-def cfg(tmp_path) -> prepare.PrepareConfig:
+def cfg(tmp_path) -> settings.PrepareConfig:
   return toy.config(tmp_path, toy.corpus(tmp_path))
 
 
@@ -91,7 +90,7 @@ def test_lost_and_cut_files_are_made_again(cfg):
 def test_complete_directory_is_left_alone(cfg, monkeypatch):
   prepare.prepare(cfg)
   monkeypatch.setattr(work, 'run', None)  # no stage may run
-  assert prepare.prepare(cfg) == data.manifest(cfg.out)
+  assert prepare.prepare(cfg) == loader.manifest(cfg.out)
 
 
 def test_workers_do_not_change_the_result(cfg):
@@ -306,7 +305,7 @@ def test_entry_point(tmp_path):
   assert done.returncode == 0, done.stderr
   assert '| 4 | law |' in done.stdout and 'bytes per token' in done.stdout
   assert (tmp_path / 'o/clusters/histograms.png').stat().st_size > 1000
-  assert data.manifest(tmp_path / 'o')['tokenizer']['name'] == 'sentencepiece'
+  assert loader.manifest(tmp_path / 'o')['tokenizer']['name'] == 'sentencepiece'
   bad = run('--config=configs/data.py:generic=missing-*.jsonl')
   assert bad.returncode == 1
   assert bad.stderr.strip().splitlines()[-1].startswith('error: ')

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from slm import checkpoint, cli, distill, files, load, models, objectives, rundir, sharding, train
+from slm import models, objectives
+from slm.base import console, files
+from slm.objectives import distill, next_token
+from slm.runs import checkpoint, load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 VOCAB = 31
 KD = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
@@ -121,7 +126,7 @@ def test_a_corrected_teacher_learns_alone():
   gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
   mine, theirs = gradient(student, frozen, True)
   fixed, _ = gradient(student, frozen, False)
-  alone = objectives.next_token({'student': TEACHER.forward}, 8)
+  alone = next_token.next_token({'student': TEACHER.forward}, 8)
   want = jax.jit(jax.grad(lambda p: alone(p, {}, batch)['loss'][0]))(frozen['teacher'])
   same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
   jax.tree.map(same, mine, fixed)
@@ -141,16 +146,16 @@ class Stop:
 def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, monkeypatch):
   c, mesh = tiny_config, sharding.make_mesh({'data': -1})
   c.data.batch_size = 8
-  train.train(c.to_dict(), tmp_path / 'teacher')
+  loop.train(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
   c.model.update(embed=8, num_heads=1, num_kv_heads=1)
   c.objective = {**KD, 'chunk': 64, 'states': ('-2:-2', 'embed'), 'correct': True}
-  train.train(c.to_dict(), tmp_path / 'whole')
+  loop.train(c.to_dict(), tmp_path / 'whole')
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', Stop)
-    with pytest.raises(cli.Interrupted):
-      train.train(c.to_dict(), tmp_path / 'halves')
-  train.train(c.to_dict(), tmp_path / 'halves')
+    with pytest.raises(console.Interrupted):
+      loop.train(c.to_dict(), tmp_path / 'halves')
+  loop.train(c.to_dict(), tmp_path / 'halves')
   lines = [rundir.read_metrics(tmp_path / name) for name in ('whole', 'halves')]
   for name in ('loss', 'kl', 'states', 'teacher_nll', 'grad_norm'):
     assert [x[name] for x in lines[0]] == [x[name] for x in lines[1]]
@@ -167,10 +172,10 @@ def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, 
   path = tmp_path / 'teacher' / 'config.json'
   path.write_text(json.dumps({**files.read_json(path), 'tokenizer': 'f' * 64}))
   with pytest.raises(ValueError, match='teacher was trained with tokenizer ffffffffffff, the data'):
-    train.train(c.to_dict(), tmp_path / 'other')  # the sizes of the vocabularies are the same
+    loop.train(c.to_dict(), tmp_path / 'other')  # the sizes of the vocabularies are the same
   path.write_text(json.dumps({**files.read_json(path), 'tokenizer': student.cfg['tokenizer']}))
   two = sharding.make_mesh({'data': 2}, jax.devices()[:2])
   c.objective, c.reparam = {**KD, 'correct': True}, {'name': 'mixture', 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4, order='every')
   with jax.set_mesh(two), pytest.raises(ValueError, match="reparam 'mixture' holds several"):
-    train._Run(train.resolve(c.to_dict()), tmp_path, two)
+    loop._Run(loop.resolve(c.to_dict()), tmp_path, two)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from slm import data
-from slm.data import dsir
+from slm.data import dsir, loader
 
 RAW = toy.documents(list(toy.TOPICS), 60, 0)
 TARGET = toy.documents(['law'], 12, 1)
@@ -63,12 +62,12 @@ def test_command_selects_the_domains_rows(tmp_path):
   command += ['--tokens=4000', '--out=law-dsir', '--domain_index=law-2000']
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0 and 'law-dsir:' in done.stdout, done.stderr
-  split = data.Split(path, 'generic', 'train', 'law-dsir')
+  split = loader.Split(path, 'generic', 'train', 'law-dsir')
   assert len(np.unique(split.ids)) == len(split.ids)
   assert 4000 <= split.counts[split.ids, 1].sum() < 4200
   # Rows of the clusters that the domain lies in.
-  clusters = data.Split(path, 'generic', 'train', level=8).clusters
-  law = data.histogram(path, 'law', 'train', 8)
+  clusters = loader.Split(path, 'generic', 'train', level=8).clusters
+  law = loader.histogram(path, 'law', 'train', 8)
   assert law[clusters[split.ids]].mean() > 1.5 * law[clusters].mean()
   refused = subprocess.run([*command, '--tokens=1e9'], capture_output=True, text=True)
   assert refused.returncode == 1 and 'tokens asked for, and there are' in refused.stderr

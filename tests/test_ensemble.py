@@ -1,13 +1,21 @@
 """Sparse ensembles of specialists: weights that are causal, and losses that a plain loop gives."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from slm import data, ensemble, evaluate, files, load, rundir, sharding, train
-from slm.data import cluster
+from experiments.specialise import ensemble
+from slm.base import files
+from slm.data import cluster, loader
+from slm.data import rows as packing
 from slm.data.tokenizer import load as load_tokenizer
 from slm.models.decoder import unembed
+from slm.objectives import heldout
+from slm.runs import ledger, load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 MAKE = sharding.make_mesh
 ONE = lambda: MAKE({'data': 1}, jax.devices()[:1])
@@ -21,12 +29,12 @@ def trained(tiny_config, tmp_path, monkeypatch):
   c.reparam = {'name': 'mixture', 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4, order='every')
   c.mesh.data = 1
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   return tmp_path / 'run'
 
 
 def test_weights_sum_over_the_nearest_centroids_of_each_cluster(tiny_data):
-  model = cluster.load(files.Path(tiny_data) / 'clusters' / 'model.safetensors')
+  model = cluster.load(Path(tiny_data) / 'clusters' / 'model.safetensors')
   texts = ['contract clause court statute', 'sail harbour anchor tide', '']
   points, _ = cluster.embed(model, texts)
   for level, top in ((4, 3), (2, 2), (2, 1)):
@@ -55,13 +63,13 @@ def test_ensemble_is_the_mixture_that_a_plain_loop_computes(trained, tiny_data, 
   how = {'top': 2, 'temperature': 0.3, 'every': 8}
   found = ensemble.ensemble(trained, ['court/test'], tmp_path / 'both', **how, batch_size=8)
   loaded = load.load(trained, ONE())
-  model = cluster.load(files.Path(tiny_data) / 'clusters' / 'model.safetensors')
+  model = cluster.load(Path(tiny_data) / 'clusters' / 'model.safetensors')
   tok = load_tokenizer(f'{tiny_data}/tokenizer')
-  split = data.Split(tiny_data, 'court', 'test')
+  split = loader.Split(tiny_data, 'court', 'test')
   total, tokens = 0.0, 0
   forward = jax.jit(lambda p, b: unembed(p, loaded.model.forward(p, b))[0])
   for row in split.read(split.ids):
-    batch = data.rows.batch(row[None])
+    batch = packing.batch(row[None])
     logits = [np.asarray(jax.nn.log_softmax(forward(loaded.params(e), batch))) for e in range(2)]
     shares = {}
     for t in np.flatnonzero(batch['weights'][0]):
@@ -82,16 +90,16 @@ def test_ensemble_is_no_worse_than_its_average_member_and_is_a_run(trained, tiny
   flat = ensemble.ensemble(trained, ['court/test'], out, top=2, temperature=1e6)['court/test']
   alone = []
   loaded = load.load(trained, ONE())
-  losses = evaluate.make_row_losses(loaded.model.forward, 'float32', 64, ONE())
+  losses = heldout.make_row_losses(loaded.model.forward, 'float32', 64, ONE())
   for e in range(2):
     specialist = lambda c, e=e: loaded.params(e)
-    values = evaluate.rows(losses, specialist, ONE(), tiny_data, 'court', 'test', 8)
-    alone.append(evaluate.summary(values, 0)['loss'])
-  model = cluster.load(files.Path(tiny_data) / 'clusters' / 'model.safetensors')
+    values = heldout.rows(losses, specialist, ONE(), tiny_data, 'court', 'test', 8)
+    alone.append(heldout.summary(values, 0)['loss'])
+  model = cluster.load(Path(tiny_data) / 'clusters' / 'model.safetensors')
   share = np.bincount(model.parents[2], minlength=2) / len(model.centroids)
   assert flat['loss'] <= share @ alone + 1e-6  # log is concave
   assert rundir.served_step(out) == 0 and files.read_json(out / 'eval.json')['court/test'] == flat
-  assert rundir.read_ledger(out) == {'phases': [], 'ancestors': [str(trained)]}
+  assert ledger.read_ledger(out) == {'phases': [], 'ancestors': [str(trained)]}
   with pytest.raises(ValueError, match='specialist.temperature was 1000000.0, now 0.1'):
     ensemble.ensemble(trained, ['court/test'], out)
   with pytest.raises(ValueError, match='--top=3.*expected 1 to 2'):

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import generate, models, train
+from slm import models
+from slm.models import decode
 from slm.models.decoder import unembed
+from slm.training import loop
 
 MODEL = models.build(
   {
@@ -36,7 +38,7 @@ def test_cached_greedy_equals_recomputing_even_when_padded():
   prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8]]
   padded = np.array([[0] * (5 - len(p)) + p for p in prompts])
   mask = np.array([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
-  out = generate.generate(MODEL, PARAMS, padded, mask, KEY, max_tokens=7)
+  out = decode.generate(MODEL, PARAMS, padded, mask, KEY, max_tokens=7)
   for row, prompt in zip(np.asarray(out.tokens), prompts, strict=True):
     assert row.tolist() == slow_greedy(prompt, 7)
   assert out.lengths.tolist() == [7, 7, 7]
@@ -44,7 +46,7 @@ def test_cached_greedy_equals_recomputing_even_when_padded():
 
 def test_logprobs_are_the_models():
   prompt = jnp.array([[3, 1, 4]])
-  out = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=4)
+  out = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=4)
   ids = jnp.concatenate([prompt, out.tokens], axis=1)
   batch = {'inputs': ids, 'positions': jnp.arange(7)[None], 'segments': ids * 0 + 1}
   logits = unembed(PARAMS, MODEL.forward(PARAMS, batch))
@@ -54,10 +56,10 @@ def test_logprobs_are_the_models():
 
 def test_a_row_stops_at_the_end_id():
   prompt = jnp.array([[3, 1, 4]])
-  free = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8)
+  free = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8)
   tokens = free.tokens[0].tolist()
   end = tokens[3]
-  out = generate.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, end=end)
+  out = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, end=end)
   first = tokens.index(end)
   assert out.lengths[0] == first + 1
   assert out.tokens[0].tolist() == tokens[: first + 1] + [end] * (7 - first)
@@ -65,9 +67,7 @@ def test_a_row_stops_at_the_end_id():
 
 def test_top_k_and_top_p_cut_the_distribution():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-  draw = lambda **kw: {
-    int(generate.sampled(logits, jax.random.key(i), **kw)[0]) for i in range(200)
-  }
+  draw = lambda **kw: {int(decode.sampled(logits, jax.random.key(i), **kw)[0]) for i in range(200)}
   assert draw(temperature=1.0, top_k=2, top_p=1.0) == {0, 1}
   assert draw(temperature=1.0, top_k=0, top_p=0.75) == {0, 1}
   assert draw(temperature=1.0, top_k=0, top_p=0.4) == {0}
@@ -77,13 +77,13 @@ def test_top_k_and_top_p_cut_the_distribution():
 
 def test_samples_follow_the_softmax():
   logits = jnp.tile(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), (4000, 1))
-  sampler = functools.partial(generate.sampled, temperature=1.0, top_k=0, top_p=1.0)
+  sampler = functools.partial(decode.sampled, temperature=1.0, top_k=0, top_p=1.0)
   counts = np.bincount(sampler(logits, KEY), minlength=3) / 4000
   np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.04)  # 5 standard errors
 
 
 def test_entry_point_shows_every_run(tiny_config, tmp_path):
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   command = [sys.executable, '-m', 'slm.generate', f'--run={tmp_path / "run"}']
   done = subprocess.run(
     [*command, '--prompt=the party', '--max_tokens=5'], capture_output=True, text=True, check=True
@@ -128,5 +128,5 @@ def test_greedy_equals_transformers():
   want = other.generate(
     torch.tensor(prompts), max_new_tokens=20, do_sample=False, attention_mask=torch.ones(2, 4)
   )
-  out = generate.generate(MODEL, PARAMS, prompts, prompts * 0 + 1, KEY, max_tokens=20)
+  out = decode.generate(MODEL, PARAMS, prompts, prompts * 0 + 1, KEY, max_tokens=20)
   np.testing.assert_array_equal(out.tokens, want[:, 4:].numpy())

@@ -16,8 +16,10 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from slm import harness, sharding, tasks  # noqa: E402
-from slm.hf import convert  # noqa: E402
+from slm import harness  # noqa: E402
+from slm.inference import tasks  # noqa: E402
+from slm.interchange import convert  # noqa: E402
+from slm.weights import sharding  # noqa: E402
 
 LONG = ' '.join(toy.documents(['sea', 'law'], 3, 7))
 PAIRS = [

@@ -17,11 +17,15 @@ import tokenizers
 import toy
 from test_tokenizer import huggingface_file
 
-from slm import generate, load, record, rundir, sharding, train
-from slm.data import prepare, tokenizer
-from slm.hf import card, convert, families, verify, weights
+from slm.data import prepare, settings, tokenizer
+from slm.inference import completion
+from slm.interchange import card, convert, families, verify, weights
+from slm.models import decode
 from slm.models.config import DecoderConfig
-from slm.prune import commands
+from slm.pruning import commands
+from slm.runs import ledger, load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -359,7 +363,7 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   (source / 'chat_template.jinja').write_text('{{ messages }}')
   edit(source, bos_token_id=0, eos_token_id=[1, turn], pad_token_id=fill)
   convert.import_model(source, tmp_path / 'run')
-  own = prepare.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
+  own = settings.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
   data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
   prepare.prepare(data)
   where = {'data_set': 'law', 'split': 'train', 'index': '', 'rows': 16, 'batch_size': 8}
@@ -443,7 +447,7 @@ def run(*arguments):
 
 def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
   """A model trained here: exported, verified, described; its tokenizer says the same ids."""
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   done = run('export', tmp_path / 'run', tmp_path / 'out')
   assert done.returncode == 0 and 'llama' in done.stdout, done.stderr
   done = run('verify', tmp_path / 'out')
@@ -501,8 +505,8 @@ def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
   (signals / 'signals.json').write_text(
     json.dumps({**about, 'rows_sha256': 'ab', 'tokenizer': 'cd', 'step': 0})
   )
-  cost = [record.phase_entry('signals', 7, 8e3, 0.5)]
-  rundir.write_ledger(signals, cost, [about['teacher']])
+  cost = [ledger.phase_entry('signals', 7, 8e3, 0.5)]
+  ledger.write_ledger(signals, cost, [about['teacher']])
   loaded = load.load(base, load.mesh_for(base))
   live = {'teacher': str(tmp_path / 'big')}
   for more, ancestors in ((live, []), ({'teacher_cache': str(signals)}, [str(signals)])):
@@ -537,15 +541,15 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   tok, begin = load.reads(loaded)
   assert begin == [] and tok.encode(words[0]) == [3]  # as transformers reads it
   with pytest.raises(ValueError, match='this model reads no begin token'):
-    generate.complete(loaded, loaded.params(), tok, begin, ['', 'x'], 2, generate.greedy, 0)
+    completion.complete(loaded, loaded.params(), tok, begin, ['', 'x'], 2, decode.greedy, 0)
   sets = toy.corpus(tmp_path)
-  own = prepare.TokenizerConfig('huggingface', 0, str(tmp_path / 'run/tokenizer/tokenizer.json'))
+  own = settings.TokenizerConfig('huggingface', 0, str(tmp_path / 'run/tokenizer/tokenizer.json'))
   data = toy.config(tmp_path, sets, tokenizer=own)
   prepare.prepare(data)
   c = tiny_config
   c.init, c.data.path, c.data.set, c.steps = str(tmp_path / 'run'), data.out, 'law', 4
   c.data.index, c.eval.split = '', 'test'
-  train.train(c.to_dict(), tmp_path / 'tuned')
+  loop.train(c.to_dict(), tmp_path / 'tuned')
   about = convert.export_model(tmp_path / 'tuned', tmp_path / 'home')
   assert [x['phase'] for x in about['history']] == ['pretrain', 'import']
   taught = {'name': 'distill', 'kl': 'forward', 'temperature': 2.0, 'chunk': 512}

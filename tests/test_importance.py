@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from slm import data
-from slm.data import importance
+from slm.data import importance, loader
 
 CLUSTERS = np.repeat([0, 1, 2, 3], [50, 30, 15, 5])
 TARGET = np.array([10.0, 0.0, 30.0, 60.0])
@@ -123,9 +122,9 @@ def test_entry_point_writes_an_index_the_loader_reads():
   subprocess.run(command, check=True, capture_output=True)
   about = json.loads((pathlib.Path(path) / 'index/law-is.json').read_text())
   assert about['tokens'] == pytest.approx(200_000, rel=0.02)
-  generic = data.Split(path, 'generic', 'train', 'law-is', 8)
-  p = data.histogram(path, 'law', 'train', 8, 'law-2000')
-  q = data.histogram(path, 'generic', 'train', 8, 'law-is')
+  generic = loader.Split(path, 'generic', 'train', 'law-is', 8)
+  p = loader.histogram(path, 'law', 'train', 8, 'law-2000')
+  q = loader.histogram(path, 'generic', 'train', 8, 'law-is')
   np.testing.assert_allclose(q, p, atol=0.003)  # by windows; many passes even out which rows
   drawn, rows = (
     np.bincount(c, minlength=8) for c in (generic.clusters[generic.ids], generic.clusters)
@@ -141,5 +140,5 @@ def test_entry_point_writes_an_index_the_loader_reads():
 def test_top_takes_the_most_frequent_cluster_alone():
   path = toy.prepared()
   importance.sample(importance.Request(path, 'law', 8, 5000, 'law-top', top=True))
-  split = data.Split(path, 'generic', 'train', 'law-top', 8)
-  assert set(split.clusters[split.ids]) == {int(data.histogram(path, 'law', 'train', 8).argmax())}
+  split = loader.Split(path, 'generic', 'train', 'law-top', 8)
+  assert set(split.clusters[split.ids]) == {int(loader.histogram(path, 'law', 'train', 8).argmax())}

@@ -8,18 +8,22 @@ import pytest
 import studies
 import toy
 
-from configs import minitron as recipe
+from configs import minitron as config_of_recipe
 from configs import minitron_published as recipes
 from experiments import common
 from experiments.minitron import claims, report, results, run
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
-from slm import files, minitron, optim, rundir, train, verdicts
-from slm.comparison import Loss
+from slm.base import files
 from slm.data import prepare
-from slm.models.decoder import DecoderConfig, num_params
-from slm.prune import slicing
+from slm.models.config import DecoderConfig
+from slm.models.decoder import num_params
+from slm.pruning import recipe, slicing
+from slm.reporting import verdicts
+from slm.reporting.comparison import Loss
+from slm.runs import rundir
+from slm.training import loop, optim
 
 total = lambda cfg: sum(num_params(cfg).values())
 
@@ -36,14 +40,14 @@ total = lambda cfg: sum(num_params(cfg).values())
 )
 def test_published_recipes_have_the_published_counts(name, before, after, non_embedding):
   config = recipes.get_config(name).to_dict()
-  teacher, student, text = minitron.dry_run(config, 128, 'h100', 0.4)
+  teacher, student, text = recipe.dry_run(config, 128, 'h100', 0.4)
   billions = lambda n: round(n / 1e9, 2)
   assert (billions(total(teacher)), billions(total(student))) == (before, after)
   rest = total(student) - num_params(student)['embedding']
   assert non_embedding in (None, round(rest / 1e9, 1))
   assert 'does not fit' not in text and f'{total(teacher):,}' in text
   config['probe']['steps'], config['correct']['steps'] = 500, 1000
-  planned = minitron.dry_run(config, 128, 'h100', 0.4)[-1]
+  planned = recipe.dry_run(config, 128, 'h100', 0.4)[-1]
   assert 'does not fit' not in planned and planned.startswith(text)
   assert 'correction of the teacher' in planned and '1,500' in planned
 
@@ -292,8 +296,8 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('steps', 'worth'), [(2, -1.0), (0, -1.0), (2, 9.0)])
 def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_path):
   """With a teacher corrected before, meanwhile, or not at all, as its probe says."""
-  train.train(tiny_config.to_dict(), tmp_path / 'whole')
-  c = recipe.get_config()
+  loop.train(tiny_config.to_dict(), tmp_path / 'whole')
+  c = config_of_recipe.get_config()
   c.teacher, c.data, c.sizes = str(tmp_path / 'whole'), tiny_config.data.path, 'mlp=16'
   c.calibrate.update(rows=16, batch_size=8)
   c.cut.align = 8
@@ -303,24 +307,24 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
     part.schedule.warmup = 1
     part.eval.update(every=2, max_rows=8, batch_size=8)
   c.correct.steps, c.probe.steps, c.probe.worth = steps, 2, worth
-  assert 'correction of the teacher' in minitron.dry_run(c.to_dict(), 8, 'h100', 0.4)[-1]
+  assert 'correction of the teacher' in recipe.dry_run(c.to_dict(), 8, 'h100', 0.4)[-1]
   bad = c.to_dict()
   bad['recover'] |= {'teacher_cache': 'x'} if steps else {}
   bad['recover']['objective'] |= {} if steps else {'on_policy': 0.5}
   with pytest.raises(ValueError, match='teacher_cache: here' if steps else 'needs mixing=1 and'):
-    minitron.minitron(bad, tmp_path / 'bad')
+    recipe.minitron(bad, tmp_path / 'bad')
   for change, message in (
     ({'data': bad['recover']['data'] | {'set': 'none'}}, 'none'),
     ({'steps': 1}, 'warmup=1: expected less'),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-      minitron.minitron({**c.to_dict(), 'recover': c.recover.to_dict() | change}, tmp_path / 'bad')
+      recipe.minitron({**c.to_dict(), 'recover': c.recover.to_dict() | change}, tmp_path / 'bad')
   with pytest.raises(ValueError, match='whole: holds a run'):
-    minitron.minitron(c.to_dict(), tmp_path / 'whole')
+    recipe.minitron(c.to_dict(), tmp_path / 'whole')
   with pytest.raises(ValueError, match='sizes: vocab: a teacher has'):
-    minitron.dry_run({**c.to_dict(), 'sizes': 'vocab=64'}, 8, 'h100', 0.4)
+    recipe.dry_run({**c.to_dict(), 'sizes': 'vocab=64'}, 8, 'h100', 0.4)
   assert not (tmp_path / 'bad').exists()
-  found = minitron.minitron(c.to_dict(), tmp_path / 'small')
+  found = recipe.minitron(c.to_dict(), tmp_path / 'small')
   assert found['probe']['pays'] == (worth < 0)
   low, high = found['probe']['interval']
   assert low <= found['probe']['gain'] <= high
@@ -336,9 +340,9 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
   assert rundir.read_config(tmp_path / 'small' / 'cut')['init'] == str(tmp_path / guide)
   assert student['objective'].get('correct') == pytest.approx(0.2 if meanwhile else 0.0)
   models = {'teacher', 'probe', 'cut', 'student', *(['corrected'] if first else [])}
-  assert set(found['models']) == models and 'held-out loss by' in minitron.table(found)
+  assert set(found['models']) == models and 'held-out loss by' in recipe.table(found)
   assert found.get('verified', 0) < 1e-4 and (tmp_path / 'small' / 'export' / 'README.md').exists()
   before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.jsonl')}
-  again = minitron.minitron(c.to_dict(), tmp_path / 'small')
+  again = recipe.minitron(c.to_dict(), tmp_path / 'small')
   assert again['probe'] == found['probe']
   assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.jsonl')}

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import models, objectives, optim, sharding
+from slm import models, objectives
 from slm.models.decoder import forward_flops, init_cache, num_params, unembed
 from slm.models.layers import attention
-from slm.step import init_state, make_train_step
+from slm.training import optim
+from slm.training.step import init_state, make_train_step
+from slm.weights import axes
 
 SMALL = {
   'name': 'decoder',
@@ -244,7 +246,7 @@ def test_padding_on_the_left_of_a_cached_prompt_is_finite():
 def test_axis_table_and_parameter_count_cover_every_leaf(variant):
   model = models.build({**SMALL, **EVERY[variant]})
   params = jax.eval_shape(model.init, jax.random.key(0))
-  names = sharding.axes(params)
+  names = axes.axes(params)
   c = model.cfg
   sizes = {
     'vocab': c.vocab,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import models, objectives, reparam, sharding
+from slm import models, objectives, reparam
 from slm.models import decoder, moe
+from slm.weights import axes, sharding
 
 SMALL = {
   'name': 'decoder', 'vocab': 37, 'embed': 16, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 1,
@@ -219,7 +220,7 @@ def test_counts_and_axes():
   idle = 2 * 2 * 3 * 16 * 12  # two layers, two experts not taken
   total, active = (f(model.cfg)['mlp'] for f in (decoder.num_params, decoder.active_params))
   assert total - active == idle
-  names = sharding.axes(params)['blocks']['mlp']
+  names = axes.axes(params)['blocks']['mlp']
   assert names['experts']['w_up'] == ('layers', 'experts', 'embed', 'mlp')
   assert names['w_router'] == ('layers', 'embed', 'experts')
   mesh = sharding.make_mesh({'expert': 4, 'data': 2})

@@ -7,8 +7,9 @@ import optax
 import pytest
 import scipy.spatial
 
-from slm import distill, losses, objectives
+from slm import objectives
 from slm.models.decoder import Output
+from slm.objectives import distill, losses
 
 EMBED, VOCAB = 8, 31
 CE = {'name': 'next_token'}
@@ -212,7 +213,7 @@ def test_no_full_logits_exist(cfg):
 
 def test_token_losses_are_those_of_the_objective():
   params, batch = make_params(0), make_batch(3, 7)
-  nll = objectives.token_losses(forward, params, batch, 8)
+  nll = losses.token_losses(forward, params, batch, 8)
   assert nll.shape == (3, 7)
   assert nll.sum() == pytest.approx(float(build(CE, 8)(params, {}, batch)['loss'][0]), rel=1e-5)
   assert (np.asarray(nll)[batch['weights'] == 0] == 0).all()

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from slm import models, optim
+from slm import models
+from slm.training import optim
 
 CFG = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0}
 

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base, lora, mask
-from slm import files, load, models, objectives, optim, plan, reparam, step, train
+from slm import models, objectives, reparam
+from slm.base import files
+from slm.models import decoder
+from slm.runs import load
+from slm.training import loop, optim, plan, step
 
 # Grangier et al., tables 1, 6 and 7. Their MLPs have two matrices of width 4d; a gated one of 8d/3
 # has as many parameters. Their totals imply 37.1k embedding rows, more than the 32k tokens stated.
@@ -78,7 +82,7 @@ def test_memory_beside_xlas(remat):
   rows = jax.ShapeDtypeStruct((1, 8, 1, 256), jnp.int32)
   batch = {name: rows for name in ('inputs', 'targets', 'segments', 'positions')}
   batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-  run = step.make_train_step(train.make_sums(objective, rep, 'float32'), tx)
+  run = step.make_train_step(loop.make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, {}, batch).compile().memory_analysis()
   state_bytes = found['weights'] + found['optimiser moments']
   batch_bytes = 5 * 4 * math.prod(rows.shape)
@@ -104,7 +108,7 @@ def test_memory_of_a_tuned_frozen_model_beside_xlas(name):
   rows = jax.ShapeDtypeStruct((1, 2, 1, 64), jnp.int32)
   batch = {name: rows for name in ('inputs', 'targets', 'segments', 'positions')}
   batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-  run = step.make_train_step(train.make_sums(objective, rep, 'float32'), tx)
+  run = step.make_train_step(loop.make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, frozen, batch).compile().memory_analysis()
   true = stats.argument_size_in_bytes + stats.temp_size_in_bytes
   assert 0.7 < sum(found.values()) / true < 1.3
@@ -152,7 +156,7 @@ def test_distillation_pays_for_the_teacher(tmp_path):
   teacher = models.build({'name': 'decoder', **LARGE}).cfg
   taught = planned({**cfg, 'teacher': str(tmp_path)})
   extra = taught['training FLOPs per token'] - plain['training FLOPs per token']
-  assert extra == plan.forward_flops(teacher, 1024)
+  assert extra == decoder.forward_flops(teacher, 1024)
   assert taught['bytes per device']['teacher'] == pytest.approx(4 * 771e6, rel=4e-3)
   logits = lambda found: found['bytes per device']['logits of a chunk']
   assert logits(taught) - logits(plain) == 4 * cfg['objective']['chunk'] * teacher.vocab

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from slm import rundir
+from slm.runs import rundir
 
 SIZES = {'embed': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 8, 'mlp': 32}
 

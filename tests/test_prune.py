@@ -10,7 +10,7 @@ import pytest
 from slm import models
 from slm.models import moe
 from slm.models.decoder import num_params, unembed
-from slm.prune import slicing
+from slm.pruning import slicing
 
 SMALL = {
   'name': 'decoder', 'vocab': 61, 'embed': 24, 'num_layers': 3, 'num_heads': 4, 'num_kv_heads': 2,

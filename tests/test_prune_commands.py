@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from slm import data, evaluate, files, load, rundir, sharding, tasks, train
-from slm.data import tokenizer
-from slm.hf import convert
+from slm.base import files
+from slm.data import loader, prepare, settings, tokenizer
+from slm.inference import tasks
+from slm.interchange import convert
 from slm.models.config import DecoderConfig
-from slm.prune import commands, importance, measure, slicing
+from slm.objectives import heldout
+from slm.pruning import commands, importance, measure, slicing
+from slm.runs import ledger, load
+from slm.training import loop
+from slm.weights import sharding
 
 ONE = lambda: sharding.make_mesh({'data': 1}, jax.devices()[:1])
 
@@ -31,7 +36,7 @@ def trained(tmp_path_factory):
   c.data.update(path=toy.prepared(), batch_size=8)
   c.schedule.warmup, c.eval.every, c.eval.batch_size = 2, 6, 8
   path = tmp_path_factory.mktemp('prune') / 'run'
-  train.train(c.to_dict(), path)
+  loop.train(c.to_dict(), path)
   return path, toy.prepared()
 
 
@@ -83,7 +88,7 @@ def test_weights_are_split_over_the_devices_that_divide_them(trained, tmp_path):
   whole = calibrate(trained[0], tmp_path / 'split')
   loaded = load.load(trained[0], ONE(), finished=True)
   alone = measure.summing(measure.activations(loaded.model, 'float32'))
-  batches = data.evaluation_batches(trained[1], 'generic', 'train', 8, max_rows=40)
+  batches = loader.evaluation_batches(trained[1], 'generic', 'train', 8, max_rows=40)
   parts = [alone(loaded.params(), batch) for _, _, batch in batches]
   sums = functools.reduce(measure.merge, parts, {})
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
@@ -119,10 +124,10 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
   kept = importance.keep(scores, wanted, 2)
   want, _ = slicing.cut(teacher.params(), teacher.model.cfg, kept)
   jax.tree.map(np.testing.assert_array_equal, loaded.params(), want)
-  found = evaluate.run(tmp_path / 'small', path, ['generic/test'], ONE(), 8)['generic/test']
+  found = heldout.run(tmp_path / 'small', path, ['generic/test'], ONE(), 8)['generic/test']
   assert np.isfinite(found['loss'])
-  ledger = rundir.read_ledger(tmp_path / 'small')
-  assert ledger['ancestors'] == [str(run)] and ledger['phases'][0]['tokens'] == stats['tokens']
+  spent = ledger.read_ledger(tmp_path / 'small')
+  assert spent['ancestors'] == [str(run)] and spent['phases'][0]['tokens'] == stats['tokens']
   cfg = files.read_json(tmp_path / 'small' / 'config.json')
   assert cfg['prune']['shape'] == wanted and len(cfg['prune']['sha256']) == 64
   for by in ('weights', 'random'):
@@ -137,7 +142,7 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
     commands.cut(str(run), [str(tmp_path / 'stats')], {'mlp': 16, 'layers': 2}, str(drawn), **how)
     np.testing.assert_array_equal(kept_of(drawn)['layers'], kept['layers'])
   assert (
-    cfg['rows'] == data.Split(path, 'generic', 'train').sha256 and cfg['data']['set'] == 'generic'
+    cfg['rows'] == loader.Split(path, 'generic', 'train').sha256 and cfg['data']['set'] == 'generic'
   )
   groups = {'kv_heads': 1, 'heads': 2}
   cfg, _ = commands.cut(str(run), [str(tmp_path / 'stats')], groups, str(tmp_path / 'groups'))
@@ -165,7 +170,7 @@ def test_what_a_cut_needs_is_measured_on_the_same_rows(trained, tmp_path, monkey
   commands.cut(str(run), [a], wanted, str(tmp_path / 'small'), **how)
   found = sorted(p.name.partition('.')[0].partition('-')[0] for p in (tmp_path / 'a').iterdir())
   assert found == ['depth', 'gain', 'stats', 'taylor']
-  (phase,) = rundir.read_ledger(tmp_path / 'small')['phases']
+  (phase,) = ledger.read_ledger(tmp_path / 'small')['phases']
   assert phase['tokens'] == 4 * stats['tokens']  # stats 1, taylor 3, depth 3 + 1, gain 1 pass
   passes = phase['flops'] / commands.read(tmp_path / 'a')[0]['flops']
   assert passes == pytest.approx(1 + 3 + 4 + 1)
@@ -203,8 +208,6 @@ def test_what_a_cut_needs_is_measured_on_the_same_rows(trained, tmp_path, monkey
 def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   import toy
 
-  from slm.data import prepare, tokenizer
-
   (tmp_path / 'root').mkdir()
   sets = toy.corpus(tmp_path / 'root')
   prepared = lambda out, path: prepare.prepare(
@@ -214,7 +217,7 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
       out=str(tmp_path / out),
       levels=(2,),
       fit_windows=200,
-      tokenizer=prepare.TokenizerConfig('sentencepiece', 384, str(path or '')),
+      tokenizer=settings.TokenizerConfig('sentencepiece', 384, str(path or '')),
     )  # fmt: skip
   )
   prepared('data', '')
@@ -239,13 +242,13 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   folder = tmp_path / 'small' / 'tokenizer'
   assert tokenizer.load(folder).fingerprint == small.cfg['tokenizer'] != cfg['tokenizer']
   with pytest.raises(ValueError, match='was trained with tokenizer'):
-    evaluate.run(tmp_path / 'small', tmp_path / 'data', ['law/test'], ONE(), 8)
+    heldout.run(tmp_path / 'small', tmp_path / 'data', ['law/test'], ONE(), 8)
   prepared('smaller', folder / 'tokenizer.model')
   # A teacher cut to the same vocabulary alone has the same tokenizer, and reads the same rows.
   commands.cut(str(run), [str(tmp_path / 'a')], {'vocab': 320}, str(tmp_path / 'teacher'))
   teacher = load.load(tmp_path / 'teacher', ONE())
   load.same_tokenizer(teacher, small.cfg['tokenizer'])
-  found = evaluate.run(tmp_path / 'small', tmp_path / 'smaller', ['law/test'], ONE(), 8)
+  found = heldout.run(tmp_path / 'small', tmp_path / 'smaller', ['law/test'], ONE(), 8)
   assert np.isfinite(found['law/test']['loss'])
   convert.export_model(tmp_path / 'small', tmp_path / 'home')
   said, tok = files.read_json(tmp_path / 'home' / 'tokenizer_config.json'), tokenizer.load(folder)
@@ -276,7 +279,7 @@ def test_layers_can_be_chosen_by_a_task(trained, tmp_path, monkeypatch):
   found = [score(k) for k in kept]
   best = kept_of(tmp_path / 'asked')['layers']
   np.testing.assert_array_equal(best, kept[int(np.argmax(found))])
-  spent = lambda name: rundir.read_ledger(tmp_path / name)['phases'][0]
+  spent = lambda name: ledger.read_ledger(tmp_path / name)['phases'][0]
   assert spent('asked')['tokens'] > spent('plain')['tokens']
   assert spent('asked')['flops'] > spent('plain')['flops']
   # Nothing is asked twice, neither for the same cut nor for another; both have cost as much.

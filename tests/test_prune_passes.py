@@ -7,9 +7,9 @@ import pytest
 from test_prune import logits_of, make, sets
 from test_prune_scores import rows
 
-from slm import sharding
-from slm.prune import importance, measure, slicing
-from slm.reparam.base import flatten
+from slm.pruning import importance, measure, slicing
+from slm.weights import sharding
+from slm.weights.tree import flatten
 
 
 def total(of, params, batch, devices=1):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_prune import SHAPES, make
 
-from slm import models, sharding
+from slm import models
 from slm.models import moe, observe
-from slm.prune import importance, measure, slicing
+from slm.pruning import importance, measure, slicing
+from slm.weights import sharding
 
 
 def rows(count=8, t=11, seed=0, padding=True):

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import models, objectives, reparam, sharding, train
+from slm import models, reparam
+from slm.objectives import next_token
+from slm.training import loop
+from slm.weights import axes, sharding
 
 MLP = ('w_gate', 'w_up', 'w_down')
 MODEL = models.build(
@@ -113,8 +116,8 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
   )
   theta, rows = rep.init(KEY), batch(groups=4)
   condition = jnp.array([2, 0, 2, 3]) if name == 'project' else jnp.arange(4)
-  objective = objectives.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
-  sums = train.make_sums(objective, rep, 'float32')
+  objective = next_token.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
+  sums = loop.make_sums(objective, rep, 'float32')
   got, weight = sums(theta, {}, {**rows, 'condition': condition})['loss']
   want = []
   for g in range(4):
@@ -131,8 +134,8 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
 
 def test_clusters_not_in_the_batch_get_no_gradient():
   rep = project(k=4)
-  objective = objectives.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
-  sums = train.make_sums(objective, rep, 'float32')
+  objective = next_token.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
+  sums = loop.make_sums(objective, rep, 'float32')
   rows = {**batch(groups=2), 'condition': jnp.array([1, 3])}
   grads = jax.grad(lambda t: sums(t, {}, rows)['loss'][0].sum())(rep.init(KEY))
   moved = np.abs(np.asarray(grads['expert_code'])).sum(1) > 0
@@ -202,7 +205,7 @@ def moved(theta):
 
 @pytest.mark.parametrize('name', sorted(SECTIONS))
 def test_axes_cover_every_theta(name):
-  sharding.axes(build(name).init(KEY))
+  axes.axes(build(name).init(KEY))
 
 
 @pytest.mark.parametrize('name', [n for n in sorted(SECTIONS) if n not in ('full', 'mixture')])
@@ -375,13 +378,13 @@ def test_expert_parallel_mixture_needs_no_communication():
   k = 8
   mesh = sharding.make_mesh({'expert': k})
   rep = reparam.build({'name': 'mixture', 'clusters': k}, MODEL.init)
-  objective = objectives.next_token({'student': MODEL.forward}, chunk=6)
+  objective = next_token.next_token({'student': MODEL.forward}, chunk=6)
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(rep.init, KEY)
     theta = jax.jit(rep.init, out_shardings=sharding.shardings(shapes, mesh))(KEY)
     rows = {**batch(groups=k), 'condition': jnp.arange(k)}
     rows = jax.device_put(rows, sharding.batch_sharding(mesh))
-    sums = train.make_sums(objective, rep, 'float32')
+    sums = loop.make_sums(objective, rep, 'float32')
     text = jax.jit(lambda t, r: sums(t, {}, r)['loss'][0]).lower(theta, rows).compile().as_text()
     gradient = jax.jit(
       jax.grad(lambda t, r: sums(t, {}, r)['loss'][0].sum()),

@@ -21,10 +21,10 @@ from studies import (
   write_run,
 )
 
-from slm import comparison, page, plots, report
-from slm.advice import advise, crossing, unfinished
-from slm.comparison import Cost, compare, resample
-from slm.study import load_study
+from slm.reporting import comparison, page, plots, report
+from slm.reporting.advice import advise, crossing, unfinished
+from slm.reporting.comparison import Cost, compare, resample
+from slm.reporting.study import load_study
 
 
 def test_golden_table(tmp_path: Path):

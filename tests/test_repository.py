@@ -10,7 +10,11 @@ import pytest
 
 from configs import base, minitron
 from experiments.specialise import runs, scales
-from slm import load, objectives, optim
+from slm import objectives
+from slm.models.config import DecoderConfig
+from slm.models.decoder import num_params
+from slm.runs import load
+from slm.training import optim
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -19,33 +23,23 @@ CONFIGS = sorted(
   if p.stem not in ('__init__', 'data') and not p.stem.startswith('minitron')
 )
 
-# Part of slm -> the parts it may import from; the arrow never points back.
-ALLOWED = {
-  'sharding': set(),
-  'optim': {'factory', 'sharding'},
-  'step': set(),
-  'checkpoint': set(),
-  'losses': {'models', 'sharding'},
-  'distill': {'losses', 'models'},
-  'objectives': {'distill', 'factory', 'losses', 'models'},
-  'models': {'factory', 'models', 'sharding'},
-  'reparam': {'factory', 'models', 'sharding'},
-  'data': {'data', 'cli', 'files'},
-  'cli': set(),
-  'factory': set(),
-  'files': set(),
-}
-# Library -> the only parts of slm that may import it.
+# The packages of slm from the ground up: each may import those before it. A file directly in
+# slm/ is a command: it may import every package, and nothing imports it.
+ORDER = (
+  'base', 'weights', 'models', 'data', 'reparam', 'runs', 'objectives', 'interchange', 'reporting',
+  'training', 'inference', 'pruning',
+)  # fmt: skip
+# Library -> the only packages (or files of them) that may import it.
 ONLY = {
   'flax.linen': {'models'},
-  'orbax': {'checkpoint'},
+  'orbax': {'runs/checkpoint.py'},
   'grain': {'data'},
   'sentencepiece': {'data'},
   'tokenizers': {'data'},
   'sklearn': {'data'},
-  'optax': {'optim', 'step'},
-  'lm_eval': {'harness'},
-  'matplotlib': {'plots', 'budgets', 'sweeps', 'data'},
+  'optax': {'training'},
+  'lm_eval': {'inference/harness.py', 'harness.py'},
+  'matplotlib': {'reporting', 'data'},
 }
 
 
@@ -58,20 +52,33 @@ def imports(path):
       yield from (f'{node.module}.{a.name}' for a in node.names)
 
 
-def part(path):
-  return path.relative_to(ROOT / 'slm').parts[0].removesuffix('.py')
+def modules(path):
+  """Yield the dotted names of slm that a file imports: ('runs', 'load') for slm.runs.load."""
+  for name in imports(path):
+    if name.startswith('slm.') and name != 'slm.__version__':
+      yield tuple(name.split('.')[1:])
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'slm').rglob('*.py')), ids=str)
 def test_imports_point_one_way(path):
-  mine, found = part(path), set(imports(path))
-  assert not {n for n in found if n.split('.')[0] in ('configs', 'experiments')}
-  if mine in ALLOWED:
-    parts = {n.split('.')[1] for n in found if n.startswith('slm.')}
-    assert parts <= ALLOWED[mine] | {mine}
+  place = path.relative_to(ROOT / 'slm').parts
+  assert not {n for n in imports(path) if n.split('.')[0] in ('configs', 'experiments')}
+  allowed = ORDER if len(place) == 1 else ORDER[: ORDER.index(place[0]) + 1]
+  for name in modules(path):
+    assert name[0] in allowed, f'{"/".join(place)} imports slm.{".".join(name)}'
   for library, places in ONLY.items():
-    if any(n == library or n.startswith(library + '.') for n in found):
-      assert mine in places, f'{library} is imported by slm.{mine}'
+    if any(n == library or n.startswith(library + '.') for n in imports(path)):
+      assert {place[0], '/'.join(place)} & places, f'{library} is imported by {path}'
+
+
+def test_packages_are_in_the_table_and_commands_say_how_they_are_called():
+  packages = {p.parent.name for p in (ROOT / 'slm').glob('*/*.py')}
+  assert packages == set(ORDER)
+  for path in (ROOT / 'slm').glob('*.py'):
+    if path.stem not in ('__init__', '__main__'):
+      text = path.read_text()
+      assert f'python -m slm.{path.stem}' in ast.get_docstring(ast.parse(text))
+      assert "if __name__ == '__main__':" in text
 
 
 def test_no_pickle_and_no_swallowed_failures():
@@ -97,8 +104,6 @@ def test_config_builds_and_adds_no_unknown_key(name):
   load.build(config)
   objectives.build(config['objective'], {})
   optim.schedule(config['schedule'], config['steps'])
-  lines = (ROOT / 'configs' / f'{name}.py').read_text().splitlines()
-  assert name == 'base' or len(lines) <= 40
 
 
 def test_recipes_train_by_known_keys():
@@ -106,7 +111,6 @@ def test_recipes_train_by_known_keys():
     config = importlib.import_module(f'configs.{name}').get_config().to_dict()
     assert set(config) == set(minitron.get_config().to_dict())
     assert set(config['recover']) == set(base.get_config().to_dict())
-    assert len((ROOT / 'configs' / f'{name}.py').read_text().splitlines()) <= 40
 
 
 @pytest.mark.parametrize('name', sorted(scales.SCALES))
@@ -156,7 +160,6 @@ def test_every_run_a_method_needs_is_paid_for():
 @pytest.mark.parametrize('name', sorted(scales.SCALES))
 def test_study_keeps_the_papers_ratios(name):
   """The LLM has about six times the parameters, and the MLP holds about half of the SLM's."""
-  from slm.models.decoder import DecoderConfig, num_params
 
   scale = scales.SCALES[name]
   count = lambda shape: num_params(DecoderConfig(vocab=scale.prepare['tokenizer.vocab'], **shape))
@@ -202,14 +205,14 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
     'evaluate',
     'generate',
     'specialise',
-    'ensemble',
     'hf',
     'prune',
     'signals',
     'continuations',
     'report',
     'advise',
-    'route',
+    'minitron',
+    'latency',
     'data.prepare',
     'data.importance',
     'data.dsir',
@@ -219,4 +222,4 @@ def test_help(module):
   done = subprocess.run(
     [sys.executable, '-m', f'slm.{module}', '--help'], capture_output=True, text=True, cwd=ROOT
   )
-  assert 'python -m slm' in done.stdout + done.stderr
+  assert done.returncode == 0 and 'python -m slm' in done.stdout

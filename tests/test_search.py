@@ -8,9 +8,15 @@ import pytest
 import toy
 
 from configs import base, distill
-from slm import evaluate, files, latency, load, rundir, sharding, train
-from slm.models.decoder import DecoderConfig, num_params
-from slm.prune import commands, search
+from slm.base import files
+from slm.inference import latency
+from slm.models.config import DecoderConfig
+from slm.models.decoder import num_params
+from slm.objectives import heldout
+from slm.pruning import commands, search
+from slm.runs import load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 WHOLE = DecoderConfig(
   vocab=320, embed=16, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=8, mlp=32
@@ -71,7 +77,7 @@ def teacher(tmp_path_factory):
   root = tmp_path_factory.mktemp('search')
   c = settings(base.get_config())
   c.model.update({k: v for k, v in dataclasses.asdict(WHOLE).items() if k in c.model})
-  train.train(c.to_dict(), root / 'teacher')
+  loop.train(c.to_dict(), root / 'teacher')
   commands.calibrate(
     str(root / 'teacher'), '', str(root / 'stats'), 'generic', 'train', '', rows=32, batch_size=8
   )
@@ -94,7 +100,7 @@ def test_the_best_half_is_trained_on_and_a_second_call_continues(teacher, tmp_pa
   go = lambda: search.search(
     str(run), str(stats), tmp_path / 'found', config.to_dict(), grid, bounds, survivors=3
   )
-  trained, inner = [], train.train
+  trained, inner = [], loop.train
 
   def killed(cfg, workdir):
     trained.append(workdir.name)
@@ -102,7 +108,7 @@ def test_the_best_half_is_trained_on_and_a_second_call_continues(teacher, tmp_pa
       raise KeyboardInterrupt
     return inner(cfg, workdir)
 
-  monkeypatch.setattr(train, 'train', killed)
+  monkeypatch.setattr(loop, 'train', killed)
   with pytest.raises(KeyboardInterrupt):
     go()
   half = files.read_json(tmp_path / 'found' / 'search.json')
@@ -123,12 +129,12 @@ def test_the_best_half_is_trained_on_and_a_second_call_continues(teacher, tmp_pa
   cut = tmp_path / 'found' / best[0]
   loaded = load.load(cut, mesh)
   with jax.set_mesh(mesh):
-    row_losses = evaluate.make_row_losses(loaded.model.forward, 'float32', 512, mesh)
-    values = evaluate.rows(
+    row_losses = heldout.make_row_losses(loaded.model.forward, 'float32', 512, mesh)
+    values = heldout.rows(
       row_losses, lambda c: loaded.params(), mesh, toy.prepared(), 'generic', 'validation', 8,
       max_rows=32,
     )  # fmt: skip
-  assert evaluate.summary(values, 0)['loss'] == pytest.approx(found['zero_shot'][best[0]], 1e-6)
+  assert heldout.summary(values, 0)['loss'] == pytest.approx(found['zero_shot'][best[0]], 1e-6)
   assert len(search.table(found).splitlines()) == 1 + 3 + 1
   assert found['flops'] > found['zero_shot_flops'] > 0
   assert search.name(found['sizes']) == found['best']

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from slm import models, objectives, sharding
+from slm import models
+from slm.objectives import next_token
+from slm.weights import axes, sharding
 
 MODEL = models.build(
   {
@@ -45,7 +47,7 @@ def test_weights_lie_as_the_rules_say(mesh):
 
 
 def test_sharded_init_and_loss_equal_one_device(mesh):
-  objective = objectives.next_token({'student': MODEL.forward}, chunk=32)
+  objective = next_token.next_token({'student': MODEL.forward}, chunk=32)
   alone = MODEL.init(KEY)
   want, want_grad = jax.value_and_grad(lambda p: objective(p, {}, rows())['loss'][0])(alone)
   with jax.set_mesh(mesh):
@@ -85,9 +87,9 @@ def test_errors_name_the_thing(mesh):
   with pytest.raises(ValueError, match='needs 6 devices, found 8'):
     sharding.make_mesh({'data': 2, 'tensor': 3})
   with pytest.raises(ValueError, match="no row for 'w_typo'"):
-    sharding.axes({'mlp': {'w_typo': jnp.ones((2, 2))}})
+    axes.axes({'mlp': {'w_typo': jnp.ones((2, 2))}})
   with pytest.raises(ValueError, match='axes .* shape'):
-    sharding.axes({'mlp': {'w_up': jnp.ones((2, 2, 2))}})
+    axes.axes({'mlp': {'w_up': jnp.ones((2, 2, 2))}})
   with pytest.raises(ValueError, match='vocab=33, which tensor=4 does not divide'):
     sharding.shardings({'embedding': jnp.ones((33, 16))}, mesh)
 

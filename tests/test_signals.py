@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from configs import base
-from slm import data, distill, files, load, losses, objectives, rundir, sharding, signals, train
+from slm import objectives
+from slm.base import files
+from slm.data import loader
 from slm.models.decoder import forward_flops, unembed
+from slm.objectives import distill, losses, signals
+from slm.runs import ledger, load, rundir
+from slm.training import loop
+from slm.weights import sharding
 
 KD = {'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
 
@@ -29,7 +35,7 @@ def config(path):
 def made(tiny_data, tmp_path_factory):
   """Return a folder with a teacher and its signals of both modes."""
   root = tmp_path_factory.mktemp('signals')
-  train.train(config(tiny_data).to_dict(), root / 'teacher')
+  loop.train(config(tiny_data).to_dict(), root / 'teacher')
   for mode, k in (('topk', 16), ('sampled', 64)):
     write(root, root / mode, mode=mode, k=k)
   return root
@@ -40,10 +46,10 @@ def write(root, out, on='generic/train', **more):
 
 
 def batches(tiny_data, look_up=None, step=0):
-  cfg = data.DataConfig(path=tiny_data, batch_size=8)
-  loader = data.build(cfg, look_up=look_up)
-  loader.set_state(step)
-  batch = {n: x for n, x in next(loader).items() if n != 'condition'}
+  cfg = loader.DataConfig(path=tiny_data, batch_size=8)
+  stream = loader.build(cfg, look_up=look_up)
+  stream.set_state(step)
+  batch = {n: x for n, x in next(stream).items() if n != 'condition'}
   return {n: jnp.asarray(x.reshape((8,) + x.shape[3:])) for n, x in batch.items()}
 
 
@@ -102,7 +108,7 @@ def test_order_and_padding_of_the_vocabulary_do_not_matter(mode, made, tiny_data
 
 def test_rows_are_found_in_any_order_and_empty_ones_are_nothing(made, tiny_data):
   found = signals.Signals(made / 'topk')
-  rows = data.Split(tiny_data, 'generic', 'train').read(np.array([5, 300, -1, 0]))
+  rows = loader.Split(tiny_data, 'generic', 'train').read(np.array([5, 300, -1, 0]))
   ahead, back = found(rows), found(rows[::-1])
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[::-1]), ahead, back)
   assert (ahead['teacher_probs'][2] == 0).all() and ahead['teacher_probs'][1, 0, 0] > 0
@@ -143,10 +149,10 @@ def test_writing_continues_and_refuses_another_command(made, tmp_path):
   paths = signals.shards(tmp_path, about)
   assert len(paths) > 2 and sorted(tmp_path.glob('*.npy')) == paths
   before = [p.stat().st_mtime_ns for p in paths]
-  ledger = rundir.read_ledger(tmp_path)
+  spent = ledger.read_ledger(tmp_path)
   loaded = load.load(made / 'teacher', sharding.make_mesh({'data': -1}))
-  entry = ledger['phases'][0]
-  assert ledger['ancestors'] == [str(made / 'teacher')] and entry['phase'] == 'signals'
+  entry = spent['phases'][0]
+  assert spent['ancestors'] == [str(made / 'teacher')] and entry['phase'] == 'signals'
   flops = about['rows'] * 32 * forward_flops(loaded.model.cfg, 32)
   assert entry['flops'] == pytest.approx(flops)
   whole = np.load(paths[1])
@@ -182,23 +188,23 @@ def test_training_reads_them_on_any_mesh_and_pays_no_teacher(made, tiny_data, tm
   c = config(tiny_data)
   c.phase, c.objective, c.teacher_cache = 'distill', KD, str(made / 'sampled')
   c.model.vocab = 264
-  train.train(c.to_dict(), tmp_path / 'one')
+  loop.train(c.to_dict(), tmp_path / 'one')
   c.mesh.update(data=2, fsdp=2, tensor=2)
-  train.train(c.to_dict(), tmp_path / 'two')
+  loop.train(c.to_dict(), tmp_path / 'two')
   one, two = (rundir.read_metrics(tmp_path / name) for name in ('one', 'two'))
   np.testing.assert_allclose([x['kl'] for x in one], [x['kl'] for x in two], rtol=1e-4)
   assert one[-1]['kl'] < one[0]['kl']
-  ledger = rundir.read_ledger(tmp_path / 'one')
-  assert ledger['ancestors'] == [str(made / 'sampled')]
+  spent = ledger.read_ledger(tmp_path / 'one')
+  assert spent['ancestors'] == [str(made / 'sampled')]
   loaded = load.load(tmp_path / 'one', sharding.make_mesh({'data': -1}))
   flops = 3 * 8 * 32 * 3 * forward_flops(loaded.model.cfg, 32)
-  assert ledger['phases'][0]['flops'] == pytest.approx(flops)
+  assert spent['phases'][0]['flops'] == pytest.approx(flops)
 
 
 def test_what_the_signals_cannot_give_is_refused(made, tiny_data, tmp_path):
   c = config(tiny_data)
   c.teacher_cache = str(made / 'sampled')
-  run = lambda c: train.train(c.to_dict(), tmp_path / 'run')
+  run = lambda c: loop.train(c.to_dict(), tmp_path / 'run')
   for change, message in (
     ({'temperature': 2.0}, 'objective.temperature=2.0: with a teacher_cache expected 1.0'),
     ({'correct': True}, 'objective.correct=True: with a teacher_cache expected 0.0'),

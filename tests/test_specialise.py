@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm import data, evaluate, files, load, objectives, rundir, sharding, specialise, train
+from slm.base import files
+from slm.data import loader
+from slm.inference import specialist
 from slm.models.decoder import forward_flops, unembed
+from slm.objectives import heldout, next_token
+from slm.runs import ledger, load
+from slm.training import loop
+from slm.weights import sharding
 
 MESH = lambda: sharding.make_mesh({'data': 1}, jax.devices()[:1])
 
@@ -38,13 +44,13 @@ def trained(request, tiny_config, tmp_path, one_device):
     c.reparam.update(experts=2, leaves=leaves, router='linear', hidden=0)
   else:
     c.reparam.update(capacity=2, code=2, leaves=leaves, shared_mix=True)
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   return tmp_path / 'run'
 
 
 def test_specialist_is_an_ordinary_dense_run(trained, tmp_path, tiny_data):
-  cluster = specialise.specialise(trained, 'court', tmp_path / 'one', 'frequent', 'court-2000')
-  assert cluster == int(np.argmax(data.histogram(tiny_data, 'court', 'train', 2, 'court-2000')))
+  cluster = specialist.specialise(trained, 'court', tmp_path / 'one', 'frequent', 'court-2000')
+  assert cluster == int(np.argmax(loader.histogram(tiny_data, 'court', 'train', 2, 'court-2000')))
   one, many = load.load(tmp_path / 'one', MESH()), load.load(trained, MESH())
   assert one.cfg['reparam'] == {'name': 'full'}
   for a, b in zip(
@@ -55,20 +61,20 @@ def test_specialist_is_an_ordinary_dense_run(trained, tmp_path, tiny_data):
   path = tmp_path / 'one'
   found = {}
   for name, run in (('alone', path), ('routed', trained)):
-    evaluate.run(run, tiny_data, ['generic/test'], MESH(), 8)
+    heldout.run(run, tiny_data, ['generic/test'], MESH(), 8)
     found[name] = np.load(run / 'eval' / 'generic-test.npy')
-  mine = data.Split(tiny_data, 'generic', 'test', level=2).clusters == cluster
+  mine = loader.Split(tiny_data, 'generic', 'test', level=2).clusters == cluster
   assert 0 < mine.sum() < len(mine)
   np.testing.assert_allclose(found['alone'][mine], found['routed'][mine], rtol=1e-6)
   assert np.abs(found['alone'] - found['routed'])[~mine].max() > 1e-3
-  assert rundir.read_ledger(path)['ancestors'] == [str(trained)]
+  assert ledger.read_ledger(path)['ancestors'] == [str(trained)]
 
 
 def test_histogram_rule_averages_and_trains_on(trained, tmp_path, tiny_config, tiny_data):
-  found = specialise.specialise(trained, 'court', tmp_path / 'one', 'histogram', 'court-2000')
-  p = data.histogram(tiny_data, 'court', 'train', 2, 'court-2000')
+  found = specialist.specialise(trained, 'court', tmp_path / 'one', 'histogram', 'court-2000')
+  p = loader.histogram(tiny_data, 'court', 'train', 2, 'court-2000')
   if load.load(trained, MESH()).reparam.histograms:  # trained on shares of rows, not of windows
-    split = data.Split(tiny_data, 'court', 'train', 'court-2000', 2)
+    split = loader.Split(tiny_data, 'court', 'train', 'court-2000', 2)
     p = np.bincount(split.clusters[split.ids], minlength=2) / len(split.ids)
   np.testing.assert_allclose(found, p, rtol=1e-6)
   one, many = load.load(tmp_path / 'one', MESH()), load.load(trained, MESH())
@@ -80,62 +86,62 @@ def test_histogram_rule_averages_and_trains_on(trained, tmp_path, tiny_config, t
 
 
 def test_best_rule_takes_the_lowest_loss_and_counts_its_cost(trained, tmp_path, tiny_data):
-  cluster = specialise.specialise(trained, 'court', tmp_path / 'one', 'best', 'court-2000')
+  cluster = specialist.specialise(trained, 'court', tmp_path / 'one', 'best', 'court-2000')
   many = load.load(trained, MESH())
-  losses = evaluate.make_row_losses(many.model.forward, 'float32', 64, MESH())
+  losses = heldout.make_row_losses(many.model.forward, 'float32', 64, MESH())
   found = []
   for c in range(2):
-    values = evaluate.rows(
+    values = heldout.rows(
       losses, lambda _, c=c: many.params(c), MESH(), tiny_data, 'court', 'train', 8,
       index='court-2000',
     )  # fmt: skip
     nll, tokens = values.sum(0)
     found.append(nll / tokens)
   assert cluster == int(np.argmin(found))
-  phase = rundir.read_ledger(tmp_path / 'one')['phases'][0]
+  phase = ledger.read_ledger(tmp_path / 'one')['phases'][0]
   assert phase['phase'] == 'select'
   assert phase['tokens'] == 2 * tokens
   assert phase['flops'] == phase['tokens'] * forward_flops(many.model.cfg, 32)
 
 
 def test_specialist_can_be_tuned(trained, tmp_path, tiny_config, tiny_data):
-  specialise.specialise(trained, 'court', tmp_path / 'one')
+  specialist.specialise(trained, 'court', tmp_path / 'one')
   c = tiny_config
   c.reparam = {'name': 'full'}
   c.data = {**c.data.to_dict(), 'level': 0, 'order': 'proportional', 'rows_per_group': 1}
   c.data.set, c.init = 'court', str(tmp_path / 'one')
-  train.train(c.to_dict(), tmp_path / 'tuned')
-  after = evaluate.run(tmp_path / 'tuned', tiny_data, ['court/test'], MESH(), 8)['court/test']
-  before = evaluate.run(tmp_path / 'one', tiny_data, ['court/test'], MESH(), 8)['court/test']
+  loop.train(c.to_dict(), tmp_path / 'tuned')
+  after = heldout.run(tmp_path / 'tuned', tiny_data, ['court/test'], MESH(), 8)['court/test']
+  before = heldout.run(tmp_path / 'one', tiny_data, ['court/test'], MESH(), 8)['court/test']
   assert after['loss'] < before['loss']
 
 
 def test_errors(trained, tmp_path, tiny_config):
   with pytest.raises(ValueError, match="expected one of .* found 'guess'"):
-    specialise.specialise(trained, 'court', tmp_path / 'one', 'guess')
+    specialist.specialise(trained, 'court', tmp_path / 'one', 'guess')
   with pytest.raises(ValueError, match="has no set 'nowhere'"):
-    specialise.specialise(trained, 'nowhere', tmp_path / 'one')
-  specialise.specialise(trained, 'court', tmp_path / 'one')
+    specialist.specialise(trained, 'nowhere', tmp_path / 'one')
+  specialist.specialise(trained, 'court', tmp_path / 'one')
   with pytest.raises(ValueError, match='holds one dense model'):
-    specialise.specialise(tmp_path / 'one', 'court', tmp_path / 'two')
+    specialist.specialise(tmp_path / 'one', 'court', tmp_path / 'two')
   with pytest.raises(ValueError, match=r'expected a cluster in 0\.\.1, found 7'):
     load.load(trained, MESH()).params(7)
 
 
 def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
   """Loss, perplexity and bits per byte against an explicit softmax over every position."""
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
-  found = evaluate.run(tmp_path / 'run', tiny_data, ['court/test'], MESH(), 5)['court/test']
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  found = heldout.run(tmp_path / 'run', tiny_data, ['court/test'], MESH(), 5)['court/test']
   loaded = load.load(tmp_path / 'run', MESH())
   nll, tokens = 0.0, 0
-  for _, ids, batch in data.evaluation_batches(tiny_data, 'court', 'test', 3):
+  for _, ids, batch in loader.evaluation_batches(tiny_data, 'court', 'test', 3):
     logits = unembed(loaded.theta, loaded.model.forward(loaded.theta, batch))
     p = jax.nn.softmax(logits.astype(jnp.float32))
     picked = jnp.take_along_axis(p, batch['targets'][..., None], -1)[..., 0]
     nll += float(-(jnp.log(picked) * batch['weights']).sum())
     tokens += int(batch['weights'].sum())
     assert (batch['weights'][ids < 0] == 0).all()
-  facts = data.manifest(tiny_data)['sets']['court']['test']
+  facts = loader.manifest(tiny_data)['sets']['court']['test']
   assert found['tokens'] == tokens == facts['tokens']
   assert found['nll'] == pytest.approx(nll, rel=1e-5)
   assert found['ppl'] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
@@ -145,7 +151,7 @@ def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
 
 
 def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   command = [sys.executable, '-m', 'slm.evaluate', f'--run={tmp_path / "run"}', '--on=court/test']
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert 'court/test' in done.stdout
@@ -155,12 +161,12 @@ def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):
 
 
 def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
-  phases = {p['phase']: p for p in rundir.read_ledger(tmp_path / 'run')['phases']}
-  cfg = train.resolve(tiny_config.to_dict())
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  phases = {p['phase']: p for p in ledger.read_ledger(tmp_path / 'run')['phases']}
+  cfg = loop.resolve(tiny_config.to_dict())
   model, _ = load.build(cfg)
   assert phases['pretrain']['flops'] == 4 * 8 * 32 * 3 * forward_flops(model.cfg, 32)
-  batches = data.build(data.DataConfig(seed=0, **cfg['data']))
+  batches = loader.build(loader.DataConfig(seed=0, **cfg['data']))
   assert phases['pretrain']['tokens'] == sum(int(next(batches)['weights'].sum()) for _ in range(4))
   assert phases['pretrain']['device_seconds'] > 0
   assert phases['pretrain']['peak_memory_bytes'] > 0
@@ -170,7 +176,7 @@ def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
 def test_projection_flops_are_counted(trained):
   cfg = files.read_json(trained / 'config.json')
   model, rep = load.build(cfg)
-  flops = {p['phase']: p for p in rundir.read_ledger(trained)['phases']}['pretrain']['flops']
+  flops = {p['phase']: p for p in ledger.read_ledger(trained)['phases']}['pretrain']['flops']
   dense = 4 * 8 * 32 * 3 * forward_flops(model.cfg, 32)
   mlp = 3 * 16 * 32 * 2  # weights of the MLPs of two layers
   made = 3 * 2 * 2 * 2 * mlp if rep.varies != ('*',) else 0  # 3 passes, 2 FLOPs, 2 groups, h=2
@@ -179,15 +185,15 @@ def test_projection_flops_are_counted(trained):
 
 def test_objective_is_the_one_evaluated(tiny_config, tmp_path, tiny_data):
   """The training loss at the first step is the held-out measure on that batch."""
-  cfg = train.resolve(tiny_config.to_dict())
+  cfg = loop.resolve(tiny_config.to_dict())
   model, rep = load.build(cfg)
   params = rep.init(jax.random.key(0))
-  batch = next(data.build(data.DataConfig(seed=0, **cfg['data'])))
+  batch = next(loader.build(loader.DataConfig(seed=0, **cfg['data'])))
   rows = jax.tree.map(
     lambda x: x[0].reshape(-1, x.shape[-1]), {**batch, 'condition': batch['weights']}
   )
-  value, weight = objectives.next_token({'student': model.forward}, 64)(params, {}, rows)['loss']
-  per_row = evaluate.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
+  value, weight = next_token.next_token({'student': model.forward}, 64)(params, {}, rows)['loss']
+  per_row = heldout.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
   np.testing.assert_allclose(per_row.sum(0), [value, weight], rtol=1e-5)
 
 
@@ -196,6 +202,6 @@ def test_the_standard_error_of_a_loss_is_that_of_resampled_rows():
   tokens = rng.integers(5, 60, 400).astype(float)
   values = np.stack([tokens * rng.normal(3, 0.4, 400), tokens], axis=1)
   drawn = values[rng.integers(0, 400, (4000, 400))].sum(1)
-  found = evaluate.summary(values, 1234)
+  found = heldout.summary(values, 1234)
   assert found['loss_stderr'] == pytest.approx(np.std(drawn[:, 0] / drawn[:, 1]), rel=0.05)
   assert found['bpb_stderr'] / found['bpb'] == pytest.approx(found['loss_stderr'] / found['loss'])

@@ -16,10 +16,13 @@ import pytest
 import tokenizers
 import toy
 
-from slm import files, models, scoring, sharding, tasks
+from slm import models
+from slm.base import files
 from slm.data import tokenizer
-from slm.hf import convert
+from slm.inference import scoring, tasks
+from slm.interchange import convert
 from slm.models.decoder import unembed
+from slm.weights import sharding
 
 MESH = lambda: sharding.make_mesh({'data': -1})
 MC = {'type': 'mc', 'query': 'Question: what sails?', 'choices': ['a ship', 'the flour'], 'gold': 0}

@@ -8,8 +8,7 @@ import sys
 import pytest
 import toy
 
-from slm import data
-from slm.data import prepare, sources
+from slm.data import loader, prepare, sources
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +42,7 @@ def test_prepared_like_a_file_of_the_same_documents(built, tmp_path):
   for name, source in (('tfds', f'tfds:toy_text?data_dir={built}'), ('file', str(file))):
     cfg = toy.config(tmp_path, {'generic': {'all': source}}, out=str(tmp_path / name), sizes=())
     facts = prepare.prepare(cfg)['sets']['generic']
-    split = data.Split(cfg.out, 'generic', 'train')
+    split = loader.Split(cfg.out, 'generic', 'train')
     windows = [
       bytes(tokens[segments == i])
       for tokens, segments in split.read(split.ids)

@@ -14,20 +14,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from slm import (
-  checkpoint,
-  cli,
-  comparison,
-  data,
-  evaluate,
-  files,
-  load,
-  reparam,
-  rundir,
-  sharding,
-  train,
-)
-from slm.record import Recorder
+from slm import objectives, reparam
+from slm.base import console, files
+from slm.data import loader
+from slm.objectives import heldout
+from slm.reporting import comparison
+from slm.runs import checkpoint, ledger, load, rundir
+from slm.training import loop, optim, step
+from slm.training.recorder import Recorder
+from slm.weights import sharding
 
 
 def metrics(run, name='loss'):
@@ -46,7 +41,7 @@ def equal(a, b):
 
 def test_golden_first_steps(tiny_config, tmp_path):
   """Moves only when the model's arithmetic, its initial draw or the data order change."""
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   np.testing.assert_allclose(metrics(tmp_path / 'run'), GOLDEN_LOSS, rtol=2e-5)
   np.testing.assert_allclose(metrics(tmp_path / 'run', 'grad_norm'), GOLDEN_NORM, rtol=2e-4)
 
@@ -75,16 +70,16 @@ class Stop:
 def test_four_steps_equal_two_restart_two(name, tiny_config, tmp_path, monkeypatch):
   if name in ('lora', 'mask', 'code'):  # these change the weights of another run
     start = specialists(copy.deepcopy(tiny_config), 'project' if name == 'code' else 'full')
-    train.train(start.to_dict(), tmp_path / 'start')
+    loop.train(start.to_dict(), tmp_path / 'start')
     tiny_config.init = str(tmp_path / 'start')
   c = specialists(tiny_config, name)
   whole, halves = tmp_path / 'whole', tmp_path / 'halves'
-  train.train(c.to_dict(), whole)
+  loop.train(c.to_dict(), whole)
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', lambda: Stop(2))
-    with pytest.raises(cli.Interrupted, match='saved step 2'):
-      train.train(c.to_dict(), halves)
-  train.train(c.to_dict(), halves)
+    with pytest.raises(console.Interrupted, match='saved step 2'):
+      loop.train(c.to_dict(), halves)
+  loop.train(c.to_dict(), halves)
   assert metrics(whole) == metrics(halves)
   assert metrics(whole, 'eval_loss') == metrics(halves, 'eval_loss')
   assert equal(theta(whole), theta(halves))
@@ -134,7 +129,7 @@ def two_devices_where_asked(monkeypatch):
 def test_restores_bitwise_onto_another_mesh(tiny_config, tmp_path):
   c = tiny_config
   c.model.vocab = 264
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   before = jax.device_get(theta(tmp_path / 'run'))
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2, 'data': 1})
   loaded = load.load(tmp_path / 'run', mesh)
@@ -147,13 +142,13 @@ def test_continues_on_another_mesh(tiny_config, tmp_path, monkeypatch):
   """The run goes on with the same data; sums over devices differ in the last bits only."""
   c = tiny_config
   c.model.vocab = 264
-  train.train(c.to_dict(), tmp_path / 'one')
+  loop.train(c.to_dict(), tmp_path / 'one')
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', lambda: Stop(2))
-    with pytest.raises(cli.Interrupted):
-      train.train(c.to_dict(), tmp_path / 'two')
+    with pytest.raises(console.Interrupted):
+      loop.train(c.to_dict(), tmp_path / 'two')
   c.mesh.update(data=2, fsdp=2, tensor=2)
-  train.train(c.to_dict(), tmp_path / 'two')
+  loop.train(c.to_dict(), tmp_path / 'two')
   np.testing.assert_allclose(metrics(tmp_path / 'one'), metrics(tmp_path / 'two'), rtol=1e-5)
 
 
@@ -162,19 +157,19 @@ def test_every_mesh_trains_alike(mesh, tiny_config, tmp_path):
   c = tiny_config
   c.model.vocab = 264
   c.mesh.update({'data': 1, **mesh})
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   reference = tiny_config.copy_and_resolve_references()
   reference.mesh.update(data=8, fsdp=1, tensor=1, expert=1)
-  train.train(reference.to_dict(), tmp_path / 'reference')
+  loop.train(reference.to_dict(), tmp_path / 'reference')
   a, b = metrics(tmp_path / 'run'), metrics(tmp_path / 'reference')
   np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_accumulation_equals_one_big_batch(tiny_config, tmp_path):
-  train.train(tiny_config.to_dict(), tmp_path / 'one')
+  loop.train(tiny_config.to_dict(), tmp_path / 'one')
   tiny_config.data.accum = 2
   tiny_config.mesh.data = 4
-  train.train(tiny_config.to_dict(), tmp_path / 'two')
+  loop.train(tiny_config.to_dict(), tmp_path / 'two')
   one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
   np.testing.assert_allclose(one, two, rtol=1e-5)
 
@@ -185,7 +180,7 @@ def test_optimiser_state_is_sharded_like_the_weights(tiny_config, tmp_path):
   c.mesh.update(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(c.mesh.to_dict())
   with jax.set_mesh(mesh):
-    run = train._Run(train.resolve(c.to_dict()), tmp_path, mesh)
+    run = loop._Run(loop.resolve(c.to_dict()), tmp_path, mesh)
     state = run.initial_state()
   moments = [s for s in jax.tree.leaves(state.opt_state) if s.ndim > 1]
   weights = [w for w in jax.tree.leaves(state.theta) if w.ndim > 1] * 2
@@ -197,16 +192,15 @@ def test_mixture_equals_separate_runs(tiny_config, tmp_path):
   """Training the experts together is training each alone on its own rows, clipping included."""
   c = specialists(tiny_config, 'mixture')
   c.optim.clip = 0.1
-  train.train(c.to_dict(), tmp_path / 'together')
+  loop.train(c.to_dict(), tmp_path / 'together')
   mesh = sharding.make_mesh({'data': 1})
   joint = load.load(tmp_path / 'together', mesh)
-  cfg = train.resolve(c.to_dict())
-  batches = data.build(data.DataConfig(seed=cfg['seed'], **cfg['data']))
+  cfg = loop.resolve(c.to_dict())
+  batches = loader.build(loader.DataConfig(seed=cfg['seed'], **cfg['data']))
   model, rep = load.build(cfg)
-  from slm import objectives, optim, step
 
   tx = optim.build(cfg['optim'], optim.schedule(cfg['schedule'], cfg['steps']), False)
-  sums = train.make_sums(
+  sums = loop.make_sums(
     objectives.build(cfg['objective'], {'student': model.forward}),
     reparam.build({'name': 'full'}, model.init),
     'float32',
@@ -240,7 +234,7 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, m
 
   monkeypatch.setattr(Recorder, '_finish', poison)
   with pytest.raises(FloatingPointError, match=r"step 5: gradient of \['blocks'\]"):
-    train.train(c.to_dict(), tmp_path / 'run')
+    loop.train(c.to_dict(), tmp_path / 'run')
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
     assert saved.latest == 4
   assert not (tmp_path / 'run' / 'result.json').exists()
@@ -249,7 +243,7 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, m
 def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
   mesh = sharding.make_mesh({'data': 8})
   with jax.set_mesh(mesh):
-    run = train._Run(train.resolve(tiny_config.to_dict()), tmp_path, mesh)
+    run = loop._Run(loop.resolve(tiny_config.to_dict()), tmp_path, mesh)
     state = run.initial_state()
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(run.shapes)]
     state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
@@ -263,23 +257,23 @@ def test_early_stopping_and_best(tiny_config, tmp_path):
   c = tiny_config
   c.steps, c.eval.every, c.eval.patience = 60, 1, 3
   c.schedule.update(name='constant', peak=3.0, warmup=0)  # diverges, so it stops early
-  result = train.train(c.to_dict(), tmp_path / 'run')
+  result = loop.train(c.to_dict(), tmp_path / 'run')
   assert result['steps'] < 60
   assert result['steps'] == result['best_step'] + 3
   assert result['loss'] == result['best_loss']  # what is served
   c.eval.patience, c.steps = 0, 6
-  result = train.train(c.to_dict(), tmp_path / 'last')
+  result = loop.train(c.to_dict(), tmp_path / 'last')
   assert result['best_loss'] < result['loss'] < np.inf
   assert load.load(tmp_path / 'run', sharding.make_mesh({'data': 8})).step == result['best_step']
 
 
 def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
   c = tiny_config
-  train.train(c.to_dict(), tmp_path / 'slm')
+  loop.train(c.to_dict(), tmp_path / 'slm')
   c.init, c.phase = str(tmp_path / 'slm'), 'finetune'
   c.model.update(mlp=99, remat='full')  # the weights decide the shape, not how it is computed
   c.data.update(set='court', index='court-2000')
-  result = train.train(c.to_dict(), tmp_path / 'tuned')
+  result = loop.train(c.to_dict(), tmp_path / 'tuned')
   assert result['best_loss'] < 5
   model = files.read_json(tmp_path / 'tuned' / 'config.json')['model']
   assert (model['mlp'], model['remat']) == (32, 'full')
@@ -287,13 +281,13 @@ def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
   c.objective = {
     'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
   }  # fmt: skip
-  train.train(c.to_dict(), tmp_path / 'student')
+  loop.train(c.to_dict(), tmp_path / 'student')
   assert metrics(tmp_path / 'student', 'kl')[-1] < metrics(tmp_path / 'student', 'kl')[0]
-  ledger = rundir.read_ledger(tmp_path / 'student')
-  assert ledger['ancestors'] == [str(tmp_path / 'slm'), str(tmp_path / 'tuned')]
-  phases = {p['phase']: p for p in ledger['phases']}
+  spent = ledger.read_ledger(tmp_path / 'student')
+  assert spent['ancestors'] == [str(tmp_path / 'slm'), str(tmp_path / 'tuned')]
+  phases = {p['phase']: p for p in spent['phases']}
   assert set(phases) == {'distill', 'evaluate'}
-  tuned = {p['phase']: p for p in rundir.read_ledger(tmp_path / 'tuned')['phases']}
+  tuned = {p['phase']: p for p in ledger.read_ledger(tmp_path / 'tuned')['phases']}
   # The teacher has the student's size: its forward pass adds a third of training's three.
   assert phases['distill']['flops'] == pytest.approx(tuned['finetune']['flops'] * 4 / 3)
 
@@ -302,36 +296,36 @@ def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
   """Under a schedule that does not know its end, RUN@STEP holds what a run of STEP steps does."""
   c, mesh = tiny_config, sharding.make_mesh({'data': 8})
   c.schedule.name, c.steps, c.checkpoint.milestones = 'inverse_sqrt', 6, (2, 3)
-  train.train(c.to_dict(), tmp_path / 'long')
+  loop.train(c.to_dict(), tmp_path / 'long')
   c.steps, c.checkpoint.milestones = 3, ()
-  train.train(c.to_dict(), tmp_path / 'short')
+  loop.train(c.to_dict(), tmp_path / 'short')
   at = f'{tmp_path}/long@3'
   assert equal(theta(at), theta(tmp_path / 'short'))
   short = comparison.training_cost(tmp_path / 'short')
   assert comparison.training_cost(Path(at)).flops == short.flops > 0
   data = tiny_config.data.path
-  found = [evaluate.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
+  found = [heldout.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
   assert found[0] == found[1]
   assert (tmp_path / 'long' / 'eval-3.json').exists() and not (
     tmp_path / 'long' / 'eval.json'
   ).exists()
   c.init, c.phase = at, 'finetune'
-  train.train(c.to_dict(), tmp_path / 'tuned')
-  assert rundir.read_ledger(tmp_path / 'tuned')['ancestors'] == [at]
+  loop.train(c.to_dict(), tmp_path / 'tuned')
+  assert ledger.read_ledger(tmp_path / 'tuned')['ancestors'] == [at]
   with pytest.raises(ValueError, match=r'no checkpoint of step 4, there are: \[2, 3, 6\]'):
     load.load(f'{tmp_path}/long@4', mesh)
 
 
 def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, tmp_path):
-  first = train.train(tiny_config.to_dict(), tmp_path / 'run')
-  assert train.train(tiny_config.to_dict(), tmp_path / 'run') == first
+  first = loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  assert loop.train(tiny_config.to_dict(), tmp_path / 'run') == first
   tiny_config.optim.b2 = 0.9
   with pytest.raises(ValueError, match=r'holds another run: optim.b2 was 0.95, now 0.9'):
-    train.train(tiny_config.to_dict(), tmp_path / 'run')
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'precious.txt').write_text('x')
   with pytest.raises(ValueError, match='is not empty and holds no config.json'):
-    train.train(tiny_config.to_dict(), tmp_path / 'other')
+    loop.train(tiny_config.to_dict(), tmp_path / 'other')
 
 
 @pytest.mark.parametrize(
@@ -355,30 +349,30 @@ def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, t
 def test_bad_input_is_one_clear_line(change, message, tiny_config, tmp_path):
   tiny_config.update_from_flattened_dict(change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    train.train(tiny_config.to_dict(), tmp_path / 'run')
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
 
 
 def test_other_rows_under_the_same_names_are_another_run(tiny_config, tmp_path):
   path = tmp_path / 'data'
   shutil.copytree(tiny_config.data.path, path)
   tiny_config.data.path = str(path)
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   manifest = files.read_json(path / 'manifest.json')
   manifest['sets']['generic']['train']['sha256'] = 'f' * 64
   files.write_json(path / 'manifest.json', manifest)
   with pytest.raises(ValueError, match='holds another run: rows was .*, now .ffff'):
-    train.train(tiny_config.to_dict(), tmp_path / 'run')
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
 
 
 def test_a_teacher_may_be_padded_otherwise(tiny_config, tmp_path):
   """Same tokenizer, other model.vocab: what both have is compared."""
-  train.train(tiny_config.to_dict(), tmp_path / 'teacher')
+  loop.train(tiny_config.to_dict(), tmp_path / 'teacher')
   c = tiny_config
   c.model.vocab, c.teacher = 264, str(tmp_path / 'teacher')
   c.objective = {
     'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
   }  # fmt: skip
-  train.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'run')
   lines = rundir.read_metrics(tmp_path / 'run')
   assert all(np.isfinite(line['kl']) for line in lines if 'kl' in line)
   assert any('kl' in line for line in lines)
@@ -388,10 +382,10 @@ def test_a_run_records_every_change_of_code_or_machine(tiny_config, tmp_path, mo
   tiny_config.log_every = 0
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', lambda: Stop(2))
-    with pytest.raises(cli.Interrupted):
-      train.train(tiny_config.to_dict(), tmp_path / 'run')
+    with pytest.raises(console.Interrupted):
+      loop.train(tiny_config.to_dict(), tmp_path / 'run')
   monkeypatch.setattr(rundir, '_git', lambda: 'another commit')
-  train.train(tiny_config.to_dict(), tmp_path / 'run')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
   starts = rundir.read_starts(tmp_path / 'run')
   assert [start['step'] for start in starts] == [0, 2]
   assert starts[1]['code'] == 'another commit' != starts[0]['code']
@@ -399,12 +393,12 @@ def test_a_run_records_every_change_of_code_or_machine(tiny_config, tmp_path, mo
 
 
 def test_tokenizer_mismatch_is_refused(tiny_config, tmp_path):
-  train.train(tiny_config.to_dict(), tmp_path / 'slm')
+  loop.train(tiny_config.to_dict(), tmp_path / 'slm')
   path = tmp_path / 'slm' / 'config.json'
   path.write_text(json.dumps({**files.read_json(path), 'tokenizer': 'f' * 64}))
   tiny_config.init = str(tmp_path / 'slm')
   with pytest.raises(ValueError, match='was trained with tokenizer ffffffffffff'):
-    train.train(tiny_config.to_dict(), tmp_path / 'run')
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
 
 
 def test_sigterm_saves_and_the_same_command_continues(tiny_data, tmp_path):
@@ -441,8 +435,8 @@ def test_a_code_is_refused_on_other_clusters(tiny_config, tiny_data, tmp_path):
   arrays = safetensors.numpy.load_file(model)
   turned = {'parents_2': np.ascontiguousarray(1 - arrays['parents_2'])}
   safetensors.numpy.save_file({**arrays, **turned}, model)
-  train.train(specialists(copy.deepcopy(tiny_config), 'project').to_dict(), tmp_path / 'run')
+  loop.train(specialists(copy.deepcopy(tiny_config), 'project').to_dict(), tmp_path / 'run')
   c = specialists(copy.deepcopy(tiny_config), 'code')
   c.init, c.data.path = str(tmp_path / 'run'), str(other)
   with pytest.raises(ValueError, match='was trained on other clusters'):
-    train.train(c.to_dict(), tmp_path / 'code')
+    loop.train(c.to_dict(), tmp_path / 'code')

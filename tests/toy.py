@@ -9,8 +9,9 @@ import tempfile
 import jax
 import numpy as np
 
-from slm import load, models
-from slm.data import prepare, tokenizer
+from slm import models
+from slm.data import prepare, settings, tokenizer
+from slm.runs import load
 
 TOPICS = {
   'sea': 'ship sail harbour wave anchor captain tide island storm rope',
@@ -53,14 +54,16 @@ def corpus(root: pathlib.Path) -> dict[str, dict[str, str]]:
   }
 
 
-def config(root: pathlib.Path, sets: dict[str, dict[str, str]], **changes) -> prepare.PrepareConfig:
-  tokenizer = prepare.TokenizerConfig(name='bytes', vocab=320, path='')
+def config(
+  root: pathlib.Path, sets: dict[str, dict[str, str]], **changes
+) -> settings.PrepareConfig:
+  tokenizer = settings.TokenizerConfig(name='bytes', vocab=320, path='')
   fields = dict(
     out=str(root / 'out'), sets=sets, tokenizer=tokenizer, context=64, levels=(2, 8),
     fit_windows=1000, dims=8, sizes=(500, 2000), text_field='text', id_field='',
     heldout=(0.1, 0.1), workers=1, seed=0,
   )  # fmt: skip
-  return prepare.PrepareConfig(**fields | changes)
+  return settings.PrepareConfig(**fields | changes)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from experiments.minitron.results import CANDIDATES, Found
 from experiments.minitron.students import AGGREGATORS
-from slm.verdicts import Evidence, judged, lower, not_run, verdict
+from slm.reporting.verdicts import Evidence, judged, lower, not_run, verdict
 
 SAME = 0.01  # nats per token that nobody would pay for
 SETTLED = 0.8  # Kendall's tau of ranks that are as good as final

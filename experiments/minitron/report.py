@@ -12,11 +12,14 @@ from experiments.minitron import claims, results
 from experiments.minitron.results import TEACHER, Found
 from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
-from slm import files, latency, page, plots, rundir
-from slm.advice import count
-from slm.prune import commands, importance, slicing
-from slm.report import Table, duration, markdown, number
-from slm.verdicts import interval
+from slm.base import files
+from slm.inference import latency
+from slm.pruning import commands, importance, slicing
+from slm.reporting import page, plots
+from slm.reporting.advice import count
+from slm.reporting.report import Table, duration, markdown, number
+from slm.reporting.verdicts import interval
+from slm.runs import rundir
 
 COLOURS = {TEACHER: '#000000', 'width': '#0072b2', 'depth': '#d55e00', 'both': '#009e73'}
 BATCHES = (1, 8)

@@ -12,9 +12,14 @@ import scipy.stats
 
 from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SEARCHED, STUDENTS, cut_run
-from slm import comparison, data, files, models, rundir
-from slm.comparison import Cost, Difference, Loss
-from slm.models.decoder import DecoderConfig, forward_flops, num_params
+from slm import models
+from slm.base import files
+from slm.data import loader
+from slm.models.config import DecoderConfig
+from slm.models.decoder import forward_flops, num_params
+from slm.reporting import comparison
+from slm.reporting.comparison import Cost, Difference, Loss
+from slm.runs import rundir
 
 TEACHER = 'teacher'
 # Students of about equal size that are distilled alike, and so compete.
@@ -162,10 +167,10 @@ def read(scale: Scale, root: Path) -> Found:
         raise ValueError(f'{root}/runs: {name}, seed {seed}, was tested on other rows of {on}')
     nll = np.stack([x[:, 0] for x in mine.values()], axis=1)
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
-    documents = data.spaced(documents, scale.test_rows)
+    documents = loader.spaced(documents, scale.test_rows)
     many = documents if len(np.unique(documents)) > 1 else ()
     drawn = comparison.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
-    facts = data.manifest(root / 'data')['sets'][on]['test']
+    facts = loader.manifest(root / 'data')['sets'][on]['test']
     num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
     for i, (stage, name, seed) in enumerate(mine):
       loss = found[stage].setdefault(name, Loss({}, {}, {}))

@@ -18,9 +18,16 @@ from experiments.minitron import report, results
 from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
 from experiments.minitron.students import CORRECTED, SEARCHED, SERVED, STUDENTS, Student, cut_run
-from slm import cli, data, evaluate, rundir, sharding, tasks, train
-from slm.models.decoder import DecoderConfig, num_params
-from slm.prune import commands, search, slicing
+from slm.base import console
+from slm.data import loader
+from slm.inference import tasks
+from slm.models.config import DecoderConfig
+from slm.models.decoder import num_params
+from slm.objectives import heldout
+from slm.pruning import commands, search, slicing
+from slm.runs import rundir
+from slm.training import loop
+from slm.weights import sharding
 
 BY_NAME = {s.name: s for s in STUDENTS}
 _ITEMS = 300  # of a task file, the first
@@ -54,7 +61,7 @@ class Study:
   def train(self, name: str, config_name: str, settings: Mapping[str, Any], on: str) -> Path:
     """Train a run and evaluate it on its set's test split."""
     path = self.runs / name
-    train.train(common.config(config_name, settings), path)
+    loop.train(common.config(config_name, settings), path)
     return self.evaluate(path, on)
 
   def evaluate(self, path: Path, on: str) -> Path:
@@ -62,7 +69,7 @@ class Study:
     folder = rundir.evaluations(path)
     if not (folder / f'{on}-test.npy').exists():
       rows = self.scale.test_rows
-      evaluate.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32, max_rows=rows)
+      heldout.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32, max_rows=rows)
     return path
 
   def teachers(self) -> None:
@@ -126,7 +133,7 @@ class Study:
       steps = results.equal_steps(self.trained(BY_NAME[student.equal], seed), self.runs / TEACHER)
     settings = self.settings(seed, steps, s.peak, on)
     if student.cut is None:
-      vocab = data.manifest(self.root / 'data')['tokenizer']['vocab']
+      vocab = loader.manifest(self.root / 'data')['tokenizer']['vocab']
       shape = slicing.shape(DecoderConfig(vocab=vocab, **s.teacher), _first(self.sizes(student)))
       settings |= {f'model.{key}': getattr(shape, key) for key in s.teacher}
       settings['schedule.peak'] = s.scratch_peak
@@ -194,4 +201,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
   flags.DEFINE_list('only', [], 'Make these students alone; the report says what was not run.')
   flags.DEFINE_integer('rounds', 9, 'Interleaved repeats of the measurement of speed.')
-  cli.run(main)
+  console.run(main)

@@ -42,7 +42,7 @@ class Student:
 
 # Teachers trained on a little more: on the domain, and on their own text as the control.
 CORRECTED = {'corrected': True, 'corrected_control': False}
-SEARCHED = 'searched'  # the shape that slm.prune.search found
+SEARCHED = 'searched'  # the shape that slm.prune search found
 SERVED = ('width', 'depth', 'both')  # of about equal size: their speed and answers are measured
 AGGREGATORS = ('mean', 'l2', 'var')
 LENGTHS = (2, 4, 8, 16)  # of training from nothing, in recoveries

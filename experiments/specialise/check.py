@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from slm import advise, budgets, report
-from slm.comparison import Comparison
-from slm.points import Point, Want, parse
-from slm.study import BASELINE, Study
+from slm.reporting import advise, budgets, report
+from slm.reporting.comparison import Comparison
+from slm.reporting.points import Point, Want, parse
+from slm.reporting.study import BASELINE, Study
 
 
 @dataclasses.dataclass(frozen=True)

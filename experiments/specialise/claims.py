@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments.specialise.methods import METHODS
-from slm import budgets, page, plots
-from slm.advice import count
-from slm.comparison import Cell, Comparison, Difference, Loss, between, compare, difference
-from slm.study import Study
-from slm.verdicts import Evidence, interval, judged, lower, not_run, verdict, with_seeds
+from slm.reporting import budgets, page, plots
+from slm.reporting.advice import count
+from slm.reporting.comparison import (
+  Cell,
+  Comparison,
+  Difference,
+  Loss,
+  between,
+  compare,
+  difference,
+)
+from slm.reporting.study import Study
+from slm.reporting.verdicts import Evidence, interval, judged, lower, not_run, verdict, with_seeds
 
 
 @dataclasses.dataclass(frozen=True)

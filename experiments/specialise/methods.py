@@ -93,7 +93,7 @@ class Method:
   Attributes:
     family: where it starts; '' is a random start.
     rule: how the specialist is chosen from a family that holds several: a rule of slm.specialise,
-      'code' for a run of configs/code.py, 'ensemble' for all of them (slm.ensemble).
+      'code' for a run of configs/code.py, 'ensemble' for all of them (ensemble.py).
     tune: the config of its fine-tuning; '' is none.
     teacher: the method whose fine-tuned model teaches it.
     group: the table it stands in, beside the plain SLM.

@@ -18,25 +18,19 @@ import jax
 from absl import flags
 
 from experiments import common
-from experiments.specialise import check, claims, runs
+from experiments.specialise import check, claims, ensemble, runs
 from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
-from slm import (
-  cli,
-  data,
-  ensemble,
-  evaluate,
-  files,
-  models,
-  plan,
-  report,
-  rundir,
-  sharding,
-  specialise,
-  train,
-)
-from slm.data import dsir, importance
-from slm.study import load_study
+from slm import models
+from slm.base import console, files
+from slm.data import dsir, importance, loader
+from slm.inference import specialist
+from slm.objectives import heldout
+from slm.reporting import report
+from slm.reporting.study import load_study
+from slm.runs import rundir
+from slm.training import loop, plan
+from slm.weights import sharding
 
 
 def do_train(job: dict[str, Any], root: Path) -> None:
@@ -45,7 +39,7 @@ def do_train(job: dict[str, Any], root: Path) -> None:
   for key in ('init', 'teacher'):
     if overrides.get(key):
       overrides[key] = str(root / 'runs' / overrides[key])
-  train.train(common.config(job['config'], overrides), root / 'runs' / job['name'])
+  loop.train(common.config(job['config'], overrides), root / 'runs' / job['name'])
 
 
 def do_importance(job: dict[str, Any], root: Path) -> None:
@@ -55,7 +49,7 @@ def do_importance(job: dict[str, Any], root: Path) -> None:
     data=str(path),
     domain=job['domain'],
     level=job['level'],
-    tokens=job['tokens'] * data.manifest(path)['context'],
+    tokens=job['tokens'] * loader.manifest(path)['context'],
     out=job['name'],
     seed=job['seed'],
     domain_index=job['domain_index'],
@@ -67,7 +61,7 @@ def do_importance(job: dict[str, Any], root: Path) -> None:
 def do_dsir(job: dict[str, Any], root: Path) -> None:
   """Write the index of rows that DSIR chooses."""
   path = root / 'data'
-  tokens = data.manifest(path)['sets']['generic']['train']['tokens']
+  tokens = loader.manifest(path)['sets']['generic']['train']['tokens']
   request = dsir.Request(
     data=str(path),
     domain=job['domain'],
@@ -92,7 +86,7 @@ def _sample(how: Any, request: Any) -> None:
 def do_specialise(job: dict[str, Any], root: Path) -> None:
   """Take a specialist out of a run that holds several."""
   name, run = root / 'runs' / job['name'], root / 'runs' / job['run']
-  specialise.specialise(run, job['domain'], name, job['rule'], job['index'])
+  specialist.specialise(run, job['domain'], name, job['rule'], job['index'])
 
 
 def do_ensemble(job: dict[str, Any], root: Path) -> None:
@@ -116,7 +110,7 @@ def _missing(job: dict[str, Any], root: Path) -> list[str]:
   run = root / 'runs' / job['name']
   path = rundir.evaluations(run).with_suffix('.json')
   known = files.read_json(path) if path.exists() else {}
-  sets = data.manifest(root / 'data')['sets']
+  sets = loader.manifest(root / 'data')['sets']
 
   def current(name: str) -> bool:
     data_set, _, split = name.partition('/')
@@ -129,14 +123,14 @@ def _missing(job: dict[str, Any], root: Path) -> list[str]:
 def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> None:
   """Evaluate a finished run on what its job lists and eval.json lacks."""
   if missing := _missing(job, root):
-    evaluate.run(root / 'runs' / job['name'], str(root / 'data'), missing, mesh, batch_size=32)
+    heldout.run(root / 'runs' / job['name'], str(root / 'data'), missing, mesh, batch_size=32)
 
 
 def study(scale_name: str, corpus: str, root: Path, seeds: tuple[int, ...] = ()) -> None:
   """Run every job of a scale, then write the report; or every job of some seeds, and no more."""
   scale = SCALES[scale_name]
   common.prepare_data(scale.sources, scale.prepare, scale.sizes, corpus, root / 'data')
-  manifest = data.manifest(root / 'data')
+  manifest = loader.manifest(root / 'data')
   vocab = manifest['tokenizer']['vocab']
   planned = runs.Study(scale, str(root / 'data'), manifest['context'], vocab, seeds)
   todo = list(planned.jobs.values())
@@ -268,4 +262,4 @@ if __name__ == '__main__':
   flags.DEFINE_integer('devices', 8, '--dry_run: how many chips at most a run is spread over.')
   flags.DEFINE_enum('chip', 'h100', sorted(plan.CHIPS), '--dry_run: on what.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
-  cli.run(main)
+  console.run(main)

@@ -5,8 +5,9 @@ from typing import Any
 
 from experiments.specialise.methods import FAMILIES, METHODS, Family, Method
 from experiments.specialise.scales import Scale
-from slm import optim
-from slm.models.decoder import DecoderConfig, forward_flops, num_params
+from slm.models.config import DecoderConfig
+from slm.models.decoder import forward_flops, num_params
+from slm.training import optim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,16 @@ import numpy as np
 from absl import flags
 
 from experiments.speed.run import HYPER, machine, make_batch
-from slm import cli, files, latency, load, models, objectives, optim, reparam, sharding, train
-from slm.hf import convert
+from slm import models, objectives, reparam
+from slm.base import console, files
+from slm.inference import latency
+from slm.interchange import convert
 from slm.models.config import DecoderConfig
-from slm.prune import measure
-from slm.step import init_state, make_train_step
+from slm.pruning import measure
+from slm.runs import load
+from slm.training import loop, optim
+from slm.training.step import init_state, make_train_step
+from slm.weights import sharding
 
 Entry = Callable[[], None]
 OBJECTIVES = {
@@ -135,14 +140,14 @@ def training(scale: Scale) -> dict[str, Entry]:
   batch = jax.device_put(make_batch(scale.teacher.vocab, scale.rows, scale.context))
   teacher, weights = built(scale.teacher)
   flat = {name: x[0, :, 0] for name, x in batch.items() if x.ndim == 4}
-  losses = jax.jit(lambda p, b: objectives.token_losses(teacher.forward, p, b, 512))
+  losses = jax.jit(lambda p, b: losses.token_losses(teacher.forward, p, b, 512))
   found = {'teacher forward': lambda: losses(weights, flat).block_until_ready()}
   for name, cfg in OBJECTIVES.items():
     model = models.build({'name': 'decoder', **dataclasses.asdict(scale.student)})
     rep = reparam.build({'name': 'full'}, model.init)
     passes = {'student': reparam.map_groups(rep, model.forward), 'teacher': teacher.forward}
     tx = optim.build(HYPER, lambda step: 1e-3, rep.independent)
-    sums = train.make_sums(objectives.build(cfg, passes), rep, 'float32')
+    sums = loop.make_sums(objectives.build(cfg, passes), rep, 'float32')
     state = jax.jit(lambda t, tx=tx: init_state(t, tx))(jax.jit(rep.init)(jax.random.key(0)))
     frozen = {'teacher': weights} if name == 'distill' else {}
     step = jax.jit(make_train_step(sums, tx), donate_argnums=0)
@@ -221,4 +226,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
   flags.DEFINE_integer('rounds', 15, 'Interleaved repeats.')
-  cli.run(main)
+  console.run(main)

@@ -20,9 +20,13 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments.speed import reference
-from slm import cli, files, latency, models, objectives, optim, reparam, train
+from slm import models, objectives, reparam
+from slm.base import console, files
+from slm.inference import latency
 from slm.models.decoder import forward_flops, num_params
-from slm.step import init_state, make_train_step
+from slm.training import loop, optim
+from slm.training.step import init_state, make_train_step
+from slm.weights import tree
 
 HYPER = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
 CLUSTERS = 16
@@ -99,7 +103,7 @@ def train_step(
   forward = {'student': reparam.map_groups(rep, model.forward)}
   objective = objectives.build({'name': 'next_token', 'chunk': 512}, forward)
   tx = optim.build(HYPER, lambda step: 1e-3, rep.independent)
-  step = make_train_step(train.make_sums(objective, rep, scale.dtype), tx, rep.independent)
+  step = make_train_step(loop.make_sums(objective, rep, scale.dtype), tx, rep.independent)
   theta = jax.jit(rep.init)(jax.random.key(0))
   state = jax.jit(lambda t: init_state(t, tx))(theta)
   batch = jax.device_put(make_batch(model.cfg.vocab, rows, scale.context))
@@ -160,7 +164,7 @@ def measure_training(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
 def measure_decoding(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
   """Measure greedy cached decoding at one row and at eight."""
   model = models.build(scale.model)
-  params = reparam.cast(jax.jit(model.init)(jax.random.key(0)), jnp.dtype(scale.dtype))
+  params = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.dtype(scale.dtype))
   entries = {}
   for rows in (1, 8):
     entries[f'decode {rows}: slm'] = latency.decode(
@@ -283,4 +287,4 @@ if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
   flags.DEFINE_integer('rounds', 5, 'Interleaved repeats.')
-  cli.run(main)
+  console.run(main)

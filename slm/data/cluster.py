@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-from slm import files
+from slm.base import files
 from slm.data import documents
 
 Path = pathlib.Path

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slm import files
+from slm.base import files
 from slm.data import installed, sources, tokenizer, work
 
 Path = pathlib.Path

@@ -15,9 +15,8 @@ import numpy as np
 import scipy.sparse
 from absl import flags
 
-from slm import cli, files
-from slm import data as loader
-from slm.data import importance, tokenizer
+from slm.base import console, files
+from slm.data import importance, loader, tokenizer
 
 BUCKETS = 10_000
 _FLOOR = 1e-8  # added to every probability, as the published package does
@@ -77,7 +76,7 @@ def features(split: loader.Split) -> scipy.sparse.csr_matrix:
       return found
   tok = tokenizer.load(str(split.path / 'tokenizer'))
   parts, total = [], split.facts['rows']
-  with cli.progress(f'n-grams of {split.name}', total, 'rows') as progress:
+  with console.progress(f'n-grams of {split.name}', total, 'rows') as progress:
     for start in range(0, total, _CHUNK):
       ids = np.arange(start, min(start + _CHUNK, total))
       parts.append(count([_text(tok, row) for row in split.read(ids)]))
@@ -155,4 +154,4 @@ if __name__ == '__main__':
   flags.DEFINE_integer('seed', 0, 'Seed of the draw.')
   flags.DEFINE_float('smoothing', 0.0, 'Added to each count of the domain; for small sets.')
   flags.DEFINE_string('domain_index', '', 'Index of the domain to take the n-grams from.')
-  cli.run(_main)
+  console.run(_main)

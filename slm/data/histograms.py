@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from slm import data as loader
-from slm import files
-from slm.data import cluster, documents, importance, sources, tokenizer
+from slm.base import files
+from slm.data import cluster, documents, importance, loader, sources, tokenizer
 
 Path = pathlib.Path
 _COLUMNS = ('entropy', 'effective_clusters', 'ess_fraction', 'top_cluster')

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from slm import cli, files
-from slm import data as loader
+from slm.base import console, files
+from slm.data import loader
 
 
 def target(
@@ -247,4 +247,4 @@ if __name__ == '__main__':
   flags.DEFINE_float('repeat_cap', 0.0, 'Most times a cluster is repeated; 0: no cap.')
   flags.DEFINE_bool('top', False, "Take the domain's most frequent cluster alone.")
   flags.DEFINE_string('domain_index', '', 'Index of the domain to take the histogram from.')
-  cli.run(_main)
+  console.run(_main)

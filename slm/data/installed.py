@@ -26,7 +26,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from slm import cli
+from slm.base import console
 
 _SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', '__pycache__'}
 _SHORTEST = 200  # characters
@@ -54,7 +54,7 @@ def read(spec: str, parallel_map: Map) -> Iterator[str]:
 def _docs(limit: int, parallel_map: Map) -> Iterator[str]:
   names = [_PYTHON, *_distributions()]
   packages = []
-  with cli.progress('installed packages', len(names), 'package') as bar:
+  with console.progress('installed packages', len(names), 'package') as bar:
     # A scan stops early inside a large package: at a twelfth of all, or its even share.
     most = limit // min(12, len(names))
     for texts in parallel_map(functools.partial(_package, limit=most), names):

@@ -12,7 +12,7 @@ from typing import Any
 import datasketch
 import numpy as np
 
-from slm import cli, files
+from slm.base import console, files
 from slm.data import work
 
 Path = pathlib.Path
@@ -47,7 +47,7 @@ def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshol
   estimated Jaccard similarity is at least `threshold`.
   """
   total = sum(sum(shards.values()) for shards in sets.values())
-  with cli.progress('near-duplicates', total, 'documents') as bar:
+  with console.progress('near-duplicates', total, 'documents') as bar:
     held = _Index(threshold)
     for name, shards in sets.items():
       for i, found in _documents(shards, keep[name], training=False):

@@ -19,9 +19,19 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from slm import cli, files
-from slm import data as loader
-from slm.data import documents, histograms, importance, rows, sources, tokenizer, work
+from slm.base import console, files
+from slm.data import (
+  cluster,
+  documents,
+  histograms,
+  importance,
+  loader,
+  near,
+  rows,
+  sources,
+  tokenizer,
+  work,
+)
 from slm.data.settings import ALL, PrepareConfig, TokenizerConfig
 
 Path = pathlib.Path
@@ -173,8 +183,6 @@ def _near_duplicates(
   cfg: PrepareConfig, out: Path, read: dict[str, dict[Path, int]], pool: work.Pool
 ) -> None:
   """Write every set's keep.npy without exact and near duplicates."""
-  from slm.data import near  # few runs need it
-
   folder = out / 'windows' / 'documents'
   paths = {name: folder / name / 'keep.npy' for name in read}
   if all(path.exists() for path in paths.values()):
@@ -235,7 +243,6 @@ def _clusters(
   summaries: dict[documents.Cut, dict[str, Any]],
   pool: work.Pool,
 ) -> list[dict[str, Any]]:
-  from slm.data import cluster  # scikit-learn takes a second to import; few workers need it
 
   path = out / 'clusters' / 'model.safetensors'
 
@@ -317,9 +324,9 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  with cli.one_line_errors():  # the default file is read, and overridden, here
+  with console.one_line_errors():  # the default file is read, and overridden, here
     config_flags.DEFINE_config_file(
       'config', 'configs/data.py', 'Sources and settings; configs/data.py explains every key.'
     )
   flags.DEFINE_string('out', '', 'Directory to write to.')
-  cli.run(_main)
+  console.run(_main)

@@ -11,7 +11,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from slm import files
+from slm.base import files
 
 # SentencePiece writes a space as U+2581, so a real U+2581 must go round it, as three byte pieces.
 _SPACE = '\u2581'

@@ -12,8 +12,8 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from slm import cli
-from slm.files import read_json, replacing, write_json
+from slm.base import console
+from slm.base.files import read_json, replacing, write_json
 
 Path = pathlib.Path
 
@@ -125,7 +125,7 @@ def run(
   written last, so a task that was killed, or whose files were deleted or cut short, runs again.
   """
   todo = [path for path in tasks if not _complete(path)]
-  with cli.progress(description, len(tasks), 'task') as bar:
+  with console.progress(description, len(tasks), 'task') as bar:
     bar.skip(len(tasks) - len(todo))
     for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
       bar.update(1)

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm import factory
-from slm.models.decoder import Decoder, DecoderConfig, Output
+from slm.base import factory
+from slm.models.config import DecoderConfig
+from slm.models.decoder import Decoder, Output
 from slm.models.observe import KEPT, STATS
-from slm.sharding import Params
+from slm.weights.axes import Params
 
 MODELS = {'decoder': (DecoderConfig, Decoder)}
 

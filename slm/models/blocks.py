@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from slm.models import layers, moe, observe
 from slm.models.config import DecoderConfig
-from slm.sharding import AXES, INPUTS, constrain
+from slm.weights.axes import AXES, INPUTS
+from slm.weights.sharding import constrain
 
 
 def _init(name: str, gain: float = 1.0):

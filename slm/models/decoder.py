@@ -11,7 +11,8 @@ from slm.models import layers, moe
 from slm.models.blocks import Block, Norm
 from slm.models.config import DecoderConfig
 from slm.models.observe import KEPT, STATS
-from slm.sharding import Params, constrain
+from slm.weights.axes import Params
+from slm.weights.sharding import constrain
 
 # What a block keeps for its backward pass: everything, the products with weights, or its input.
 REMAT = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from slm.sharding import constrain
+from slm.weights.sharding import constrain
 
 _MASKED = -1e30  # finite, so that a padding query (all keys masked) gives no NaN
 

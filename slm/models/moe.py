@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from slm import sharding
 from slm.models import layers, observe
+from slm.weights import sharding
 
 Routing = dict[str, jax.Array]
 DISPATCH = ('einsum', 'ragged')

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from slm import factory
+from slm.base import factory
 from slm.models.decoder import Output
 from slm.reparam import dense, projection
-from slm.reparam.base import Init, Reparam, flatten
-from slm.sharding import Params, leaf_axes, vmap_groups
+from slm.reparam.base import Init, Reparam
+from slm.weights.axes import Params, leaf_axes
+from slm.weights.sharding import vmap_groups
+from slm.weights.tree import flatten
 
 REPARAMS = {
   'full': dense.full,
@@ -73,13 +74,6 @@ def map_groups(reparam: Reparam, forward: Callable[..., Output]) -> Callable[...
 
 def _leaves(axes: Params) -> list[int | None]:
   return jax.tree.leaves(axes, is_leaf=lambda x: x is None)
-
-
-def cast(params: Params, dtype: Any) -> Params:
-  """Convert every floating leaf to the compute dtype."""
-  return jax.tree.map(
-    lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params
-  )
 
 
 def materialize_flops(reparam: Reparam, theta: Params, groups: int) -> float:

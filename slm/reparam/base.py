@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slm.sharding import AXES, INPUTS, Params
+from slm.weights.axes import AXES, INPUTS, Params
+from slm.weights.tree import Path, flatten
 
 Init = Callable[[jax.Array], Params]
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +79,3 @@ def factors(
   outputs = tuple(size[a] for a in AXES[path[-1]] if a not in INPUTS[path[-1]])
   a = jax.random.normal(key, (*lead, *inputs, rank)) / math.sqrt(math.prod(inputs))
   return {(*path, 'lora_a'): a, (*path, 'lora_b'): jnp.zeros((*lead, rank, *outputs))}
-
-
-def flatten(tree: Params, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-  """Yield (path, leaf) of a nested dict."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from flatten(value, prefix + (key,))
-    else:
-      yield prefix + (key,), value
-
-
-def unflatten(flat: Mapping[Path, Any]) -> Params:
-  """Make the nested dict of leaves by path."""
-  tree: Params = {}
-  for path, value in flat.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return tree

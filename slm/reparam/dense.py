@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from slm.reparam.base import Init, Reparam, factors, flatten, pick, targets, unflatten
-from slm.sharding import AXES, constrain
+from slm.reparam.base import Init, Reparam, factors, pick, targets
+from slm.weights.axes import AXES
+from slm.weights.sharding import constrain
+from slm.weights.tree import flatten, unflatten
 
 
 def full(init: Init) -> Reparam:

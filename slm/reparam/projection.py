@@ -6,8 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from slm.reparam.base import Init, Path, Reparam, factors, flatten, pick, targets, unflatten
-from slm.sharding import AXES, Params, constrain
+from slm.reparam.base import Init, Reparam, factors, pick, targets
+from slm.weights.axes import AXES, Params
+from slm.weights.sharding import constrain
+from slm.weights.tree import Path, flatten, unflatten
 
 
 def project(

@@ -1,0 +1,1 @@
+"""Files, the console, and objects by name: what everything stands on."""

@@ -1,0 +1,132 @@
+"""What every entry point shares: one-line errors and progress."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import rich.console
+import rich.progress
+from absl import app, flags, logging
+
+_PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
+
+
+class Interrupted(Exception):
+  """Training was asked to stop and has saved its state: the same command continues."""
+
+
+def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
+  """Run an absl main; bad input becomes one line on stderr and exit status 1."""
+
+  def guarded(argv: list[str]) -> Any:
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # libraries log every checkpoint at INFO
+    with one_line_errors():
+      # Such as the False of `--flag False`, which absl reads as --flag.
+      if len(argv) > 1 and not positional:
+        raise ValueError(f'unexpected argument {argv[1]!r}; flags are --name=value')
+      try:
+        return main(argv)
+      except Interrupted as e:
+        print(e)
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  with one_line_errors():
+    try:
+      return flags.FLAGS(argv)
+    except SystemExit:  # after --help, for which absl exits with 1
+      raise SystemExit(0) from None
+    except (AttributeError, KeyError) as e:  # ml_collections, for a key the config lacks
+      raise ValueError(f'the config has no key {e.args[0]}') from None
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """Turn the errors that bad input raises into one line on stderr and exit status 1."""
+  try:
+    yield
+  except (ValueError, OSError, FloatingPointError, flags.Error) as e:
+    if sys.flags.dev_mode:  # python -X dev shows the traceback
+      raise
+    text = str(e)
+    if 'Traceback' in text:  # ml_collections wraps what a config file raised
+      text = text.strip().splitlines()[-1]
+    print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+class Progress:
+  """Counts work done; shows rate, share, time left and the latest fields."""
+
+  def __init__(self, description: str, total: float, unit: str, show: bool = True):
+    self._description, self._total, self._unit = description, total, unit
+    self._show = show
+    self._done, self._start, self._printed = 0.0, time.monotonic(), time.monotonic()
+    self._initial = 0.0
+    self._bar = None
+
+  def __enter__(self) -> 'Progress':
+    console = rich.console.Console(stderr=True)
+    if self._show and console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn('{task.description}'),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn('{task.fields[rate]}'),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn('{task.fields[info]}'),
+        console=console,
+      )
+      self._bar.start()
+      self._task = self._bar.add_task(
+        self._description, total=self._total or None, rate='', info=''
+      )
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def skip(self, n: float) -> None:
+    """Count work that an earlier run did, without letting it raise the rate."""
+    self._initial += n
+    self.update(n)
+
+  def update(self, n: float, **fields: float | str) -> None:
+    """Advance by n units and show the fields beside the bar."""
+    self._done += n
+    now = time.monotonic()
+    rate = (self._done - self._initial) / max(now - self._start, 1e-9)
+    info = '  '.join(f'{k} {_short(v)}' for k, v in fields.items())
+    if self._bar:
+      self._bar.update(self._task, advance=n, rate=f'{_short(rate)} {self._unit}/s', info=info)
+    elif self._show and now - self._printed >= _PLAIN_EVERY:
+      self._printed = now
+      left = (self._total - self._done) / max(rate, 1e-9) if self._total else 0
+      share = f'{100 * self._done / self._total:.0f}%' if self._total else _short(self._done)
+      print(
+        f'{self._description}: {share}  {_short(rate)} {self._unit}/s  {left:.0f} s left  {info}',
+        file=sys.stderr,
+        flush=True,
+      )
+
+
+def progress(description: str, total: float, unit: str, show: bool = True) -> Progress:
+  """Open a progress display; `total` 0 means unknown."""
+  return Progress(description, total, unit, show)
+
+
+def _short(value: float | str) -> str:
+  if isinstance(value, str):
+    return value
+  for size, suffix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    if abs(value) >= size:
+      return f'{value / size:.1f}{suffix}'
+  return f'{value:.4g}'

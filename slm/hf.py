@@ -1,0 +1,51 @@
+r"""Take a model of `transformers` in, or a run out.
+
+    python -m slm.hf import HF_DIR RUN
+    python -m slm.hf export RUN HF_DIR [--dtype=bfloat16]
+    python -m slm.hf verify HF_DIR [OTHER_HF_DIR or RUN] [--tolerance=1e-4]
+    python -m slm.hf card HF_DIR [--licence=apache-2.0]
+
+`verify` and its dependency transformers are the extra slm[hf]; nothing else needs it.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from slm.base import console
+from slm.interchange import card, convert, verify
+
+
+def main(argv: list[str]) -> None:
+  """Run the command."""
+  command, *paths = argv[1:] or ['']
+  counts = {'import': (2,), 'export': (2,), 'verify': (1, 2), 'card': (1,)}
+  if command not in counts or len(paths) not in counts[command]:
+    raise ValueError(
+      'expected one of: import HF_DIR RUN, export RUN HF_DIR, verify HF_DIR [OTHER], '
+      f'card HF_DIR; found {" ".join(argv[1:]) or "nothing"}'
+    )
+  f = flags.FLAGS
+  if command == 'import':
+    cfg = convert.import_model(*paths)
+    print(f'{paths[1]}: {cfg["hf"]["config"]["model_type"]}, ready to use as a run')
+  elif command == 'export':
+    about = convert.export_model(*paths, dtype=f.dtype)
+    print(
+      f'{paths[1]}: {about["family"]}, {about["total_parameters"]:,} parameters in '
+      f'{about["dtype"]}, tokenizer: {", ".join(about["tokenizer"]) or "none"}'
+    )
+  elif command == 'card':
+    print(card.write(Path(paths[0]), f.licence))
+  else:
+    worst = verify.verify(paths, f.tolerance)
+    if worst > f.tolerance:
+      raise ValueError(f'largest difference {worst:.3g} is above --tolerance={f.tolerance:g}')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('dtype', '', 'export: float32 | bfloat16 | float16; default: as imported.')
+  flags.DEFINE_float('tolerance', 1e-4, 'verify: largest difference of logits allowed, relative '
+                     'to the largest logit.')  # fmt: skip
+  flags.DEFINE_string('licence', '', 'card: SPDX name of the licence, if it is yours to choose.')
+  console.run(main, positional=True)

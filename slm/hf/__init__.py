@@ -1,1 +1,0 @@
-"""Models of `transformers` in and out: pure renaming, transposing and reshaping, no code run."""

@@ -1,0 +1,220 @@
+"""What a model makes of text: log-probabilities of continuations, and greedy continuations.
+
+Requests are sorted by length and padded to few lengths, each a compilation; a request's answer
+depends on nothing but itself.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm import models
+from slm.data import tokenizer
+from slm.interchange import convert
+from slm.models import decode
+from slm.models.config import DecoderConfig
+from slm.objectives import losses
+from slm.runs import load, rundir
+from slm.weights import sharding, tree
+from slm.weights.axes import Params
+
+_SHORTEST = 32  # the smallest padded length; the others are twice the one before
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A dense model ready to answer: weights in the compute dtype, its tokenizer and programs."""
+
+  params: Params
+  tok: tokenizer.Tokenizer
+  context: int  # the most tokens it reads at a time
+  begin: tuple[int, ...]  # what it expects before every text
+  step: int
+  mesh: jax.sharding.Mesh
+  batch_size: int
+  sums: Callable[..., jax.Array]  # (params, batch [b,t]) -> [b,2]: NLL, tokens not best
+  generate: Callable[..., decode.Completions]
+
+  def encode(self, text: str) -> list[int]:
+    """Encode a text as the model was trained to read it: with one begin token, or none."""
+    ids = self.tok.encode(text)
+    return ids if ids[:1] == [self.tok.ids.bos] else [*self.begin, *ids]
+
+  def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Encode both as one text, cut where the context alone ends; neither part is empty."""
+    whole = self.encode(context + continuation)
+    if not continuation or not self.tok.encode(continuation):
+      raise ValueError(f'continuation: expected text with a token, found {continuation!r}')
+    cut = min(len(self.encode(context)), len(whole) - 1)
+    return whole[:cut] or [self.tok.ids.bos], whole[cut:]
+
+
+def measures(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return NLL (nats) and whether another id is more probable: [b,c,v], [b,c] -> [b,c] each."""
+  wrong = jnp.argmax(logits, axis=-1) != targets
+  return losses.cross_entropy(logits, targets), wrong.astype(jnp.float32)
+
+
+def make(
+  model: models.Model, params: Params, tok: tokenizer.Tokenizer, mesh: jax.sharding.Mesh, *,
+  context: int, begin: Sequence[int], batch_size: int, step: int = 0, dtype: str = 'float32',
+  chunk: int = 512,
+) -> Scorer:  # fmt: skip
+  """Make a scorer of a model's dense weights; batches are rounded up to fill the mesh."""
+
+  def sums(params, batch):
+    found = losses.over_tokens(measures, model.forward, params, batch, chunk)
+    return jnp.stack([jnp.sum(x * batch['weights'], axis=-1) for x in found], axis=-1)
+
+  # Whole on every device, so that every process can read them.
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  program = functools.partial(jax.jit, out_shardings=everywhere)
+  greedy = functools.partial(decode.generate, model, end=tok.ids.eos)
+  devices = sharding.batch_devices(mesh)
+  cast = jax.jit(lambda p: tree.cast(p, jnp.dtype(dtype)))
+  return Scorer(
+    cast(params), tok, context, tuple(begin), step, mesh, -(-batch_size // devices) * devices,
+    program(sums),
+    program(lambda p, ids, mask, n: greedy(p, ids, mask, jax.random.key(0), max_tokens=n),
+            static_argnums=3),
+  )  # fmt: skip
+
+
+def shape(ref: str | Path) -> DecoderConfig:
+  """Read the shape of RUN, RUN@STEP or a directory of transformers."""
+  if rundir.of_transformers(path := rundir.split_ref(ref)[0]):
+    return convert.read_config(path)[1]
+  return models.build(rundir.read_config(ref)['model']).cfg
+
+
+def open_model(
+  ref: str | Path, mesh: jax.sharding.Mesh, batch_size: int, *, data: str = '', context: int = 0,
+  begin: bool | None = None,
+) -> Scorer:  # fmt: skip
+  """Open RUN, RUN@STEP or a directory of transformers; `context` 0 is what it was trained with.
+
+  Models trained here read a begin token before every text, others if their tokenizer says so;
+  `begin` overrules. The tokenizer is in the data directory `data`, the run or the run's data.
+
+  Raises:
+    ValueError: if the run holds several specialists, or its tokenizer is another.
+  """
+  path = rundir.split_ref(ref)[0]
+  if rundir.of_transformers(path):
+    model, params, hf, _ = convert.read(path, mesh, 'float32')
+    tok, step, how = tokenizer.load(path), 0, {}
+    longest, first = hf.get('max_position_embeddings', 2048), [tok.ids.bos] if tok.begins else []
+  else:
+    loaded = load.load(ref, mesh)
+    if loaded.reparam.clusters:
+      raise ValueError(f'{ref} holds several specialists: take one out with slm.specialise first')
+    model, params, cfg, step = loaded.model, loaded.params(), loaded.cfg, loaded.step
+    tok, first = load.reads(loaded, data)
+    how = {'dtype': cfg['dtype'], 'chunk': cfg['objective']['chunk']}
+    longest = cfg['context']
+  if begin is not None:
+    first = [tok.ids.bos] if begin else []
+  return make(
+    model, params, tok, mesh, context=context or longest, begin=first,
+    batch_size=batch_size, step=step, **how,
+  )  # fmt: skip
+
+
+def windows(ids: Sequence[int], start: int, context: int) -> Iterator[tuple[Sequence[int], int]]:
+  """Cut ids into (piece, n): the last n of each piece are predicted, each id from start >= 1 once.
+
+  A piece has at most context + 1 ids, and as many before the predicted ones as fit.
+  """
+  for first in range(start, len(ids), context):
+    end = min(first + context, len(ids))
+    yield ids[max(end - context - 1, 0) : end], end - first
+
+
+def batches(
+  lengths: Sequence[int], batch_size: int, longest: int
+) -> Iterator[tuple[int, list[int]]]:
+  """Yield (padded length, indices of at most batch_size requests), the longest first."""
+  padded = lambda i: min(max(_SHORTEST, 1 << (lengths[i] - 1).bit_length()), longest)
+  order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+  for size, group in itertools.groupby(order, padded):
+    members = list(group)
+    for i in range(0, len(members), batch_size):
+      yield size, members[i : i + batch_size]
+
+
+def loglikelihoods(
+  scorer: Scorer, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[tuple[float, bool]]:
+  """Score (context ids, continuation ids): log-probability in nats, and whether it is greedy.
+
+  What does not fit is cut off the context's left; a continuation longer than the model reads is
+  predicted piece by piece, each id once. A context needs at least one id.
+
+  Raises:
+    FloatingPointError: if a log-probability is not a finite number.
+  """
+  pieces = [
+    (which, *piece)
+    for which, (before, after) in enumerate(requests)
+    for piece in windows([*before, *after], len(before), scorer.context)
+  ]
+  found, where = np.zeros((len(requests), 2)), sharding.batch_sharding(scorer.mesh)
+  lengths = [len(ids) - 1 for _, ids, _ in pieces]
+  with jax.set_mesh(scorer.mesh):
+    for size, members in batches(lengths, scorer.batch_size, scorer.context):
+      shape = (scorer.batch_size, size)
+      batch = {k: np.zeros(shape, np.int32) for k in ('inputs', 'targets', 'segments')}
+      batch |= {'weights': np.zeros(shape, np.float32)}
+      batch |= {'positions': np.tile(np.arange(size, dtype=np.int32), (shape[0], 1))}
+      for row, i in enumerate(members):
+        _, ids, predicted = pieces[i]
+        n = lengths[i]
+        batch['inputs'][row, :n], batch['targets'][row, :n] = ids[:-1], ids[1:]
+        batch['segments'][row, :n], batch['weights'][row, n - predicted : n] = 1, 1
+      values = np.asarray(scorer.sums(scorer.params, jax.device_put(batch, where)))
+      np.add.at(found, [pieces[i][0] for i in members], values[: len(members)])
+  if bad := int(np.sum(~np.isfinite(found[:, 0]))):
+    raise FloatingPointError(
+      f'the model gives {bad} of {len(found)} texts no finite likelihood: its weights or '
+      'activations overflow'
+    )
+  return [(-float(nll), not wrong) for nll, wrong in found]
+
+
+def continuations(
+  scorer: Scorer, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[str]
+) -> list[str]:
+  """Continue prompts (ids) greedily, up to the end token or the first of the strings `until`.
+
+  What does not fit beside max_tokens is cut off a prompt's left.
+
+  Raises:
+    ValueError: if max_tokens leaves no room for a prompt.
+  """
+  room = scorer.context - max_tokens
+  if room < 1 or max_tokens < 1:
+    raise ValueError(f'max_tokens={max_tokens}: expected 1 to {scorer.context - 1} (context - 1)')
+  prompts = [list(p)[-room:] or [scorer.tok.ids.bos] for p in prompts]
+  texts = [''] * len(prompts)
+  where = sharding.batch_sharding(scorer.mesh)
+  with jax.set_mesh(scorer.mesh):
+    for size, members in batches([len(p) for p in prompts], scorer.batch_size, room):
+      ids = np.zeros((scorer.batch_size, size), np.int32)
+      mask = np.zeros_like(ids)
+      for row, i in enumerate(members):
+        start = size - len(prompts[i])
+        ids[row, start:], mask[row, start:] = prompts[i], 1
+      out = scorer.generate(scorer.params, *jax.device_put((ids, mask), where), max_tokens)
+      tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths)
+      for i, row, n in zip(members, tokens, ends, strict=False):
+        text = scorer.tok.decode([x for x in row[:n].tolist() if x != scorer.tok.ids.eos])
+        for stop in filter(None, until):
+          text = text.split(stop)[0]
+        texts[i] = text
+  return texts

@@ -1,0 +1,390 @@
+"""Questions with known answers, from files: what a model gets right, and with which standard error.
+
+A file holds JSON lines, each an item with an `id` and the fields of its kind in KINDS. `type` names
+the kind; items with a `question` and a `final` answer are numeric. Contexts and continuations are
+joined by a space unless the context ends in white space.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import string
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from slm import models
+from slm.base import console, files
+from slm.data import sources, tokenizer
+from slm.inference import scoring
+from slm.models.config import DecoderConfig
+from slm.runs import rundir
+from slm.weights import tree
+from slm.weights.axes import Params
+
+Item = Mapping[str, Any]
+Pair = tuple[str, str]
+_GROUP = 8  # batches of requests between two writes
+_NUMBER = r'(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)'
+
+
+class Kind(NamedTuple):
+  """A kind of item: its fields, its (context, continuation) pairs, and what an answer is worth.
+
+  `score` takes the item and the (log-probability, greedy) of each pair or, where max_tokens is set,
+  the text that the model puts after the context. The gold pair, item['gold'] or the first, is what
+  an example shows.
+  """
+
+  fields: Mapping[str, type]
+  pairs: Callable[[Item], list[Pair]]
+  score: Callable[[Item, Any], dict[str, float]]
+  max_tokens: int = 0
+  until: tuple[str, ...] = ()
+
+
+def choose(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
+  """Score choices: acc, acc_norm by bytes, bits per byte of the gold one; ties go to the first.
+
+  Bytes are those of the choice as the file has it (acc_bytes of lm-evaluation-harness; OLMES, Gu et
+  al. 2024, arXiv 2406.08446).
+  """
+  found = np.array([logprob for logprob, _ in answers])
+  sizes = np.array([len(text.strip().encode()) for _, text in KINDS[item['type']].pairs(item)])
+  gold = item['gold']
+  return {
+    'acc': float(found.argmax() == gold),
+    'acc_norm': float((found / sizes).argmax() == gold),
+    'bpb': float(-found[gold] / sizes[gold] / math.log(2)),
+  }
+
+
+def choose_context(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
+  """Score contexts by one continuation after each (Trinh and Le 2018, arXiv 1806.02847)."""
+  return {name: value for name, value in choose(item, answers).items() if name != 'acc_norm'}
+
+
+def last_word(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
+  """Score a continuation: acc if it is the greedy one, NLL (nats), bits per byte."""
+  logprob, greedy = answers[0]
+  size = len(item['continuation'].strip().encode())
+  return {'acc': float(greedy), 'nll': -logprob, 'bpb': -logprob / math.log(2) / size}
+
+
+def normalised(text: str) -> str:
+  """Drop case, punctuation, articles and extra space (SQuAD, Rajpurkar et al. 2016)."""
+  kept = ''.join(c for c in text.lower() if c not in string.punctuation)
+  return ' '.join(w for w in kept.split() if w not in ('a', 'an', 'the'))
+
+
+def short_answer(item: Item, text: str) -> dict[str, float]:
+  """Score a generated answer: exact match with the answer or one of its aliases."""
+  accepted = {normalised(x) for x in (item['answer'], *item['aliases'])} - {''}  # of 'The', '?'
+  return {'exact_match': float(normalised(text) in accepted)}
+
+
+def number(text: str) -> float | None:
+  """Return the last number of a text, None if there is none."""
+  found = re.findall(_NUMBER, text)
+  return float(found[-1].replace(',', '')) if found else None
+
+
+def final_number(item: Item, text: str) -> dict[str, float]:
+  """Score a generated solution: its last number is the final one (Cobbe et al. 2021, GSM8K).
+
+  An answer of one number beside its unit is that number; one of none or several must match as text.
+  """
+  if len(re.findall(_NUMBER, item['final'])) != 1:
+    return {'exact_match': float(normalised(text) == normalised(item['final']))}
+  got, want = number(text), number(item['final'])
+  same = got is not None and math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
+  return {'exact_match': float(same)}
+
+
+def _asked(query: str) -> str:
+  """End a query that poses a `Question:` without asking for the answer."""
+  poses = re.search(r'^Question:', query, re.MULTILINE) and not query.rstrip().endswith(':')
+  return f'{query}\nAnswer:' if poses else query
+
+
+KINDS = {
+  'mc': Kind(
+    {'query': str, 'choices': list, 'gold': int},
+    lambda x: [(_asked(x['query']), choice) for choice in x['choices']],
+    choose,
+  ),
+  'schema': Kind(
+    {'context_options': list, 'continuation': str, 'gold': int},
+    lambda x: [(context, x['continuation']) for context in x['context_options']],
+    choose_context,
+  ),
+  'lm': Kind(
+    {'context': str, 'continuation': str},
+    lambda x: [(x['context'], x['continuation'])],
+    last_word,
+  ),
+  'qa': Kind(
+    {'query': str, 'answer': str, 'aliases': list},
+    lambda x: [(_asked(x['query']), x['answer'])],
+    short_answer, 32, ('\n',),
+  ),
+  'numeric': Kind(
+    {'question': str, 'final': str},
+    lambda x: [(f'Question: {x["question"]}\nAnswer:', x.get('answer') or x['final'])],
+    final_number, 256, ('\n\n', 'Question:'),
+  ),
+}  # fmt: skip
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+  """Read a task file, plain, .gz or .zst; every item gets the `type` of its kind.
+
+  Raises:
+    ValueError: naming the file and line of an item that is not whole, of several kinds, or twice.
+  """
+  found: dict[str, dict[str, Any]] = {}
+  for number, line in enumerate(sources.lines(str(path)), 1):
+    where = f'{path}:{number}'
+    try:
+      item = json.loads(line)
+    except ValueError as e:
+      raise ValueError(f'{where}: not valid JSON ({e})') from None
+    if not isinstance(item, dict) or not isinstance(item.get('id'), str):
+      raise ValueError(f'{where}: expected an object with an id')
+    if item.get('type') not in KINDS and {'question', 'final'} <= set(item):
+      item['type'] = 'numeric'
+    _check(where, item)
+    if item['id'] in found:
+      raise ValueError(f'{where}: id {item["id"]!r} is there twice')
+    if found and item['type'] != (first := next(iter(found.values()))['type']):
+      raise ValueError(f'{where}: type {item["type"]!r}, the first item has {first!r}')
+    found[item['id']] = item
+  if not found:
+    raise ValueError(f'{path}: holds no items')
+  return list(found.values())
+
+
+def _check(where: str, item: dict[str, Any]) -> None:
+  if item.get('type') not in KINDS:
+    raise ValueError(f'{where}: type: expected one of {list(KINDS)}, found {item.get("type")!r}')
+  for name, kind in KINDS[item['type']].fields.items():
+    value = item.get(name)
+    texts = value if kind is list else [value] if kind is str else []
+    if not isinstance(value, kind) or not all(isinstance(x, str) for x in texts):
+      raise ValueError(f'{where}: {name}: expected {kind.__name__} of text, found {value!r}')
+  pairs = KINDS[item['type']].pairs(item)
+  if not all(continuation.strip() for _, continuation in pairs):
+    raise ValueError(f'{where}: an answer is empty')
+  if not 0 <= item.get('gold', 0) < len(pairs):
+    raise ValueError(f'{where}: gold: expected 0 to {len(pairs) - 1}, found {item["gold"]}')
+
+
+def joined(pair: Pair) -> Pair:
+  """Move white space that ends the context to the continuation, or put a space before it."""
+  context, continuation = pair
+  head = context.rstrip()
+  return head, (context[len(head) :] or ' ' * bool(head)) + continuation
+
+
+def examples(items: Sequence[Item], item: Item, shots: int, seed: int) -> str:
+  """Write `shots` other items with their answers, drawn by (seed, id), from `dev` if it has enough.
+
+  Raises:
+    ValueError: if there are too few items.
+  """
+  if not shots:
+    return ''
+  pool = [x for x in items if x.get('split') == 'dev']
+  pool = pool if len(pool) > shots else items
+  if len(pool) <= shots:
+    raise ValueError(f'shots={shots}: expected fewer than the items of the file, {len(pool)}')
+  drawn = random.Random(f'{seed} {item["id"]}').sample(pool, shots + 1)
+  others = [x for x in drawn if x['id'] != item['id']][:shots]
+  gold = lambda x: KINDS[x['type']].pairs(x)[x.get('gold', 0)]
+  return ''.join(''.join(joined(gold(x))) + '\n\n' for x in others)
+
+
+def answer(
+  scorer: scoring.Scorer, items: Sequence[Item], prefixes: Sequence[str], max_tokens: int
+) -> list[dict[str, Any]]:
+  """Put items after their prefixes to the model: a record each, of its answers and what they score.
+
+  `tokens` counts those of contexts and continuations (of a context and max_tokens where it writes);
+  `truncated` says whether a context did not fit.
+  """
+  kind = KINDS[items[0]['type']]
+  asked = [
+    [joined((before + context, text)) for context, text in kind.pairs(item)]
+    for item, before in zip(items, prefixes, strict=True)
+  ]
+  room = scorer.context + 1
+  if kind.max_tokens:
+    prompts = [scorer.encode(pairs[0][0]) for pairs in asked]
+    answers = scoring.continuations(scorer, prompts, max_tokens, kind.until)
+    sizes = [[len(p) + max_tokens] for p in prompts]
+    room = scorer.context
+  else:
+    ids = [[scorer.pair(*pair) for pair in pairs] for pairs in asked]
+    flat = iter(scoring.loglikelihoods(scorer, list(itertools.chain(*ids))))
+    answers = [list(itertools.islice(flat, len(pairs))) for pairs in ids]
+    sizes = [[len(a) + len(b) for a, b in pairs] for pairs in ids]
+  return [
+    {
+      'id': item['id'],
+      'answer': found,
+      'tokens': sum(lengths),
+      'truncated': max(lengths) > room,
+      'scores': kind.score(item, found),
+    }
+    for item, found, lengths in zip(items, answers, sizes, strict=True)
+  ]
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Average each score over items, with sqrt(variance / n) as its standard error.
+
+  For scores of 0 and 1 that is sqrt(p (1 - p) / (n - 1)). An NLL adds ppl, its exponential.
+  """
+  result: dict[str, float] = {'n': len(records)}
+  for name in records[0]['scores']:
+    values = np.array([r['scores'][name] for r in records])
+    result[name] = float(values.mean())
+    if len(values) > 1:
+      result[f'{name}_stderr'] = float(values.std(ddof=1) / math.sqrt(len(values)))
+  if 'nll' in result:
+    result['ppl'] = math.exp(result['nll'])
+    if 'nll_stderr' in result:
+      result['ppl_stderr'] = result['ppl'] * result['nll_stderr']
+  result['tokens'] = sum(r['tokens'] for r in records)
+  result['truncated'] = sum(r['truncated'] for r in records)
+  result['device_seconds'] = sum(r['device_seconds'] for r in records)
+  return result
+
+
+def asking(
+  path: str, tok: tokenizer.Tokenizer, mesh: jax.sharding.Mesh, context: int, batch_size: int,
+  limit: int = 0,
+) -> Callable[[Params, DecoderConfig], dict[str, float]]:  # fmt: skip
+  """Return f(params, shape) -> the summary of a task file's first `limit` items (0: all).
+
+  Its 'score' is acc or exact_match, whichever the kind of item has.
+  """
+  items = read(path)[: limit or None]
+  kind = KINDS[items[0]['type']]
+
+  def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
+    model, began = models.build({'name': 'decoder', **dataclasses.asdict(cfg)}), time.monotonic()
+    scorer = scoring.make(
+      model, params, tok, mesh, context=context, begin=[tok.ids.bos], batch_size=batch_size
+    )
+    max_tokens = min(kind.max_tokens, context // 2)
+    records = answer(scorer, items, [''] * len(items), max_tokens)
+    share = (time.monotonic() - began) * jax.device_count() / len(items)
+    found = summary([{**r, 'device_seconds': share} for r in records])
+    return found | {'score': found['exact_match' if kind.max_tokens else 'acc']}
+
+  return ask
+
+
+def run(
+  ref: str | Path, paths: Sequence[str], mesh: jax.sharding.Mesh, batch_size: int, *,
+  data: str = '', shots: int = 0, seed: int = 0, limit: int = 0, split: str = '',
+) -> dict[str, dict[str, float]]:  # fmt: skip
+  """Put the items of task files to a run; returns a summary by task.
+
+  RUN/tasks/TASK.jsonl has a line per item and is continued where it stopped; what is there of
+  another checkpoint, file or way of asking is done again. RUN/tasks.json sums up. `split` and
+  `limit` (the first so many; 0 is all) choose items.
+  """
+  names = [Path(path).name.partition('.')[0] + f'-{shots}shot' * bool(shots) for path in paths]
+  if len(set(names)) < len(names):
+    raise ValueError(f'--task: two files have one name: {sorted(names)}')
+  if min(shots, limit) < 0:
+    raise ValueError(f'--shots={shots}, --limit={limit}: expected at least 0')
+  read_items = {name: read(path) for name, path in zip(names, paths, strict=True)}
+  folder = rundir.evaluations(ref, 'tasks')
+  scorer = scoring.open_model(ref, mesh, batch_size, data=data)
+  there, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
+  results = files.read_json(there) if there.exists() else {}
+  for (name, items), path in zip(read_items.items(), paths, strict=True):
+    chosen = [x for x in items if split in ('', x.get('split'))][: limit or None]
+    if not chosen:
+      raise ValueError(f'{path}: no item has split {split!r}')
+    max_tokens = min(KINDS[items[0]['type']].max_tokens, scorer.context // 2)
+    asked = {
+      'sha256': files.sha256(Path(path)), 'step': scorer.step, 'weights': weights,
+      'context': scorer.context, 'shots': shots, 'seed': seed * bool(shots),
+      'max_tokens': max_tokens,
+    }  # fmt: skip
+    records = _records(scorer, folder / f'{name}.jsonl', items, chosen, asked)
+    made = {**asked, 'type': items[0]['type'], 'split': split, 'limit': limit}
+    results[name] = summary([records[x['id']] for x in chosen]) | made
+    if not jax.process_index():
+      files.write_json(there, results)
+  return {name: results[name] for name in names}
+
+
+def _records(
+  scorer: scoring.Scorer, path: Path, items: Sequence[Item], chosen: Sequence[Item],
+  asked: dict[str, Any],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+  """Return the chosen items' records by id, appending those that the file lacks to it."""
+  done = _resume(path, asked)
+  todo = [x for x in chosen if x['id'] not in done]
+  prefixes = {x['id']: examples(items, x, asked['shots'], asked['seed']) for x in todo}
+  pairs = lambda x: KINDS[x['type']].pairs(x)
+  length = lambda x: len(prefixes[x['id']]) + max(len(a) + len(b) for a, b in pairs(x))
+  todo.sort(key=length, reverse=True)  # alike ones together: few paddings in a group
+  size = max(_GROUP * scorer.batch_size // max(len(pairs(x)) for x in chosen), 1)
+  with console.progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
+    progress.skip(len(chosen) - len(todo))
+    for i in range(0, len(todo), size):
+      group, began = todo[i : i + size], time.monotonic()
+      before = [prefixes[x['id']] for x in group]
+      found = answer(scorer, group, before, asked['max_tokens'])
+      share = (time.monotonic() - began) * jax.device_count() / len(group)
+      done |= {r['id']: {**r, 'device_seconds': share} for r in found}
+      if not jax.process_index():
+        with path.open('a') as f:
+          f.write(''.join(json.dumps(done[x['id']]) + '\n' for x in group))
+      progress.update(len(group))
+  return done
+
+
+def _resume(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Read the records of a file that was asked alike, up to a line cut short; else start it anew.
+
+  Raises:
+    ValueError: if a whole line is damaged.
+  """
+  text = path.read_text() if path.exists() else ''
+  *lines, rest = text.split('\n')
+  try:
+    before, *records = [json.loads(line) for line in lines] or [{}]
+  except ValueError as e:
+    raise ValueError(f'{path}: damaged ({e}); remove it to start again') from None
+  changed = [k for k in asked if before.get(k) != asked[k]]
+  if before and changed:
+    was = ', '.join(f'{k}={before.get(k)}, now {asked[k]}' for k in changed)
+    print(f'{path}: is of {was}: done again', file=sys.stderr)
+  if changed:
+    lines, records = [json.dumps(asked)], []
+  if (changed or rest) and not jax.process_index():
+    files.write_text(path, '\n'.join(lines) + '\n')
+  return {r['id']: r for r in records}
+
+
+def line(result: Mapping[str, Any]) -> str:
+  """Write a summary's scores with their standard errors."""
+  shown = [k for k in ('acc', 'acc_norm', 'exact_match', 'ppl', 'bpb') if k in result]
+  return '  '.join(
+    f'{k} {result[k]:.4g} ± {result.get(f"{k}_stderr", math.nan):.2g}' for k in shown
+  )

@@ -1,0 +1,191 @@
+"""Losses of logits, and their sums over chunks of tokens, so that full logits never exist."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm.models import moe
+from slm.models.decoder import head, logits
+from slm.weights.axes import Params
+from slm.weights.sharding import batch_shards, constrain
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
+
+
+def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
+  """Return -log softmax(scores)[targets] in float32: [...,v], [...] -> [...]."""
+  scores = scores.astype(jnp.float32)
+  picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(scores, axis=-1) - picked
+
+
+def next_token(cap: float, weight: jax.Array, hidden: jax.Array, _, rows) -> dict[str, jax.Array]:
+  """Sum the weighted next-token loss of tokens [b,c], as `chunked` asks for it."""
+  nll = cross_entropy(logits(weight, hidden, cap), rows['targets'])
+  return {'loss': jnp.sum(nll * rows['weights'])}
+
+
+@jax.custom_vjp
+def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return KL(teacher || student) over the last axis of two logit arrays [...,v]."""
+  return _forward_kl(teacher, student)[0]
+
+
+def _forward_kl(teacher, student):
+  # By hand: automatic differentiation goes through the vocabulary, and exp, more often.
+  shifted = tuple(x - x.max(axis=-1, keepdims=True) for x in (teacher, student))
+  exps = tuple(map(jnp.exp, shifted))
+  sums = tuple(x.sum(axis=-1, keepdims=True) for x in exps)
+  log_p, log_q = (x - jnp.log(z) for x, z in zip(shifted, sums, strict=True))
+  kl = jnp.sum(exps[0] * (log_p - log_q), axis=-1) / sums[0][..., 0]
+  return kl, (exps, sums, log_p - log_q, kl)
+
+
+def _backward_kl(residuals, g):
+  exps, sums, apart, kl = residuals
+  (p, q), g = (x / z for x, z in zip(exps, sums, strict=True)), g[..., None]
+  return p * (apart - kl[..., None]) * g, (q - p) * g
+
+
+forward_kl.defvjp(_forward_kl, _backward_kl)
+
+
+def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return KL(student || teacher) over the last axis of two logit arrays [...,v]."""
+  return forward_kl(student, teacher)
+
+
+def jensen_shannon(teacher: jax.Array, student: jax.Array, beta: float = 0.5) -> jax.Array:
+  """Return beta KL(teacher || m) + (1-beta) KL(student || m) over the last axis of logits [...,v].
+
+  m = beta teacher + (1-beta) student (generalised JSD, Agarwal et al. 2023, arXiv 2306.13649).
+  """
+  p, q = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1)
+  middle = jnp.logaddexp(p + jnp.log(beta), q + jnp.log1p(-beta))
+  towards = lambda x: jnp.sum(jnp.exp(x) * (x - middle), axis=-1)
+  return beta * towards(p) + (1 - beta) * towards(q)
+
+
+def cosine(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return 1 - the cosine of the two distributions, over the last axis of logits [...,v]."""
+  p, q = jax.nn.softmax(teacher, axis=-1), jax.nn.softmax(student, axis=-1)
+  norms = jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
+  return 1 - jnp.sum(p * q, axis=-1) / norms
+
+
+def squared(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """Return the mean squared difference of the logits, over their last axis [...,v]."""
+  return jnp.mean(jnp.square(teacher - student), axis=-1)
+
+
+def with_tail(teacher: jax.Array, student: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Reduce logits [...,v] to log-probabilities [...,k+1]: the teacher's k best, and all others.
+
+  Unlike renormalising over the k, the mass outside of them is matched too.
+  """
+  p, q = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1)
+  best, ids = jax.lax.top_k(p, k)
+  mine = jnp.take_along_axis(q, ids, axis=-1)
+  return tailed(best), tailed(mine)
+
+
+def tailed(some: jax.Array) -> jax.Array:
+  """Add to log-probabilities [...,k] that of everything else: [...,k+1]."""
+  rest = jnp.log(jnp.maximum(1 - jnp.exp(some).sum(-1, keepdims=True), 1e-7))
+  return jnp.concatenate([some, rest], axis=-1)
+
+
+def routing(
+  found: dict[str, jax.Array], weight: jax.Array, balance: float, z: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Return what a router adds to a loss of so many tokens, and its parts 'balance', 'router_z'.
+
+  Means over the microbatch's tokens, weighted like its loss, so that microbatches add up.
+  """
+  uneven = moe.balance(found) * weight
+  large = found['z'].sum() / jnp.maximum(found['tokens'].sum(), 1.0) * weight
+  return balance * uneven + z * large, {'balance': uneven, 'router_z': large}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked(fn, chunk, weight, hidden, constants, rows):
+  """Sum fn(weight, hidden[chunk], constants, rows[chunk]) -> {name: sum} over chunks of tokens.
+
+  weight [v,d], hidden [b,t,d], rows: arrays [b,t,...]; full logits [b,t,v] never exist. 'loss' is
+  differentiable with respect to weight and hidden.
+  """
+  cut = functools.partial(split, chunk)
+  one = lambda x: fn(weight, x[0], constants, x[1])
+  sums = jax.lax.map(one, (cut(hidden), jax.tree.map(cut, rows)))
+  return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _forward(fn, chunk, weight, hidden, constants, rows):
+  # The loss is a sum, so its gradient can be taken chunk by chunk while the logits are at hand:
+  # three products with the head instead of the four of a rematerialised backward pass.
+  cut = functools.partial(split, chunk)
+
+  def one(d_weight, x):
+    def loss(w, h):
+      sums = fn(w, h, constants, x[1])
+      return sums['loss'], sums
+
+    (_, sums), (dw, dh) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weight, x[0])
+    return d_weight + dw.astype(jnp.float32), (sums, dh)
+
+  start = jnp.zeros(weight.shape, jnp.float32)
+  d_weight, (sums, d_hidden) = jax.lax.scan(one, start, (cut(hidden), jax.tree.map(cut, rows)))
+  d_hidden = join(d_hidden, hidden.shape[1])
+  sums = jax.tree.map(lambda x: x.sum(0), sums)
+  return sums, (d_weight.astype(weight.dtype), d_hidden)
+
+
+def _backward(fn, chunk, residuals, cotangents):
+  d_weight, d_hidden = residuals
+  g = cotangents['loss']
+  scale = lambda x: (x * g).astype(x.dtype)
+  return scale(d_weight), scale(d_hidden), None, None
+
+
+chunked.defvjp(_forward, _backward)
+
+
+def split(chunk: int, x: jax.Array) -> jax.Array:
+  """Cut x [b,t,...] along t into pieces [n,b,c,...] of about `chunk` tokens a device, zero-padded.
+
+  Rows stay whole along b: that axis lies on the mesh, and a scan over it would gather them all.
+  """
+  b, t = x.shape[:2]
+  size = min(max(chunk * batch_shards() // b, 1), t)
+  x = jnp.pad(x, ((0, 0), (0, -t % size)) + ((0, 0),) * (x.ndim - 2))
+  x = x.reshape((b, -1, size) + x.shape[2:]).swapaxes(0, 1)
+  return constrain(x, None, 'batch', *(None,) * (x.ndim - 2))
+
+
+def join(x: jax.Array, t: int) -> jax.Array:
+  """Undo `split`: [n,b,c,...] -> [b,t,...]."""
+  x = x.swapaxes(0, 1)
+  return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :t]
+
+
+def over_tokens(
+  fn: Callable[..., Any], forward: Callable, params: Params, batch: Batch, chunk: int
+) -> Any:
+  """Return fn(logits [b,c,v], targets [b,c]), arrays [b,c], of every position: arrays [b,t].
+
+  The logits of about `chunk` tokens a device exist at a time; there are no gradients.
+  """
+  out = forward(params, batch)
+  cut = functools.partial(split, chunk)
+  rows = (cut(out.hidden), cut(batch['targets']))
+  found = jax.lax.map(lambda x: fn(logits(head(params), x[0], out.cap), x[1]), rows)
+  return jax.tree.map(lambda x: join(x, out.hidden.shape[1]), found)
+
+
+def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
+  """Return the weighted next-token loss of every position, [b,t] float32, without gradients."""
+  return over_tokens(cross_entropy, forward, params, batch, chunk) * batch['weights']

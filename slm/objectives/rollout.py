@@ -1,0 +1,97 @@
+"""The student's own text in place of the rows of a batch (GKD, arXiv 2306.13649)."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm import models, reparam
+from slm.data import loader, tokenizer
+from slm.models.decode import generate, sampled
+from slm.weights import sharding, tree
+from slm.weights.axes import Params
+
+
+@functools.lru_cache
+def sampler_of(temperature: float, vocab: int) -> Any:
+  """Draw of the ids that the tokenizer has: those that pad a vocabulary mean nothing."""
+  return lambda logits, key: sampled(logits[:, :vocab], key, temperature, 0, 1.0)
+
+
+def prompts(tokens: Any, segments: Any, length: int) -> tuple[Any, Any]:
+  """Take the window that is open after `length` tokens of rows [b,t]: ids and mask [b,length].
+
+  The mask is all zero where padding has begun.
+  """
+  last = segments[:, length - 1 : length]
+  return tokens[:, :length], (segments[:, :length] == last) & (last > 0)
+
+
+def rewrite(
+  model: models.Model, params: Params, batch: loader.Batch, key: jax.Array, prompt: int,
+  tok: tokenizer.Tokenizer,
+) -> loader.Batch:  # fmt: skip
+  """Keep the first `prompt` tokens of rows [b,t] and let the model continue at temperature 1.
+
+  What it predicts after `prompt` tokens, up to the end of a text, has weight 1, all else 0.
+  """
+  t = batch['inputs'].shape[1]
+  ids, mask = prompts(batch['inputs'], batch['segments'], prompt)
+  out = generate(
+    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=sampler_of(1.0, tok.vocab),
+    end=tok.ids.eos,
+  )  # fmt: skip
+  whole = jnp.concatenate([ids, out.tokens], axis=1)
+  real = mask[:, -1:]
+  made = (jnp.arange(t) - (prompt - 1))[None]
+  segments = jnp.where(made > 0, real, jnp.pad(mask, ((0, 0), (0, t - prompt)))).astype(jnp.int32)
+  return {
+    'inputs': whole[:, :t],
+    'targets': whole[:, 1:],
+    'weights': ((made >= 0) & (made < out.lengths[:, None]) & real).astype(jnp.float32),
+    'segments': segments,
+    'positions': jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0) * segments,
+  }
+
+
+def make_rewrite(
+  model: models.Model, rep: reparam.Reparam, cfg: dict[str, Any], mesh: jax.sharding.Mesh
+) -> Callable[..., loader.Batch]:
+  """Make jitted f(theta, frozen, batch [accum,groups,rows,t], step) -> batch of the student's text.
+
+  Raises:
+    ValueError: if the run holds several models, or its rows are no longer than the prompt.
+  """
+  prompt = cfg['objective']['prompt']
+  if rep.clusters or not 1 <= prompt < cfg['context']:
+    raise ValueError(
+      f'objective.on_policy: expected one dense model and a prompt of 1 to {cfg["context"] - 1} '
+      f'tokens, found {rep.clusters or 1} and objective.prompt={prompt}'
+    )
+  tok = tokenizer.load(f'{cfg["data"]["path"]}/tokenizer')
+  key = jax.random.fold_in(jax.random.key(cfg['seed']), 2)
+
+  where = sharding.batch_sharding(mesh, axis=1)
+
+  @functools.partial(jax.jit, out_shardings=where)
+  def own(theta, frozen, batch, step):
+    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg['dtype']))
+    flat = {n: x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n != 'condition'}
+    made = rewrite(model, params, flat, jax.random.fold_in(key, step), prompt, tok)
+    return batch | {name: x.reshape(batch[name].shape) for name, x in made.items()}
+
+  return own
+
+
+def turn(cfg: Mapping[str, Any], step: int) -> bool:
+  """Say whether a step is on the student's own text, by (seed, step) alone.
+
+  A share `on_policy` of those after the share `on_policy_from` of all steps are.
+  """
+  objective = cfg['objective']
+  began = step > objective.get('on_policy_from', 0.0) * cfg['steps']
+  drawn = np.random.default_rng([cfg['seed'], step, 1]).random()
+  return bool(began and drawn < objective['on_policy'])

@@ -1,0 +1,234 @@
+"""A teacher's predictions on disk: computed once, read by any run on the same rows."""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm.base import console, files
+from slm.data import loader, rows
+from slm.models.decoder import forward_flops, head, logits
+from slm.objectives import losses
+from slm.runs import ledger, load, rundir
+from slm.weights import sharding, tree
+
+MODES = ('topk', 'sampled')
+ABOUT = 'signals.json'
+_VERIFIED = 16  # rows
+
+
+def row_keys(read: np.ndarray) -> np.ndarray:
+  """Hash rows int32 [n,2,context] (tokens, segments): [n] of 16 bytes."""
+  digest = lambda row: hashlib.blake2b(row.astype('<i4').tobytes(), digest_size=16).digest()
+  return np.array([digest(row) for row in read], 'S16')
+
+
+def layout(about: Mapping[str, Any]) -> np.dtype:
+  """Return what a shard holds of a row: its key, ids [t,k], their probabilities or the entropy."""
+  shape = (about['context'], about['k'])
+  fields = [('row', 'S16'), ('ids', '<u2' if about['vocab'] <= 2**16 else '<i4', shape)]
+  # The rest is no difference of rounded numbers: where it is small it would be lost.
+  topk = [('probs', '<f2', shape), ('rest', '<f4', shape[:1])]
+  return np.dtype(fields + (topk if about['mode'] == 'topk' else [('entropy', '<f4', shape[:1])]))
+
+
+class Signals:
+  """A directory of signals as a function from rows to batch leaves."""
+
+  def __init__(self, folder: str | Path):
+    """Open a complete directory.
+
+    Raises:
+      ValueError: if it is none, its command has not finished, or another version wrote it.
+    """
+    self.path = Path(folder)
+    if not (self.path / ABOUT).exists():
+      raise ValueError(f'{folder}: holds no {ABOUT}: make it with slm.signals')
+    self.about = files.read_json(self.path / ABOUT)
+    paths = shards(self.path, self.about)
+    if missing := [p.name for p in paths if not p.exists()]:
+      raise ValueError(f'{folder}: lacks {missing[0]}: the command that started it continues it')
+    self._shards = [files.read_npy(p, mmap='r') for p in paths]
+    if any(s.dtype != layout(self.about) for s in self._shards):
+      raise ValueError(f'{folder}: was written by another version: make it again with slm.signals')
+    keys = np.concatenate([s['row'] for s in self._shards])
+    self._order = np.argsort(keys, kind='stable')
+    self._keys = keys[self._order]
+
+  def __call__(self, read: np.ndarray) -> dict[str, np.ndarray]:
+    """Look rows int32 [...,2,context] up: 'teacher_ids' [...,t,k], and probs and rest, or entropy.
+
+    Raises:
+      ValueError: if a row with tokens is not there.
+    """
+    lead, flat = read.shape[:-2], read.reshape(-1, *read.shape[-2:])
+    found = np.zeros(len(flat), layout(self.about))
+    keys = row_keys(flat)
+    places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+    for i, place in enumerate(places.tolist()):
+      if self._keys[place] == keys[i]:
+        shard, at = divmod(int(self._order[place]), self.about['shard_rows'])
+        found[i] = self._shards[shard][at]
+      elif flat[i, 1].any():
+        raise ValueError(
+          f'{self.path}: holds no signals of a row that is trained on (it is of '
+          f'{self.about["on"]} in {self.about["data"]})'
+        )
+    kinds = {'ids': np.int32, **dict.fromkeys(('probs', 'rest', 'entropy'), np.float32)}
+    return {
+      f'teacher_{name}': found[name].astype(kind).reshape(*lead, *found[name].shape[1:])
+      for name, kind in kinds.items()
+      if name in found.dtype.names
+    }
+
+
+def shards(folder: Path, about: Mapping[str, Any]) -> list[Path]:
+  """Name the shards that a complete directory has."""
+  count = -(-about['rows'] // about['shard_rows'])
+  return [folder / f'shard-{i:05d}-of-{count:05d}.npy' for i in range(count)]
+
+
+def best(logits: jax.Array, k: int) -> dict[str, jax.Array]:
+  """Reduce logits [...,v] to their k most probable ids, [...,k], and the mass of the rest [...]."""
+  probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
+  return {'ids': ids, 'probs': probs, 'rest': jnp.maximum(1 - probs.sum(-1), 0)}
+
+
+def drawn(logits: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:
+  """Draw ids [...,k] of logits [...,v] by uniform numbers [...,k]; with the entropy [...]."""
+  log_p = jax.nn.log_softmax(logits, axis=-1)
+  below = lambda upto, u: jnp.searchsorted(upto, u * upto[-1], side='right')
+  upto = jnp.cumsum(jnp.exp(log_p), axis=-1)
+  ids = jnp.vectorize(below, signature='(v),(k)->(k)')(upto, uniform)
+  entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+  return {'ids': jnp.minimum(ids, logits.shape[-1] - 1), 'entropy': entropy}
+
+
+def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+  """Make jitted f(params, batch [b,t], keys uint32 [b,4]) -> what `layout` names, but the key.
+
+  What is drawn for a row depends on the seed and the row alone.
+  """
+  cfg, k, vocab = loaded.cfg, about['k'], about['vocab']
+  seed, context = jax.random.key(about['seed']), about['context']
+  sampled = about['mode'] == 'sampled'
+  reduce = drawn if sampled else lambda z, _: best(z, k)
+
+  def uniform(key):
+    return jax.random.uniform(functools.reduce(jax.random.fold_in, list(key), seed), (context, k))
+
+  @jax.jit
+  def signal(params, batch, keys):
+    params = tree.cast(params, jnp.dtype(cfg['dtype']))
+    out = loaded.model.forward(params, batch)
+    chance = jax.vmap(uniform)(keys) if sampled else batch['inputs']
+    cut = lambda x: losses.split(cfg['objective']['chunk'], x)
+    one = lambda x: reduce(logits(head(params), x[0], out.cap)[..., :vocab], x[1])
+    found = jax.lax.map(one, (cut(out.hidden), cut(chance)))
+    return jax.tree.map(lambda x: losses.join(x, context), found)
+
+  return signal
+
+
+def _compute(signal, params, read, dtype, batch_size, mesh) -> np.ndarray:
+  """Compute the signals of rows [n,2,context], some at a time."""
+  found, where = np.zeros(len(read), dtype), sharding.batch_sharding(mesh)
+  found['row'] = row_keys(read)
+  for start in range(0, len(read), batch_size):
+    part = read[start : start + batch_size]
+    part = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0)))
+    batch = jax.device_put(rows.batch(part), where)
+    keys = jax.device_put(row_keys(part).view('<u4').reshape(len(part), 4), where)
+    for name, values in signal(params, batch, keys).items():
+      mine = found[name][start : start + batch_size]
+      mine[...] = np.asarray(values)[: len(mine)]
+  return found
+
+
+def write(
+  teacher: str, path: str, on: str, out: str, *, mode: str = 'topk', k: int = 64, index: str = '',
+  seed: int = 0, batch_size: int = 16, shard_rows: int = 1024,
+) -> dict[str, Any]:  # fmt: skip
+  """Write the signals of a split's rows; started again it continues. Returns what they are of.
+
+  Raises:
+    ValueError: if the run is unfinished or holds several models, its tokenizer is another, k does
+      not fit, or the directory holds the signals of something else.
+  """
+  mesh, folder = load.mesh_for(teacher), Path(out)
+  loaded = load.load(teacher, mesh, finished=True)
+  if loaded.reparam.clusters:
+    raise ValueError(f'{teacher} holds several models: take one out with slm.specialise first')
+  path = path or loaded.cfg['data']['path']
+  facts = loader.manifest(path)
+  load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
+  vocab, params = facts['tokenizer']['vocab'], loaded.params()
+  if not 1 <= k <= vocab or mode not in MODES or shard_rows < 1:
+    raise ValueError(f'--k={k}, --mode={mode}: expected 1 to {vocab}, one of {", ".join(MODES)}')
+  split = loader.Split(path, *on.partition('/')[::2], index)
+  about = {
+    'teacher': str(Path(teacher).resolve()), 'step': loaded.step,
+    'weights': tree.weights_hash(params),
+    'tokenizer': facts['tokenizer']['fingerprint'], 'vocab': vocab, 'context': facts['context'],
+    'data': str(Path(path).resolve()), 'on': on, 'index': index, 'rows_sha256': split.sha256,
+    'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed, 'shard_rows': shard_rows,
+  }  # fmt: skip
+  if (folder / ABOUT).exists():
+    rundir.check_same(folder, files.read_json(folder / ABOUT), about, 'other signals')
+  files.write_json(folder / ABOUT, about)
+  devices = sharding.batch_devices(mesh)
+  batch_size = -(-batch_size // devices) * devices
+  signal, flops = make_signal(loaded, about), forward_flops(loaded.model.cfg, about['context'])
+  with jax.set_mesh(mesh), console.progress('signals', about['rows'], 'rows') as progress:
+    for i, shard in enumerate(shards(folder, about)):
+      ids = split.ids[i * shard_rows : (i + 1) * shard_rows]
+      if shard.exists():
+        progress.skip(len(ids))
+        continue
+      began, read = time.monotonic(), split.read(ids)
+      files.write_npy(shard, _compute(signal, params, read, layout(about), batch_size, mesh))
+      took = (time.monotonic() - began) * jax.device_count()
+      cost = int(split.counts[ids, 1].sum()), len(ids) * about['context'] * flops, took
+      ledger.spend(folder, 'signals', *cost, ancestors=[about['teacher']])
+      progress.update(len(ids))
+  return about
+
+
+def verify(out: str) -> str:
+  """Compute some rows' signals again, and say how far the directory's are from them.
+
+  Raises:
+    ValueError: if the teacher's weights are others, a probability differs by more than 0.002, or
+      more than one in a hundred of the drawn ids is another.
+  """
+  signals = Signals(out)
+  about = signals.about
+  run = f'{rundir.split_ref(about["teacher"])[0]}@{about["step"]}'
+  mesh = load.mesh_for(run)
+  loaded = load.load(run, mesh)
+  params = loaded.params()
+  if tree.weights_hash(params) != about['weights']:
+    raise ValueError(f'{out}: {about["teacher"]} has other weights than those it was made by')
+  split = loader.Split(about['data'], *about['on'].partition('/')[::2], about['index'])
+  count = min(_VERIFIED, len(split.ids))
+  some = loader.spaced(split.ids, count)
+  read, size = split.read(some), sharding.batch_devices(mesh)
+  with jax.set_mesh(mesh):
+    want = _compute(make_signal(loaded, about), params, read, layout(about), size, mesh)
+  found = signals(read)
+  if about['mode'] == 'topk':
+    apart = (np.abs(found[f'teacher_{n}'] - want[n]).max() for n in ('probs', 'rest'))
+    worst = float(max(apart))
+    good, text = worst <= 2e-3, f'probabilities differ by {worst:.1e} at most'
+  else:
+    same = float((found['teacher_ids'] == want['ids']).mean())
+    good, text = same >= 0.99, f'{same:.2%} of the ids are drawn again'
+  if not good:
+    raise ValueError(f'{out}: its signals are not those of {about["teacher"]}: {text}')
+  return f'{out}: {len(some)} of {about["rows"]} rows computed again: {text}'

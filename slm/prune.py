@@ -1,0 +1,136 @@
+r"""Score a run's channels, neurons, heads, experts and layers, and cut it to a smaller shape.
+
+    python -m slm.prune calibrate --run=RUN --data=DATA --out=STATS
+    python -m slm.prune cut --run=RUN --stats=STATS --sizes=embed=768,mlp=2048 --workdir=SMALL
+    python -m slm.prune compare --stats=STATS --stats=OTHER --sizes=embed=768,mlp=2048
+
+    python -m slm.prune search --run=RUN --stats=STATS --workdir=DIR --max_params=4.5e9 \
+      --config=configs/recover.py --config.data.path=DATA --config.steps=100 \
+      --config.schedule.warmup=10
+
+STATS is a calibration: what cut needs beyond it (--by=taylor, --depth, --norm_gain=calibrated) it
+measures on the same rows and keeps there. With two, --mix interpolates their scores; compare says
+how far they agree, against chance. All can be killed at any moment and continued. SMALL is a run
+like any other: distil into it with configs/recover.py, --config.init=SMALL --config.teacher=RUN.
+search trains the best shapes within bounds a little, see slm/pruning/search.py; DIR/<shape>, the
+cut as it is, is what to recover from.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from slm import models
+from slm.base import console
+from slm.models import observe
+from slm.pruning import commands, search, slicing
+from slm.runs import rundir
+
+
+def _search(f: flags.FlagValues) -> None:
+  """Search and print the table."""
+  cfg = models.build(rundir.read_config(f.run)['model']).cfg
+  grid = search.read_grid(f.grid, cfg) or search.default_grid(cfg, f.multiple)
+  bounds = search.Bounds(
+    f.max_params, f.max_active, f.max_memory, f.max_token_ms, f.batch, f.context, f.dtype
+  )
+  if not any((f.max_params, f.max_active, f.max_memory, f.max_token_ms)):
+    raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
+  how = {'count': f.count, 'survivors': f.survivors, 'rounds': f.rounds}
+  found = search.search(f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid, bounds, **how)
+  print(search.table(found))
+  print(f'best: {f.workdir}/{found["best"]}; the search took {found["flops"]:.3g} FLOPs')
+
+
+def main(argv: list[str]) -> None:
+  """Run the command."""
+  f = flags.FLAGS
+  if argv[1:] == ['calibrate'] and f.run and f.out:
+    stats = commands.calibrate(f.run, f.data, f.out, f.set, f.split, f.index, f.rows, f.batch_size)
+    print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
+  elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
+    wanted = slicing.read_sizes(f.sizes)
+    if len(f.stats) == 2 and not f.mix:
+      raise ValueError('--mix: with two --stats expected the share of the second, found 0')
+    cfg, counts = commands.cut(
+      f.run, f.stats, wanted, f.workdir, norm_gain=f.norm_gain, by=f.by, depth=f.depth, mix=f.mix,
+      tokens=f.tokens, sequences=f.sequences, align=f.align, seed=f.seed,
+      task=f.task, limit=f.limit,
+    )  # fmt: skip
+    shape = ', '.join(f'{axis} {getattr(cfg, slicing.SIZES[axis])}' for axis in wanted)
+    print(f'{f.workdir}: {shape}; {counts[1]:,} parameters of {counts[0]:,}')
+  elif argv[1:] == ['compare'] and f.stats:
+    found = commands.compare(
+      f.stats, slicing.read_sizes(f.sizes), tokens=f.tokens, sequences=f.sequences
+    )
+    for axis, (share, chance) in found.items():
+      print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')
+  elif argv[1:] == ['search'] and f.run and len(f.stats) == 1 and f.workdir:
+    _search(f)
+  else:
+    raise ValueError(
+      'expected: calibrate --run=RUN --out=STATS, cut --run=RUN --stats=STATS --sizes=... '
+      '--workdir=SMALL, compare --stats=A --stats=B --sizes=..., or search --run=RUN --stats=STATS '
+      '--workdir=DIR; found '
+      f'{" ".join(argv[1:]) or "nothing"}'
+    )
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('run', '', 'Run (or RUN@STEP) of a dense model.')
+  flags.DEFINE_string('data', '', "calibrate: data directory; default: the run's own.")
+  flags.DEFINE_string('out', '', 'calibrate: directory to write.')
+  flags.DEFINE_string('set', 'generic', 'calibrate: set of the data.')
+  flags.DEFINE_string('split', 'train', 'calibrate: its split.')
+  flags.DEFINE_string('index', '', 'calibrate: an index of it; default: all rows.')
+  flags.DEFINE_integer('rows', 1024, 'calibrate: rows, evenly spaced.')
+  flags.DEFINE_integer('batch_size', 16, 'calibrate: rows per forward pass.')
+  flags.DEFINE_multi_string('stats', [], 'cut, compare, search: what calibrate wrote; two to mix.')
+  flags.DEFINE_float('mix', 0.0, 'cut: share of the second --stats in the scores.')
+  flags.DEFINE_string('sizes', '', f'cut, compare: axis=size,... of {", ".join(slicing.SIZES)}.')
+  flags.DEFINE_string(
+    'workdir', '', 'cut: run directory to write; search: directory of the search.'
+  )
+  flags.DEFINE_enum('norm_gain', 'none', slicing.GAINS, 'cut: see slm.pruning.slicing.cut.')
+  flags.DEFINE_enum('by', 'activations', commands.BY, 'cut: what widths are scored by.')
+  flags.DEFINE_enum(
+    'depth', 'influence', commands.DEPTH,
+    'cut: layers by block influence, by the loss without each, or a window by the loss without it.',
+  )  # fmt: skip
+  flags.DEFINE_string(
+    'task', '', 'cut: choose the window of layers by the items of this task file.'
+  )
+  flags.DEFINE_integer('limit', 0, 'cut: of its items, the first so many; 0: all.')
+  flags.DEFINE_integer('seed', 0, 'cut: of --by=random.')
+  flags.DEFINE_enum('tokens', 'mean', observe.AGGREGATORS, 'cut: aggregator over tokens.')
+  flags.DEFINE_enum('sequences', 'l2', observe.AGGREGATORS, 'cut: aggregator over sequences.')
+  flags.DEFINE_integer(
+    'align', 0, 'cut: what widths must be multiples of; 0: 128 of at least 1024, otherwise 8.'
+  )
+  config_flags.DEFINE_config_file(
+    'config', 'configs/recover.py', 'search: how candidates are trained.'
+  )
+  flags.DEFINE_string(
+    'grid', '', 'search: axis=size:size,...; default: 60 % of widths, 80 % of depth up.'
+  )
+  flags.DEFINE_integer('multiple', 128, 'search: of the widths of the default grid.', lower_bound=1)
+  flags.DEFINE_float('max_params', 0.0, 'search: most parameters.')
+  flags.DEFINE_float('max_active', 0.0, 'search: most parameters that a token passes through.')
+  flags.DEFINE_float('max_memory', 0.0, 'search: most bytes of weights and of the cache.')
+  flags.DEFINE_float(
+    'max_token_ms', 0.0, 'search: most milliseconds of a decoding step, measured here.'
+  )
+  flags.DEFINE_integer('batch', 1, 'search: rows answered together, for memory and speed.')
+  flags.DEFINE_integer('context', 1024, 'search: tokens in the cache, for memory and speed.')
+  flags.DEFINE_enum(
+    'dtype', 'float32', ('float32', 'bfloat16'), 'search: of served weights and cache.'
+  )
+  flags.DEFINE_integer(
+    'count', 10, 'search: how many shapes are scored: the largest.', lower_bound=1
+  )
+  flags.DEFINE_integer('survivors', 4, 'search: how many of them are trained.', lower_bound=1)
+  flags.DEFINE_integer(
+    'rounds', 5, 'search: interleaved repeats of measuring speed.', lower_bound=1
+  )
+  console.run(main, positional=True)

@@ -1,1 +1,0 @@
-"""Structured pruning through the axis table (Minitron): what to keep, and cutting it out."""

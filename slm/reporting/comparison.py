@@ -1,0 +1,347 @@
+"""A study's runs side by side: held-out losses, paired bootstrap intervals, and what each cost."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from slm.base import files
+from slm.reporting.study import TEST, Study
+from slm.runs import ledger, rundir
+
+RESAMPLES = 2000
+_CHUNK = 1 << 22  # resampled row counts held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What training took; seconds count every device for the whole time."""
+
+  tokens: float = 0
+  flops: float = 0
+  seconds: float = 0
+
+  def __add__(self, other: 'Cost') -> 'Cost':
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Cost(*(a + b for a, b in pairs))
+
+  def __mul__(self, n: float) -> 'Cost':
+    return Cost(*(n * a for a in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """One model's held-out loss on one set, by seed.
+
+  seeds are in nats per token, bits per byte of text; replicates [RESAMPLES] are the losses on
+  resampled documents, the same ones for every model of a set.
+  """
+
+  seeds: dict[int, float]
+  bits: dict[int, float]
+  replicates: dict[int, np.ndarray]
+
+  @property
+  def value(self) -> float:
+    """Average over seeds, in nats per token."""
+    return float(np.mean(list(self.seeds.values())))
+
+  @property
+  def bpb(self) -> float:
+    """Average over seeds, in bits per byte."""
+    return float(np.mean(list(self.bits.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One method at one size of the specialisation set; a test set without a run is absent."""
+
+  method: str
+  size: int
+  losses: dict[str, Loss]  # by test set: law/test
+  tests: tuple[str, ...]  # one per domain: those that are averaged
+  generic: Cost | None  # paid once; None: a listed run is missing
+  specialise: Cost | None  # paid for every domain
+
+  @functools.cached_property
+  def complete(self) -> bool:
+    """Say whether some seed was run on every domain, so that averages mean the same."""
+    return self.over(self.tests) is not None
+
+  @functools.cached_property
+  def average(self) -> Loss:
+    """Average a complete cell over its domains: exp(value) is ppl_avg."""
+    return self.over(self.tests)
+
+  def over(self, tests: Iterable[str]) -> Loss | None:
+    """Average seeds run on all of some test sets, which weigh the same; None if none was."""
+    losses = [self.losses.get(t) for t in tests]
+    if not losses or None in losses:
+      return None
+    seeds = sorted(set.intersection(*(set(x.seeds) for x in losses)))
+    if not seeds:
+      return None
+    return Loss(
+      {s: float(np.mean([x.seeds[s] for x in losses])) for s in seeds},
+      {s: float(np.mean([x.bits[s] for x in losses])) for s in seeds},
+      {s: np.mean([x.replicates[s] for x in losses], axis=0) for s in seeds},
+    )
+
+  def total(self, num_domains: int) -> Cost | None:
+    """Return C_total(N) = C_generic + N C_specialise, arXiv 2402.01093 eq. 1."""
+    if self.generic is None or self.specialise is None:
+      return None
+    return self.generic + self.specialise * num_domains
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A difference in nats per token (negative: lower loss) with its 95 % interval.
+
+  The interval is of held-out text, and of training runs too where there are two seeds or more.
+  seeds: the difference of each seed both models have.
+  """
+
+  value: float
+  low: float
+  high: float
+  seeds: tuple[float, ...]
+
+  @property
+  def verdict(self) -> str:
+    """Say better or worse only if the interval excludes zero."""
+    return 'better' if self.high < 0 else 'worse' if self.low > 0 else 'within noise'
+
+
+def difference(a: Loss, b: Loss) -> Difference | None:
+  """Compare two models on the same text and the seeds both have, a minus b; None if none is."""
+  shared = sorted(a.seeds.keys() & b.seeds.keys())
+  if not shared:
+    return None
+  replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
+  seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
+  value, runs = float(np.mean(seeds)), _half_interval(seeds)
+  # Text and training runs vary independently: what they add to the interval adds in squares.
+  low, high = (math.hypot(x - value, runs) for x in np.percentile(replicates, [2.5, 97.5]))
+  return Difference(value, value - low, value + high, seeds)
+
+
+def _half_interval(seeds: tuple[float, ...]) -> float:
+  """Return half of Student's 95 % interval of a mean over training runs; 0 for a single one."""
+  n = len(seeds)
+  return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5) if n > 1 else 0.0
+
+
+def between(a: Cell, b: Cell) -> Difference | None:
+  """Compare two cells on the test sets that both are averaged over, a minus b."""
+  tests = [t for t in a.tests if t in b.tests]
+  pair = a.over(tests), b.over(tests)
+  return None if None in pair else difference(*pair)
+
+
+def resample(
+  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES,
+  documents: np.ndarray | tuple = (),
+) -> np.ndarray:  # fmt: skip
+  """Bootstrap documents: nll [rows,models], tokens [rows] -> losses [resamples,models].
+
+  A loss is a ratio of sums. What is drawn is shared by all models, so that differences are paired.
+  Rows of a document (documents [rows]; empty: each row by itself) are drawn together.
+  """
+  columns = np.column_stack([nll, tokens])
+  if len(documents):
+    _, row = np.unique(documents, return_inverse=True)
+    columns = np.stack([np.bincount(row, column) for column in columns.T], axis=1)
+  rng, n = np.random.default_rng(seed), len(columns)
+  chunk, sums = max(_CHUNK // n, 1), []
+  for start in range(0, resamples, chunk):
+    k = min(chunk, resamples - start)
+    drawn = rng.integers(n, size=(k, n)) + n * np.arange(k)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n)
+    sums.append(counts.astype(float) @ columns)
+  sums = np.concatenate(sums)
+  return sums[:, :-1] / sums[:, -1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Every method at every size, on the domains that all are planned for and some was run on."""
+
+  study: Study
+  tests: tuple[str, ...]  # the averaged test sets, one per domain
+  others: tuple[str, ...]  # further sets of the domains, such as law/test_ood
+  cells: dict[tuple[str, int], Cell]
+  generic: dict[str, Loss]  # by method, on the generic test set, before specialisation
+  documents: dict[str, int]  # by set: how many are resampled; 0: its rows are
+  generic_costs: dict[str, Cost]  # of the runs that `generic` holds
+
+  def ranked(self, size: int, kind: str) -> list[Cell]:
+    """List the complete cells of a size and kind, lowest loss first."""
+    cells = [self.cells[m, size] for m in self.study.methods if self.study.kind(m) == kind]
+    return sorted((c for c in cells if c.complete), key=lambda c: c.average.value)
+
+  def to_baseline(self, cell: Cell, test: str | None = None) -> Difference | None:
+    """Compare a cell with the study's baseline at its size, on average or on one test set."""
+    base = self.cells.get((self.study.baseline, cell.size))
+    if base is None or cell.method == self.study.baseline:
+      return None
+    if test is None:
+      return between(cell, base)
+    both = test in cell.losses and test in base.losses
+    return difference(cell.losses[test], base.losses[test]) if both else None
+
+
+def compare(study: Study) -> Comparison:
+  """Read the runs' losses and ledgers.
+
+  A run without a size (no fine-tuning) stands at every size. Runs that are not there are absent.
+
+  Raises:
+    ValueError: if a finished run was not evaluated, or two runs were evaluated on different rows.
+  """
+  found = {name: _losses(study, d, name) for d in study.domains for name in _sets(study, d)}
+  found = {name: losses for name, losses in found.items() if losses}
+  tests = tuple(f'{d}/{TEST}' for d in study.shared_domains if f'{d}/{TEST}' in found)
+  clustering, cells = _clustering(study), {}
+  for method in study.methods:
+    for size in study.sizes:
+      keys = {name: ((method, size), (method, None)) for name in found}
+      losses = {n: found[n][k] for n, both in keys.items() for k in both[::-1] if k in found[n]}
+      held = {name.partition('/')[0]: x.seeds for name, x in losses.items() if name in tests}
+      mine = (r for r in study.runs if r['method'] == method and r['size'] in (size, None))
+      runs = [r for r in mine if r['seed'] in held.get(r['domain'], ())]
+      generic, specialise = _costs(study, runs)
+      if generic is not None and study.clustered(method):
+        generic = generic + clustering
+      cells[method, size] = Cell(method, size, losses, tests, generic, specialise)
+  others = tuple(name for name in found if name not in tests)
+  generic = {key[0]: v for key, v in _losses(study, None, f'{study.generic}/{TEST}').items()}
+  documents = {n: len(np.unique(_documents(study, n))) for n in found}
+  rows = {m: [r for r in study.runs if (r['method'], r['domain']) == (m, None)] for m in generic}
+  costs = {m: cost for m, runs in rows.items() if (cost := _costs(study, runs)[0]) is not None}
+  return Comparison(study, tests, others, cells, generic, documents, costs)
+
+
+def _sets(study: Study, domain: str) -> list[str]:
+  """List the test set of a domain and whatever else of the domain its runs were evaluated on."""
+  runs = (study.path / r['run'] for r in study.runs if r['domain'] == domain)
+  found = {rundir.evaluations(run).with_suffix('.json') for run in runs}
+  names = {name for f in found if f.exists() for name in files.read_json(f)}
+  mine = {n for n in names if n.startswith(f'{domain}/')} - {f'{domain}/{TEST}'}
+  return [f'{domain}/{TEST}', *sorted(mine)]
+
+
+def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
+  """Load every run on one test set, by method and size; all are resampled alike."""
+  groups: dict[tuple, dict[int, tuple[np.ndarray, int, str]]] = {}
+  first: tuple[str, np.ndarray, str] | None = None
+  for run in study.runs:
+    loaded = _rows(study, run, name) if run['domain'] == domain else None
+    if loaded is None:
+      continue
+    rows, _, made = loaded
+    first = first or (run['run'], rows, made)
+    if (len(rows), made) != (len(first[1]), first[2]) or (rows[:, 1] != first[1][:, 1]).any():
+      raise ValueError(
+        f'{study.path / run["run"]}: {name} was evaluated on other rows than in {first[0]} '
+        f'({len(rows)} and {len(first[1])}); evaluate both on the same data'
+      )
+    groups.setdefault((run['method'], run['size']), {})[run['seed']] = loaded
+  if first is None:
+    return {}
+  tokens, documents = first[1][:, 1], _documents(study, name)
+  if len(documents) not in (0, len(tokens)):
+    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
+  flat = [(key, seed, *x) for key, group in groups.items() for seed, x in sorted(group.items())]
+  nll = np.stack([rows[:, 0] for _, _, rows, *_ in flat], axis=1)
+  replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
+  found = {key: Loss({}, {}, {}) for key in groups}
+  for i, (key, seed, _, num_bytes, _) in enumerate(flat):
+    nats = float(nll[:, i].sum())
+    found[key].seeds[seed] = nats / float(tokens.sum())
+    found[key].bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
+    found[key].replicates[seed] = replicates[:, i]
+  return found
+
+
+def _documents(study: Study, name: str) -> np.ndarray:
+  """Read the document of each row of a set; empty if it is unknown or one for all."""
+  file = study.data_path / name / 'documents.npy'
+  ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
+  return ids if len(np.unique(ids)) > 1 else ids[:0]
+
+
+def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int, str] | None:
+  """Load a run's rows [rows,2] of a test set, their bytes and hash; None if it was not run."""
+  path = study.path / run['run']
+  step = rundir.served_step(path)
+  if step is None:
+    return None
+  again = f'python -m slm.evaluate --run={path} --on={name}'
+  folder = rundir.evaluations(path)
+  summary = folder.with_suffix('.json')
+  results = files.read_json(summary) if summary.exists() else {}
+  if name not in results:
+    if name.endswith(f'/{TEST}') and rundir.split_ref(path)[1] is None:  # a run is over with it
+      raise ValueError(f'{path}: finished but not evaluated on {name}; {again}')
+    return None
+  if results[name]['step'] != step:
+    raise ValueError(
+      f'{path}: evaluated on {name} at step {results[name]["step"]} and serves {step}; {again}'
+    )
+  file = folder / f'{name.replace("/", "-")}.npy'
+  try:
+    rows = np.load(file, allow_pickle=False)
+  except (ValueError, EOFError, FileNotFoundError) as e:
+    raise ValueError(f'{file}: missing or damaged ({e})') from None
+  if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
+    raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
+  return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
+
+
+def training_cost(ref: Path) -> Cost | None:
+  """Add up the training phases of RUN, or of RUN@STEP up to that step. None: no ledger.
+
+  Held-out evaluations are not training.
+  """
+  path, step = rundir.split_ref(ref)
+  if step is not None:
+    lines = rundir.read_metrics(path) if (path / 'metrics.jsonl').exists() else []
+    line = next((x for x in lines if x['step'] == step), None)
+    return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
+  if not (path / 'ledger.json').exists():
+    return None
+  phases = [p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate']
+  costs = (Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases)
+  return sum(costs, Cost())
+
+
+def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost | None]:
+  """Return the generic cost (shared by domains, mean over seeds) and the mean cost of a domain."""
+  if not runs:
+    return None, None
+  seeds = sorted({r['seed'] for r in runs})
+  shared = [{p for r in runs if r['seed'] == s for p in r['generic_runs']} for s in seeds]
+  own = [set(r['specialise_runs']) for r in runs]
+  sums = [[_sum(study, paths) for paths in groups] for groups in (shared, own)]
+  return tuple(None if None in x else sum(x, Cost()) * (1 / len(x)) for x in sums)
+
+
+def _sum(study: Study, paths: Iterable[str]) -> Cost | None:
+  costs = [training_cost(study.path / p) for p in sorted(paths)]
+  return None if None in costs else sum(costs, Cost())
+
+
+def _clustering(study: Study) -> Cost:
+  """Read what clustering the generic set took; zero where the data directory is gone."""
+  path = study.data_path / 'manifest.json'
+  if not path.exists():
+    return Cost()
+  stage = files.read_json(path)['cost']['clusters']
+  return Cost(0, stage['flops'], stage['seconds'])

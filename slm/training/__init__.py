@@ -1,0 +1,1 @@
+"""The train loop, the step, the optimiser, what is recorded, what is planned."""

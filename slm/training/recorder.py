@@ -1,0 +1,194 @@
+"""What a training run writes while it goes: metrics, TensorBoard, progress, the cost ledger."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+
+from slm.base import console, files
+from slm.runs import ledger, rundir
+from slm.runs.ledger import phase_entry
+
+# Counted over all restarts of a run.
+TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
+
+
+class Recorder:
+  """Receives each step's metrics while the next step runs; cumulative counts survive restarts.
+
+  Every process counts alike, so that all stop together; process 0 alone writes.
+  """
+
+  def __init__(
+    self,
+    cfg: Mapping[str, Any],
+    workdir: Path,
+    start: int,
+    leaves: list[str],
+    step_flops: float,
+    token_flops: float,
+    schedule: Callable[[int], float],
+    ancestors: list[str],
+  ):
+    """Open the records of a run at a step; lines after it were lost with their process."""
+    self._cfg, self._workdir, self._leaves = cfg, workdir, leaves
+    self._step_flops, self._token_flops = step_flops, token_flops
+    self._schedule, self._ancestors = schedule, ancestors
+    path = workdir / 'metrics.jsonl'
+    lines = rundir.read_metrics(workdir) if path.exists() else []
+    lines = [line for line in lines if line['step'] <= start]
+    self._main = jax.process_index() == 0
+    if self._main:
+      files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+    last = lines[-1] if lines else {}
+    self._total = {name: last.get(name, 0) for name in TOTALS}
+    self._evals = [(line['step'], line['eval_loss']) for line in lines if 'eval_loss' in line]
+    self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self._clock: float | None = None
+    self._line: dict[str, float] = {'step': start}
+    self._start = self._written = start
+    self._due = False
+
+  def __enter__(self) -> 'Recorder':
+    self._file = (self._workdir / 'metrics.jsonl').open('a') if self._main else None
+    self._board = None
+    if self._cfg['tensorboard'] and self._main:
+      board = str(self._workdir / 'tb')
+      self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
+    positions = self._cfg['data']['batch_size'] * self._cfg['context']
+    name = f'{self._cfg["phase"]} {self._workdir.name}'
+    self._positions = positions
+    total = self._cfg['steps'] * positions
+    self._progress = console.progress(name, total, 'tokens', show=self._main).__enter__()
+    self._progress.skip(self._start * positions)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._progress.__exit__(*error)
+    if self._due:
+      self.write()
+    if self._file:
+      self._file.close()
+    if self._board:
+      self._board.close()
+
+  def dispatch(self) -> None:
+    """Start the clock of training time, unless it runs."""
+    if self._clock is None:
+      self._clock = time.monotonic()
+
+  def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Take a step's metrics; reads those of the step before, which the device has finished."""
+    self._pending.append((step, metrics))
+    while len(self._pending) > 1:
+      self._finish(*self._pending.pop(0))
+
+  def flush(self) -> None:
+    """Wait for the last step and stop the clock."""
+    while self._pending:
+      self._finish(*self._pending.pop(0))
+    self._tick()
+    self._clock = None
+
+  def _tick(self) -> None:
+    if self._clock is not None:
+      now = time.monotonic()
+      self._total['seconds'] += now - self._clock
+      self._total['device_seconds'] += (now - self._clock) * jax.device_count()
+      self._clock = now
+
+  def _finish(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    bad = int(values.pop('bad_leaf'))
+    if bad >= 0 or not math.isfinite(values['loss']):
+      where = f'gradient of {self._leaves[bad]}' if bad >= 0 else 'loss'
+      raise FloatingPointError(
+        f'{self._workdir}: step {step}: {where} is not finite (loss {values["loss"]}); '
+        'the last checkpoint is intact'
+      )
+    if self._due:
+      self.write()  # the step before's, with its evaluation if it had one
+    before = self._total['seconds']
+    self._tick()
+    tokens = values.pop('tokens')
+    self._total['tokens'] += int(tokens)
+    self._total['flops'] += self._step_flops
+    self._line = {
+      'step': step,
+      **values,
+      'lr': float(self._schedule(step - 1)),
+      'tokens_per_second': tokens / max(self._total['seconds'] - before, 1e-9),
+    }
+    self._progress.update(self._positions, loss=values['loss'])
+    every = self._cfg['log_every']
+    self._due = bool(every) and step % every == 0
+
+  def evaluated(self, step: int, summary: Mapping[str, float], seconds: float) -> None:
+    """Record a held-out loss."""
+    self._total['eval_tokens'] += int(summary['tokens'])
+    self._total['eval_device_seconds'] += seconds * jax.device_count()
+    self._evals.append((step, summary['loss']))
+    self._line |= {'step': step, 'eval_loss': summary['loss'], 'eval_ppl': summary['ppl']}
+    self._due = True
+    self._progress.update(0, loss=self._line['loss'], eval=summary['loss'])
+
+  def write(self) -> None:
+    """Append the latest step's values to metrics.jsonl and TensorBoard; refresh the ledger."""
+    if self._line['step'] == self._written:
+      return
+    self._written, self._due = self._line['step'], False
+    if not self._main:
+      return
+    self._file.write(json.dumps(self._line | self._total) + '\n')
+    self._file.flush()
+    if self._board:
+      for name, value in (self._line | self._total).items():
+        self._board.add_scalar(name, value, self._line['step'])
+    t = self._total
+    ledger.write_ledger(
+      self._workdir,
+      [
+        phase_entry(self._cfg['phase'], t['tokens'], t['flops'], t['device_seconds']),
+        phase_entry(
+          'evaluate',
+          t['eval_tokens'],
+          self._token_flops * t['eval_tokens'],
+          t['eval_device_seconds'],
+        ),
+      ],
+      self._ancestors,
+    )
+
+  @property
+  def best_step(self) -> int | None:
+    """Return the step of the lowest held-out loss so far."""
+    # Of equal losses the latest, as the checkpoints keep it.
+    return min(self._evals, key=lambda e: (e[1], -e[0]))[0] if self._evals else None
+
+  def eval_loss(self, step: int) -> float | None:
+    """Return the held-out loss measured at a step, if one was."""
+    return dict(self._evals).get(step)
+
+  @property
+  def exhausted(self) -> bool:
+    """Say whether the held-out loss has not improved for `eval.patience` evaluations."""
+    patience = self._cfg['eval']['patience']
+    since = [step for step, _ in self._evals if step > (self.best_step or 0)]
+    return bool(patience) and len(since) >= patience
+
+  def result(self) -> dict[str, Any]:
+    """Summarise the run."""
+    loss, steps = dict(self._evals), self._line['step']
+    return {
+      'steps': steps,
+      'best_step': self.best_step,
+      'best_loss': loss[self.best_step],
+      # Of the weights that are served, see rundir.served_step.
+      'loss': loss.get(self.best_step if self._cfg['eval']['patience'] else steps),
+      **self._total,
+    }
