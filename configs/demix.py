@@ -1,10 +1,11 @@
 """Pretrain one MLP per cluster inside shared attention (DEMix by cluster): ablates `project`."""
 
-from configs import project
+from configs import base, project
+from slm.reparam.dense import DemixConfig
 
 
 def get_config():
   """Return the projected network's run with independent instead of combined leaves."""
   c = project.get_config()
-  c.reparam = {'name': 'demix', 'clusters': 16, 'leaves': ('w_gate', 'w_up', 'w_down')}
+  c.reparam = base.section(DemixConfig)
   return c

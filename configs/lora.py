@@ -1,15 +1,11 @@
 """Fine-tune low-rank changes of frozen weights (LoRA, Hu et al. 2021; paper, appendix F)."""
 
-from configs import finetune
+from configs import base, finetune
+from slm.reparam.dense import LoraConfig
 
 
 def get_config():
   """Return a fine-tuning run of `init` that trains rank x (in + out) numbers per matrix."""
   c = finetune.get_config()
-  c.reparam = {
-    'name': 'lora',
-    'rank': 8,
-    'alpha': 16.0,  # the change is alpha / rank x A B
-    'leaves': ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down'),
-  }
+  c.reparam = base.section(LoraConfig)
   return c

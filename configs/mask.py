@@ -1,12 +1,13 @@
 """Fine-tune which frozen weights are used: one bit each (Piggyback, Mallya et al. 2018)."""
 
-from configs import finetune
+from configs import base, finetune
+from slm.reparam.dense import MaskConfig
 
 
 def get_config():
   """Return a fine-tuning run of `init` that trains scores and serves weights x bits."""
   c = finetune.get_config()
-  c.reparam = {'name': 'mask', 'leaves': ('w_gate', 'w_up', 'w_down'), 'threshold': 5e-3}
+  c.reparam = base.section(MaskConfig)
   # Adam moves a score by up to the peak a step, so that the first bit flips after 250 steps
   # (threshold / peak). Ten times faster many flip at once, before gradients tell them apart.
   c.schedule.peak = 2e-5

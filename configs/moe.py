@@ -1,6 +1,7 @@
 """Pretrain a token-routed mixture of experts: the baseline that routes tokens, not clusters."""
 
 from configs import base
+from slm.runs.config import NextTokenConfig
 
 
 def get_config():
@@ -9,5 +10,5 @@ def get_config():
   c.model.num_experts = 8
   c.model.experts_per_token = 2
   c.model.mlp //= 2
-  c.objective = {'name': 'next_token', 'chunk': 512, 'balance': 0.01, 'z': 1e-3}
+  c.objective = base.section(NextTokenConfig, balance=0.01, z=1e-3)
   return c

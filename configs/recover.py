@@ -8,13 +8,14 @@ run whether that pays (--config.probe.steps). Where many layers were removed,
 --config.objective.states="('-3:-3', 'embed')" helps.
 """
 
-from configs import base, distill
+from configs import base
+from slm.runs.config import DistillConfig
 
 
 def get_config():
   """Return a recovery run over pretraining's steps; set init and teacher."""
   c = base.get_config()
   c.phase = 'distill'
-  c.objective = {**distill.get_config().objective, 'mixing': 1.0}
+  c.objective = base.section(DistillConfig, mixing=1.0)
   c.schedule.update(peak=4e-4)  # a fifth of the pretraining peak
   return c

@@ -9,7 +9,7 @@ from absl import flags
 from slm.base import console
 from slm.inference import scoring, tasks
 from slm.objectives.heldout import run
-from slm.runs import rundir
+from slm.runs import config
 from slm.weights import sharding
 
 
@@ -22,7 +22,7 @@ def main(_: list[str]) -> None:
   if f['on'].present or not f.task:
     print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
     for path in f.run:
-      data_path = f.data or rundir.read_config(path)['data']['path']
+      data_path = f.data or config.of(path).data.path
       if not data_path:
         raise ValueError(
           f'{path}: was not trained on data here: name a directory of them by --data'

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if command == 'import':
     cfg = convert.import_model(*paths)
-    print(f'{paths[1]}: {cfg["hf"]["config"]["model_type"]}, ready to use as a run')
+    print(f'{paths[1]}: {cfg.hf["config"]["model_type"]}, ready to use as a run')
   elif command == 'export':
     about = convert.export_model(*paths, dtype=f.dtype)
     print(

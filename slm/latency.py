@@ -5,11 +5,10 @@ python -m slm.latency --run=RUN --run=OTHER [--batch=8 --prompt=512 --new_tokens
 
 from absl import flags
 
-from slm import models
 from slm.base import console
 from slm.inference.latency import measure
-from slm.models.decoder import num_params
-from slm.runs import rundir
+from slm.runs import config
+from slm.weights.count import num_params
 
 
 def main(_: list[str]) -> None:
@@ -17,7 +16,7 @@ def main(_: list[str]) -> None:
   f = flags.FLAGS
   if not f.run:
     raise ValueError('--run: name at least one run directory')
-  shapes = {path: models.build(rundir.read_config(path)['model']).cfg for path in f.run}
+  shapes = {path: config.of(path).model for path in f.run}
   found = measure(shapes, f.dtype, f.batch, f.prompt, f.new_tokens, f.rounds)
   print(
     f'{"run":40s} {"parameters":>12s} {"prefill tok/s":>14s} {"decode tok/s":>13s} {"ms/step":>9s}'

@@ -21,16 +21,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from slm import models
 from slm.base import console
 from slm.models import observe
 from slm.pruning import commands, search, slicing
-from slm.runs import rundir
+from slm.runs import config
 
 
 def _search(f: flags.FlagValues) -> None:
   """Search and print the table."""
-  cfg = models.build(rundir.read_config(f.run)['model']).cfg
+  cfg = config.of(f.run).model
   grid = search.read_grid(f.grid, cfg) or search.default_grid(cfg, f.multiple)
   bounds = search.Bounds(
     f.max_params, f.max_active, f.max_memory, f.max_token_ms, f.batch, f.context, f.dtype

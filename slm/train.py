@@ -12,22 +12,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from slm.base import console
-from slm.runs import load
+from slm.runs import config
 from slm.training import plan
-from slm.training.loop import resolve, train
+from slm.training.loop import train
 
 
 def main(_: list[str]) -> None:
   """Train and print the result."""
   if not (flags.FLAGS.workdir or flags.FLAGS.dry_run):
     raise ValueError('--workdir: name the run directory')
-  config = flags.FLAGS.config
   if flags.FLAGS.dry_run:
-    f, cfg = flags.FLAGS, config.to_dict()
-    cfg = resolve(cfg) if config.data.path else load.inherit(cfg)
-    print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu, f.context)))
+    f, given = flags.FLAGS, flags.FLAGS.config.to_dict()
+    there = given['data']['path']
+    cfg = config.resolve(given) if there else config.without_data(given, f.context)
+    print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu)))
     return
-  d = config.distributed
+  d = flags.FLAGS.config.distributed
   if d.enable:
     # What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata.
     jax.distributed.initialize(
@@ -35,7 +35,7 @@ def main(_: list[str]) -> None:
       d.num_processes if d.num_processes > 0 else None,
       d.process_id if d.process_id >= 0 else None,
     )
-  result = train(config.to_dict(), flags.FLAGS.workdir)
+  result = train(flags.FLAGS.config.to_dict(), flags.FLAGS.workdir)
   if jax.process_index() == 0:
     print(json.dumps(result))
 

@@ -12,11 +12,13 @@ from slm.base import console, files
 from slm.data import loader, sources, tokenizer
 from slm.inference import continuations
 from slm.models import decode
-from slm.models.decoder import forward_flops, unembed
+from slm.models.decoder import unembed
 from slm.objectives import losses, rollout
 from slm.runs import checkpoint, ledger, load, rundir
+from slm.runs.config import resolve, without_data
 from slm.training import loop
 from slm.weights import sharding
+from slm.weights.count import forward_flops
 
 KD = {'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'jsd', 'beta': 0.3}
 
@@ -38,7 +40,7 @@ def test_generalised_divergence_beside_a_loop():
 def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   c, prompt, tok = tiny_config, 5, types.SimpleNamespace(vocab=259, ids=tokenizer.Ids(0, 1, 2))
   c.model.vocab = 264  # padded
-  model, rep = load.build(c.to_dict())
+  model, rep = load.build(without_data(c.to_dict(), 32))
   params, key = rep.init(jax.random.key(0)), jax.random.key(1)
   rows = next(loader.evaluation_batches(c.data.path, 'generic', 'test', 8))[2]
   rows['segments'][0, 3:], rows['segments'][1, 3:] = 2, 0  # a window that has just begun; padding
@@ -49,7 +51,7 @@ def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   }
   ids, mask = rollout.prompts(rows['inputs'], rows['segments'], prompt)
   assert mask[0].tolist() == [False] * 3 + [True] * 2 and not mask[1].any()
-  sampler = rollout._sampler(1.0, 259)
+  sampler = rollout.sampler_of(1.0, 259)
   drawn = decode.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=2)
   assert int(drawn.tokens.max()) < 259
   np.testing.assert_array_equal(made['inputs'][:, :prompt], ids)
@@ -89,7 +91,7 @@ def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkey
   whole, halves, rows = (rundir.read_metrics(tmp_path / n) for n in ('whole', 'halves', 'teacher'))
   assert [x['loss'] for x in whole] == [x['loss'] for x in halves]
   # The rows' own numbers of predicted tokens, where it was their turn.
-  own = [rollout.turn(c.to_dict(), step) for step in range(1, 5)]
+  own = [rollout.turn(resolve(c.to_dict()), step) for step in range(1, 5)]
   assert set(own) == {True, False} and ('on_policy_from' not in share or own[2:] == [True, True])
   counts = lambda lines: np.diff([0] + [x['tokens'] for x in lines])
   assert [a != b for a, b in zip(counts(whole), counts(rows), strict=True)] == own
@@ -110,17 +112,17 @@ def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkey
   [
     ({'on_policy': 1.5}, 'objective.on_policy=1.5, on_policy_from=0.0: expected shares'),
     ({'on_policy': 0.5, 'mixing': 0.5}, 'needs mixing=1'),
-    ({'on_policy': 0.5, 'correct': True}, 'needs mixing=1'),
+    ({'on_policy': 0.5, 'correct': 1.0}, 'needs mixing=1'),
     ({'on_policy': 0.5, 'prompt': 40}, 'a prompt of 1 to 31 tokens'),
     ({'beta': 0.0}, 'objective.beta=0.0: expected more than 0'),
   ],
 )
-def test_impossible_settings_are_refused(change, message, tiny_config, tmp_path):
-  c, two = tiny_config, sharding.make_mesh({'data': -1})
-  c.objective = {**KD, **change}
-  cfg = {**loop.resolve({**c.to_dict(), 'objective': {'name': 'next_token', 'chunk': 8}})}
-  with jax.set_mesh(two), pytest.raises(ValueError, match=message):
-    loop._Run({**cfg, 'objective': c.objective.to_dict()}, tmp_path, two)
+def test_impossible_settings_are_refused(change, message, tiny_config):
+  c = tiny_config
+  c.objective, c.model.vocab = {**KD, **change}, 264
+  with pytest.raises(ValueError, match=message):
+    cfg = without_data(c.to_dict(), 32)
+    rollout.make_rewrite(*load.build(cfg), cfg, sharding.make_mesh({'data': -1}))
 
 
 def test_a_corpus_of_continuations(tiny_config, tmp_path):
@@ -141,7 +143,7 @@ def test_a_corpus_of_continuations(tiny_config, tmp_path):
   for line in path.read_text().splitlines():
     line = json.loads(line)
     read = split.read(np.array([int(line['id'])]))
-    ids, mask = rollout.prompts(read[:, 0], read[:, 1], 6)
+    ids, mask = rollout.prompts(read['tokens'], read['segments'], 6)
     assert line['text'].startswith(tok.decode(ids[0][mask[0]]))
   (spent,) = ledger.read_ledger(tmp_path / 'text')['phases']
   flops = forward_flops(load.load(tmp_path / 'run', load.mesh_for(tmp_path / 'run')).model.cfg, 15)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from slm.data import documents, loader, prepare, rows, tokenizer
+from slm.data import documents, loader, prepare, rows, tokenizer, work
 
 SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
 
@@ -87,9 +87,58 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   assert (loader.Split(str(path), 'law', 'test').documents == 0).all()
 
 
+def test_a_record_holds_the_columns_that_are_declared():
+  declared = [*rows.columns(4), {'name': 'weights', 'dtype': 'float32', 'shape': [4]},
+              {'name': 'crops', 'dtype': 'uint8', 'shape': [2, 3]}]  # fmt: skip
+  record = rows.layout(json.loads(json.dumps(declared)))
+  row = rows.packed([np.array([1, 5, 6])], 4)
+  row |= {'weights': np.array([0, 0.5, 0.25, 0]), 'crops': np.arange(6).reshape(2, 3)}
+  read = rows.decode([rows.encode(row, record)] * 2, record)
+  for name, values in row.items():
+    np.testing.assert_array_equal(read[name], np.stack([values] * 2))
+  batch = rows.batch(read)
+  assert batch['weights'].tolist() == [[0.5, 0.25, 0, 0]] * 2  # of the token that is predicted
+  assert batch['crops'].shape == (2, 2, 3) and batch['inputs'].shape == (2, 4)
+  for wrong in ({'tokens': row['tokens']}, row | {'other': row['tokens']},
+                row | {'crops': np.zeros(3)}):  # fmt: skip
+    with pytest.raises(ValueError, match='row: '):
+      rows.encode(wrong, record)
+  with pytest.raises(ValueError, match='expected a name, dtype and shape'):
+    rows.layout([{'name': 'tokens', 'dtype': 'no type', 'shape': [4]}])
+
+
+def test_further_columns_reach_the_batches(tmp_path):
+  """Rows written with a column of weights: batches hold them, wherever rows come from."""
+  shutil.copytree(toy.prepared(), path := tmp_path / 'data')
+  manifest = json.loads((path / 'manifest.json').read_text())
+  manifest['columns'].append({'name': 'weights', 'dtype': 'float32', 'shape': [64]})
+  record = rows.layout(manifest['columns'])
+  plain = loader.Split(toy.prepared(), 'generic', 'train')
+  (shard,) = manifest['sets']['generic']['train']['shards']
+  with work.record_writer(path / 'generic' / 'train' / shard) as writer:
+    for i in plain.ids.tolist():
+      row = {name: x[0] for name, x in plain.read(np.array([i])).items()}
+      writer.write(rows.encode(row | {'weights': np.full(64, 0.5)}, record))
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+  batches = take(2, cfg(path=str(path)))
+  for half, whole in zip(batches, take(2, cfg()), strict=True):
+    np.testing.assert_array_equal(2 * half['weights'], whole['weights'])
+    np.testing.assert_array_equal(half['inputs'], whole['inputs'])
+
+
+def test_a_directory_of_version_2_is_read(tmp_path):
+  shutil.copytree(toy.prepared(), path := tmp_path / 'data')
+  manifest = json.loads((path / 'manifest.json').read_text())
+  del manifest['columns']
+  (path / 'manifest.json').write_text(json.dumps(manifest | {'version': 2}))
+  assert equal(take(1, cfg(path=str(path)))[0], take(1, cfg())[0])
+
+
 def test_row_fields():
-  row = rows.decode_row(rows.encode_row([np.array([1, 5, 6]), np.array([1, 7, 2])], 8))
-  batch = rows.batch(row)
+  record = rows.layout(rows.columns(8))
+  written = rows.encode(rows.packed([np.array([1, 5, 6]), np.array([1, 7, 2])], 8), record)
+  assert written == np.array([[1, 5, 6, 1, 7, 2, 0, 0], [1, 1, 1, 2, 2, 2, 0, 0]], '<i4').tobytes()
+  batch = rows.batch({name: x[0] for name, x in rows.decode([written], record).items()})
   assert batch['inputs'].tolist() == [1, 5, 6, 1, 7, 2, 0, 0]
   assert batch['targets'].tolist() == [5, 6, 1, 7, 2, 0, 0, 0]
   assert batch['segments'].tolist() == [1, 1, 1, 2, 2, 2, 0, 0]
@@ -189,15 +238,13 @@ def test_groups_follow_their_random_histogram():
 def test_mixing_puts_an_exact_share_of_another_sets_rows_between():
   config = cfg(mix_share=0.3, mix_set='law', mix_index='law-500', batch_size=8)
   law = loader.Split(config.path, 'law', 'train', 'law-500')
-  own = {law.read(law.ids[i : i + 1]).tobytes() for i in range(len(law.ids))}
+  own = {law.read(law.ids[i : i + 1])['tokens'].tobytes() for i in range(len(law.ids))}
   plain = [b['inputs'] for b in take(9, cfg(batch_size=8))]
   generic = iter(np.concatenate([b.reshape(-1, 64) for b in plain]))
   where, seen = [], []
   for batch in take(10, config):
-    for tokens, segments in zip(
-      batch['inputs'].reshape(-1, 64), batch['segments'].reshape(-1, 64), strict=True
-    ):
-      row = np.stack([tokens, segments]).astype(np.int32).tobytes()
+    for tokens in batch['inputs'].reshape(-1, 64):
+      row = tokens.astype(np.int32).tobytes()
       where.append(row in own)
       if where[-1]:
         seen.append(row)
@@ -218,7 +265,7 @@ def test_state_is_one_integer_and_resumes_anywhere():
 
 
 def test_seed_changes_the_order():
-  assert not equal(take(1, cfg())[0], take(1, cfg(seed=1))[0])
+  assert not equal(take(1, cfg())[0], take(1, cfg(), seed=1)[0])
 
 
 def test_evaluation_covers_a_split_once():
@@ -295,7 +342,7 @@ def test_damaged_directories_are_refused(tmp_path):
   with pytest.raises(ValueError, match='manifest.json: truncated or damaged'):
     loader.manifest(path)
   (path / 'manifest.json').write_text(json.dumps(json.loads(text) | {'version': 99}))
-  with pytest.raises(ValueError, match='expected version 2, found 99'):
+  with pytest.raises(ValueError, match='expected version 3, found 99'):
     loader.manifest(path)
   (path / 'manifest.json').write_text(text)
   clusters = path / 'generic/train/clusters.npy'

@@ -13,8 +13,9 @@ from slm import models, objectives
 from slm.base import console, files
 from slm.objectives import distill, next_token
 from slm.runs import checkpoint, load, rundir
+from slm.runs.config import NextTokenConfig, resolve, section
 from slm.training import loop
-from slm.weights import sharding
+from slm.weights import count, sharding
 
 VOCAB = 31
 KD = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
@@ -23,7 +24,7 @@ KD = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'f
 def make(**shape):
   c = base.get_config().model.to_dict()
   sizes = {'vocab': VOCAB, 'embed': 8, 'num_layers': 3, 'head_dim': 4, 'mlp': 12}
-  return models.build({**c, **sizes, 'num_heads': 2, 'num_kv_heads': 2, **shape})
+  return models.build(section('model', {**c, **sizes, 'num_heads': 2, 'num_kv_heads': 2, **shape}))
 
 
 STUDENT, TEACHER = make(), make(embed=12, num_layers=4)
@@ -54,7 +55,7 @@ def build(states=(), **more):
     'student': lambda p, b: STUDENT.forward(p, b, states=at(1)),
     'teacher': lambda p, b: TEACHER.forward(p, b, states=at(0)),
   }
-  return objectives.build({**KD, 'states': states, **more}, forward)
+  return objectives.build(section('objective', {**KD, 'states': states, **more}), forward)
 
 
 def test_states_are_what_shorter_models_end_with():
@@ -124,9 +125,9 @@ def test_a_corrected_teacher_learns_alone():
   batch, (student, frozen) = make_batch(), weights()
   loss = lambda p, f, correct: build(correct=correct)(p, f, batch)['loss'][0]
   gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-  mine, theirs = gradient(student, frozen, True)
-  fixed, _ = gradient(student, frozen, False)
-  alone = next_token.next_token({'student': TEACHER.forward}, 8)
+  mine, theirs = gradient(student, frozen, 1.0)
+  fixed, _ = gradient(student, frozen, 0.0)
+  alone = next_token.next_token(NextTokenConfig(chunk=8), {'student': TEACHER.forward})
   want = jax.jit(jax.grad(lambda p: alone(p, {}, batch)['loss'][0]))(frozen['teacher'])
   same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
   jax.tree.map(same, mine, fixed)
@@ -149,7 +150,7 @@ def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, 
   loop.train(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
   c.model.update(embed=8, num_heads=1, num_kv_heads=1)
-  c.objective = {**KD, 'chunk': 64, 'states': ('-2:-2', 'embed'), 'correct': True}
+  c.objective = {**KD, 'chunk': 64, 'states': ('-2:-2', 'embed'), 'correct': 1.0}
   loop.train(c.to_dict(), tmp_path / 'whole')
   with monkeypatch.context() as m:
     m.setattr(checkpoint, 'StopSignal', Stop)
@@ -164,8 +165,8 @@ def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, 
   assert set(student.theta) == {'blocks', 'embedding', 'final_norm'}  # nothing else is served
   assert student.theta['embedding'].shape[1] == 8
   cost = files.read_json(tmp_path / 'whole' / 'ledger.json')['phases'][0]['flops']
-  context = student.cfg['context']
-  flops = lambda run: models.decoder.forward_flops(run.model.cfg, context)
+  context = student.cfg.context
+  flops = lambda run: count.forward_flops(run.model.cfg, context)
   a_token = 3 * flops(student) + 3 * flops(teacher) + 2 * 6 * 8 * 16
   assert cost == pytest.approx(4 * 8 * context * a_token)
 
@@ -173,9 +174,9 @@ def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, 
   path.write_text(json.dumps({**files.read_json(path), 'tokenizer': 'f' * 64}))
   with pytest.raises(ValueError, match='teacher was trained with tokenizer ffffffffffff, the data'):
     loop.train(c.to_dict(), tmp_path / 'other')  # the sizes of the vocabularies are the same
-  path.write_text(json.dumps({**files.read_json(path), 'tokenizer': student.cfg['tokenizer']}))
+  path.write_text(json.dumps({**files.read_json(path), 'tokenizer': student.cfg.tokenizer}))
   two = sharding.make_mesh({'data': 2}, jax.devices()[:2])
-  c.objective, c.reparam = {**KD, 'correct': True}, {'name': 'mixture', 'clusters': 2}
+  c.objective, c.reparam = {**KD, 'correct': 1.0}, {'name': 'mixture', 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4, order='every')
   with jax.set_mesh(two), pytest.raises(ValueError, match="reparam 'mixture' holds several"):
-    loop._Run(loop.resolve(c.to_dict()), tmp_path, two)
+    loop._Run(resolve(c.to_dict()), tmp_path, two)

@@ -68,12 +68,14 @@ def test_ensemble_is_the_mixture_that_a_plain_loop_computes(trained, tiny_data, 
   split = loader.Split(tiny_data, 'court', 'test')
   total, tokens = 0.0, 0
   forward = jax.jit(lambda p, b: unembed(p, loaded.model.forward(p, b))[0])
-  for row in split.read(split.ids):
-    batch = packing.batch(row[None])
+  read = split.read(split.ids)
+  for i in range(len(split.ids)):
+    batch = packing.batch({name: x[i : i + 1] for name, x in read.items()})
+    row = [x[i] for x in read.values()]
     logits = [np.asarray(jax.nn.log_softmax(forward(loaded.params(e), batch))) for e in range(2)]
     shares = {}
     for t in np.flatnonzero(batch['weights'][0]):
-      start = np.flatnonzero(row[1] == row[1, t])[0]
+      start = np.flatnonzero(row[1] == row[1][t])[0]
       seen = start + (t - start) // 8 * 8  # chosen every 8 tokens, by the tokens up to there
       if seen not in shares:
         begun = tok.decode(row[0, start : seen + 1])

@@ -12,13 +12,14 @@ import pytest
 from slm import models
 from slm.models import decode
 from slm.models.decoder import unembed
+from slm.runs.config import section
 from slm.training import loop
 
 MODEL = models.build(
-  {
+  section('model', {
     'name': 'decoder', 'vocab': 29, 'embed': 16, 'num_layers': 2, 'num_heads': 4,
     'num_kv_heads': 2, 'head_dim': 4, 'mlp': 24,
-  }
+  })
 )  # fmt: skip
 KEY = jax.random.key(1)
 PARAMS = MODEL.init(KEY)

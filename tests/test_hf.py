@@ -511,9 +511,8 @@ def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
   live = {'teacher': str(tmp_path / 'big')}
   for more, ancestors in ((live, []), ({'teacher_cache': str(signals)}, [str(signals)])):
     shutil.rmtree(taught, ignore_errors=True)
-    config = {k: v for k, v in loaded.cfg.items() if k != 'hf'}
-    config |= {'init': str(base), 'phase': 'distill', **more}
-    load.write_dense(taught, config, loaded.params(), [str(base), *ancestors], loss=1.5)
+    cfg = dataclasses.replace(loaded.cfg, hf=None, init=str(base), phase='distill', **more)
+    load.write_dense(taught, cfg, loaded.params(), [str(base), *ancestors], loss=1.5)
     made = convert.export_model(taught, tmp_path / 'out')
     assert made['dtype'] == 'float32' and 'chat_template.jinja' not in made['tokenizer']
     card.write(tmp_path / 'out')

@@ -18,12 +18,13 @@ from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
 from slm.base import files
 from slm.data import prepare
 from slm.models.config import DecoderConfig
-from slm.models.decoder import num_params
 from slm.pruning import recipe, slicing
 from slm.reporting import verdicts
 from slm.reporting.comparison import Loss
 from slm.runs import rundir
+from slm.runs.config import section
 from slm.training import loop, optim
+from slm.weights.count import num_params
 
 total = lambda cfg: sum(num_params(cfg).values())
 
@@ -85,7 +86,7 @@ def test_every_student_has_a_schedule(scale, tmp_path):
     steps = max(round(s.steps * student.steps), 1)
     settings = Study(s, tmp_path).settings(0, steps, s.peak, 'generic')
     config = common.config('recover' if student.guide else 'pretrain', settings | dict(student.set))
-    assert optim.schedule(config['schedule'], steps)(steps) >= 0
+    assert optim.schedule(section('schedule', config['schedule']), steps)(steps) >= 0
 
 
 # Loss above that of the student `width`, as the papers find it; 'cut': before any training.

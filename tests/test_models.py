@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from slm import models, objectives
-from slm.models.decoder import forward_flops, init_cache, num_params, unembed
+from slm.models.decoder import init_cache, unembed
 from slm.models.layers import attention
+from slm.runs.config import section
 from slm.training import optim
 from slm.training.step import init_state, make_train_step
 from slm.weights import axes
+from slm.weights.count import forward_flops, num_params
 
 SMALL = {
   'name': 'decoder',
@@ -61,7 +63,7 @@ def make(**changes):
 
 @functools.cache
 def _make(changes):
-  model = models.build({**SMALL, **dict(changes)})
+  model = models.build(section('model', {**SMALL, **dict(changes)}))
   params = jax.jit(model.init)(jax.random.key(0))
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -124,7 +126,9 @@ def loss_and_gradient(model, params, batch):
 def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
   model, params = make(**VARIANTS['grouped'])
   other = models.build(
-    {'name': 'decoder', **dataclasses.asdict(dataclasses.replace(model.cfg, **changes))}
+    section(
+      'model', {'name': 'decoder', **dataclasses.asdict(dataclasses.replace(model.cfg, **changes))}
+    )
   )
   batch = make_batch(t=20)
   ours, theirs = (loss_and_gradient(m, params, batch) for m in (model, other))
@@ -133,12 +137,14 @@ def test_unrolling_and_rematerialisation_change_no_value_or_gradient(changes):
 
 def test_rematerialisation_keeps_what_it_says():
   """Per layer and token: `full` its input; `dots` also q, k, v, wo's product, gate and up."""
-  cfg = models.build({**SMALL, **VARIANTS['grouped']}).cfg
+  cfg = models.build(section('model', {**SMALL, **VARIANTS['grouped']})).cfg
   batch = make_batch(t=20)
   tokens = batch['inputs'].size * cfg.num_layers
 
   def kept(remat):
-    model = models.build({'name': 'decoder', **dataclasses.asdict(cfg), 'remat': remat})
+    model = models.build(
+      section('model', {'name': 'decoder', **dataclasses.asdict(cfg), 'remat': remat})
+    )
     params = jax.eval_shape(model.init, jax.random.key(0))
     run = lambda p: jax.vjp(lambda p: model.forward(p, batch).hidden, p)[1]
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(run, params)))
@@ -195,7 +201,9 @@ def test_gradients_are_finite_differences(variant):
   model, params = make(**IMPORTED[variant])
   batch = make_batch(t=12)
   batch |= {'targets': np.roll(batch['inputs'], -1, 1), 'weights': np.ones((2, 12), np.float32)}
-  objective = objectives.build({'name': 'next_token', 'chunk': 8}, {'student': model.forward})
+  objective = objectives.build(
+    section('objective', {'name': 'next_token', 'chunk': 8}), {'student': model.forward}
+  )
   loss = jax.jit(lambda p: objective(p, {}, batch)['loss'][0])
   keys = iter(jax.random.split(jax.random.key(3), 99))
   way = jax.tree.map(lambda w: jax.random.normal(next(keys), w.shape), params)
@@ -218,7 +226,7 @@ def test_gradients_are_finite_differences(variant):
 )
 def test_impossible_shapes_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    models.build({**SMALL, **changes})
+    models.build(section('model', {**SMALL, **changes}))
 
 
 @pytest.mark.parametrize('t', [8, 300])
@@ -244,7 +252,7 @@ def test_padding_on_the_left_of_a_cached_prompt_is_finite():
 
 @pytest.mark.parametrize('variant', EVERY)
 def test_axis_table_and_parameter_count_cover_every_leaf(variant):
-  model = models.build({**SMALL, **EVERY[variant]})
+  model = models.build(section('model', {**SMALL, **EVERY[variant]}))
   params = jax.eval_shape(model.init, jax.random.key(0))
   names = axes.axes(params)
   c = model.cfg
@@ -272,7 +280,7 @@ WIDE = {
 
 @pytest.mark.parametrize('t', [64, 512])
 def test_flops_agree_with_the_compiler(t):
-  model = models.build({**SMALL, **WIDE})
+  model = models.build(section('model', {**SMALL, **WIDE}))
   params = jax.eval_shape(model.init, jax.random.key(0))
   batch = make_batch(rows=1, t=t)
   forward = jax.jit(lambda p, b: unembed(p, model.forward(p, b)))
@@ -282,16 +290,18 @@ def test_flops_agree_with_the_compiler(t):
 
 
 def test_train_step_flops_are_three_forwards():
-  model = models.build({**SMALL, **WIDE})
+  model = models.build(section('model', {**SMALL, **WIDE}))
   t = 64
   hyper = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
-  tx = optim.build(hyper, lambda step: 1e-3, False)
+  tx = optim.build(section('optim', hyper), lambda step: 1e-3, False)
   params = jax.eval_shape(model.init, jax.random.key(0))
-  state = jax.eval_shape(lambda p: init_state(p, tx), params)
+  state = jax.eval_shape(lambda p: init_state(p, tx, {}), params)
   batch = make_batch(rows=64, t=t)
   batch |= {'targets': batch['inputs'], 'weights': np.ones((64, t), np.float32)}
   # One chunk holds every token, since the compiler counts a loop's body once.
-  objective = objectives.build({'name': 'next_token', 'chunk': 64 * t}, {'student': model.forward})
+  objective = objectives.build(
+    section('objective', {'name': 'next_token', 'chunk': 64 * t}), {'student': model.forward}
+  )
   step = jax.jit(make_train_step(objective, tx))
   batch = {name: x[None] for name, x in batch.items()}
   counted = step.lower(state, {}, batch).compile().cost_analysis()['flops']
@@ -311,4 +321,4 @@ def test_train_step_flops_are_three_forwards():
 )
 def test_impossible_models_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
-    models.build({**SMALL, **changes})
+    models.build(section('model', {**SMALL, **changes}))

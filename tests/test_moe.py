@@ -9,7 +9,8 @@ import pytest
 
 from slm import models, objectives, reparam
 from slm.models import decoder, moe
-from slm.weights import axes, sharding
+from slm.runs.config import section
+from slm.weights import axes, count, sharding
 
 SMALL = {
   'name': 'decoder', 'vocab': 37, 'embed': 16, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 1,
@@ -28,19 +29,19 @@ def batch(rows=8, t=10, padding=3):
 
 
 def loss(model, **weights):
-  section = {'name': 'next_token', 'chunk': 64, **weights}
-  objective = objectives.build(section, {'student': model.forward})
+  cfg = {'name': 'next_token', 'chunk': 64, **weights}
+  objective = objectives.build(section('objective', cfg), {'student': model.forward})
   return lambda params, rows: objective(params, {}, rows)
 
 
 @pytest.mark.parametrize('devices', [1, 8])
 def test_dispatches_agree_in_value_and_gradient(devices):
   mesh = sharding.make_mesh({'data': devices}, jax.devices()[:devices])
-  params = models.build(SMALL).init(KEY)
+  params = models.build(section('model', SMALL)).init(KEY)
   rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
   found = []
   for dispatch in moe.DISPATCH:
-    model = models.build({**SMALL, 'shared_mlp': 6, 'dispatch': dispatch})
+    model = models.build(section('model', {**SMALL, 'shared_mlp': 6, 'dispatch': dispatch}))
     params = model.init(KEY)
     fn = lambda p, r, m=model: loss(m, balance=0.1, z=0.1)(p, r)['loss'][0]
     with jax.set_mesh(mesh):
@@ -51,7 +52,7 @@ def test_dispatches_agree_in_value_and_gradient(devices):
 
 
 def test_equal_experts_are_one_dense_mlp():
-  model = models.build(SMALL)
+  model = models.build(section('model', SMALL))
   params = model.init(KEY)
   experts = params['blocks']['mlp'].pop('experts')
   first = {n: w[:, 0] for n, w in experts.items()}
@@ -59,13 +60,13 @@ def test_equal_experts_are_one_dense_mlp():
   same = {n: jnp.broadcast_to(w[:, None], experts[n].shape) for n, w in first.items()}
   routed = {**params, 'blocks': {**params['blocks'], 'mlp': {**mlp, 'experts': same}}}
   dense = {**params, 'blocks': {**params['blocks'], 'mlp': first}}
-  plain = models.build({**SMALL, 'num_experts': 0})
+  plain = models.build(section('model', {**SMALL, 'num_experts': 0}))
   got, want = model.forward(routed, batch()).hidden, plain.forward(dense, batch()).hidden
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_routing_statistics_leave_out_padding_and_add_up():
-  model = models.build(SMALL)
+  model = models.build(section('model', SMALL))
   rows = batch()
   found = model.forward(model.init(KEY), rows).routing
   real = rows['segments'].sum(1)
@@ -87,7 +88,7 @@ def test_balance_is_one_when_even_and_the_number_of_experts_at_worst():
 
 def test_auxiliary_losses_are_their_formulas_and_are_minimised():
   """On two layers: Fedus et al. eq. 4 and Zoph et al. eq. 5, from the routers' logits."""
-  model = models.build(SMALL)
+  model = models.build(section('model', SMALL))
   params, rows = model.init(KEY), batch(rows=1, t=6, padding=0)
   seen = {}
 
@@ -128,16 +129,16 @@ def test_what_remat_keeps_and_flops_count():
   rows = batch(rows=2, padding=0)
   kept = {}
   for remat in ('dots', 'full'):
-    model = models.build({**SMALL, 'remat': remat})
+    model = models.build(section('model', {**SMALL, 'remat': remat}))
     params = jax.eval_shape(model.init, KEY)
     run = lambda p, m=model: jax.vjp(lambda p: m.forward(p, rows).hidden, p)[1]
     kept[remat] = sum(x.size for x in jax.tree.leaves(jax.eval_shape(run, params)))
   c, tokens = model.cfg, 2 * rows['inputs'].size
   attention = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) + c.embed
   assert kept['dots'] - kept['full'] == tokens * (attention + 2 * c.num_experts * c.mlp)
-  dense = decoder.forward_flops(models.build({**SMALL, 'num_experts': 0}).cfg, 10)
+  dense = count.forward_flops(models.build(section('model', {**SMALL, 'num_experts': 0})).cfg, 10)
   expert, router = 2 * 3 * c.embed * c.mlp, 2 * c.embed * c.num_experts
-  assert decoder.forward_flops(c, 10) == pytest.approx(dense + 2 * (expert + router))
+  assert count.forward_flops(c, 10) == pytest.approx(dense + 2 * (expert + router))
 
 
 @pytest.mark.parametrize('name', ['lora', 'demix', 'project', 'hyper', 'mask'])
@@ -145,7 +146,10 @@ def test_experts_are_not_reparameterised(name):
   from configs import demix, hyper, lora, mask, project
 
   config = {'lora': lora, 'demix': demix, 'project': project, 'hyper': hyper, 'mask': mask}[name]
-  rep = reparam.build(config.get_config().reparam.to_dict(), models.build(SMALL).init)
+  rep = reparam.build(
+    section('reparam', config.get_config().reparam.to_dict()),
+    models.build(section('model', SMALL)).init,
+  )
   with pytest.raises(ValueError, match='are of token-routed experts'):
     rep.init(KEY)
 
@@ -156,7 +160,9 @@ def test_equals_mixtral():
   transformers = pytest.importorskip('transformers')
   from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-  model = models.build({**SMALL, 'num_layers': 1, 'rope_theta': 1e4, 'tied': False})
+  model = models.build(
+    section('model', {**SMALL, 'num_layers': 1, 'rope_theta': 1e4, 'tied': False})
+  )
   c, params = model.cfg, model.init(KEY)
   config = transformers.MixtralConfig(
     vocab_size=c.vocab, hidden_size=c.embed, intermediate_size=c.mlp, num_hidden_layers=1,
@@ -197,14 +203,14 @@ def test_equals_mixtral():
 
 def test_a_distilled_router_is_kept_balanced():
   """What distillation adds up is the divergence and what the next-token loss adds for a router."""
-  teacher, student = models.build(SMALL), models.build(SMALL)
+  teacher, student = models.build(section('model', SMALL)), models.build(section('model', SMALL))
   weights, params, rows = teacher.init(jax.random.key(7)), student.init(KEY), batch()
   passes = {'student': student.forward, 'teacher': teacher.forward}
   kd = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
-  taught = lambda **more: jax.jit(objectives.build({**kd, **more}, passes))(
+  taught = lambda **more: jax.jit(objectives.build(section('objective', {**kd, **more}), passes))(
     params, {'teacher': weights}, rows
   )
-  plain, found = taught(), taught(balance=0.3, z=0.7)
+  plain, found = taught(balance=0.0, z=0.0), taught(balance=0.3, z=0.7)
   alone = jax.jit(loss(student, balance=0.3, z=0.7))(params, rows)
   for name in ('balance', 'router_z'):
     np.testing.assert_allclose(found[name][0], alone[name][0], rtol=1e-6)
@@ -214,11 +220,11 @@ def test_a_distilled_router_is_kept_balanced():
 
 
 def test_counts_and_axes():
-  model = models.build({**SMALL, 'shared_mlp': 6})
+  model = models.build(section('model', {**SMALL, 'shared_mlp': 6}))
   params = model.init(KEY)
-  assert sum(decoder.num_params(model.cfg).values()) == sum(x.size for x in jax.tree.leaves(params))
+  assert sum(count.num_params(model.cfg).values()) == sum(x.size for x in jax.tree.leaves(params))
   idle = 2 * 2 * 3 * 16 * 12  # two layers, two experts not taken
-  total, active = (f(model.cfg)['mlp'] for f in (decoder.num_params, decoder.active_params))
+  total, active = (f(model.cfg)['mlp'] for f in (count.num_params, count.active_params))
   assert total - active == idle
   names = axes.axes(params)['blocks']['mlp']
   assert names['experts']['w_up'] == ('layers', 'experts', 'embed', 'mlp')
@@ -229,7 +235,7 @@ def test_counts_and_axes():
 
 
 def test_cached_decoding_equals_the_whole_pass():
-  model = models.build(SMALL)
+  model = models.build(section('model', SMALL))
   params, rows = model.init(KEY), batch(rows=2, padding=0)
   whole = model.forward(params, rows).hidden
   cache, parts = decoder.init_cache(model.cfg, 2, 10, jnp.float32), []
@@ -251,4 +257,4 @@ def test_cached_decoding_equals_the_whole_pass():
 )
 def test_impossible_models_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    models.build({**SMALL, **changes})
+    models.build(section('model', {**SMALL, **changes}))

@@ -8,8 +8,9 @@ import pytest
 import scipy.spatial
 
 from slm import objectives
-from slm.models.decoder import Output
+from slm.models.decoder import Output, logits
 from slm.objectives import distill, losses
+from slm.runs.config import section
 
 EMBED, VOCAB = 8, 31
 CE = {'name': 'next_token'}
@@ -37,7 +38,9 @@ BATCH = make_batch(1, 1)
 
 
 def build(cfg, chunk):
-  return objectives.build({**cfg, 'chunk': chunk}, {'student': forward, 'teacher': forward})
+  return objectives.build(
+    section('objective', {**cfg, 'chunk': chunk}), {'student': forward, 'teacher': forward}
+  )
 
 
 def full(cfg, params, teacher, batch):
@@ -123,6 +126,37 @@ def test_chunks_give_the_value_and_gradient_of_full_logits(cfg, chunk):
   value, weight = jax.jit(objective)(params, {'teacher': teacher}, batch)['loss']
   np.testing.assert_allclose(value, theirs[0], rtol=1e-5)  # the undifferentiated form
   assert weight == batch['weights'].sum()
+
+
+@pytest.mark.parametrize('chunk', [4, 8, 21, 64])
+@pytest.mark.parametrize('cap', [0.0, 3.0])
+def test_token_logprobs_are_those_of_full_logits(chunk, cap):
+  """A loss of whole sequences, as DPO's: its value and its gradients."""
+  params, batch = make_params(0), make_batch(3, 7)
+
+  def loss(params, logprobs):
+    return jnp.sum(jax.nn.log_sigmoid(logprobs(params, forward(params, batch).hidden).sum(-1)))
+
+  def whole(params, hidden):
+    scores = logits(params['lm_head'], hidden, cap)
+    return -optax.softmax_cross_entropy_with_integer_labels(scores, batch['targets'])
+
+  pieces = lambda p, hidden: losses.token_logprobs(
+    p['lm_head'], hidden, batch['targets'], cap, chunk
+  )
+  hidden = forward(params, batch).hidden
+  np.testing.assert_allclose(pieces(params, hidden), whole(params, hidden), rtol=1e-5, atol=1e-5)
+  grads = (jax.jit(jax.grad(loss), static_argnums=1)(params, f) for f in (pieces, whole))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *grads)
+
+
+def test_token_logprobs_hold_no_full_logits():
+  b, t, v, d = 2, 512, 8192, 8
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((v, d), (b, t, d))]
+  targets = jax.ShapeDtypeStruct((b, t), jnp.int32)
+  loss = lambda w, h, y: losses.token_logprobs(w, h, y, chunk=64).sum()
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, targets).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < b * t * v * 4 / 3
 
 
 @pytest.mark.parametrize('shared', ['nothing', 'head', 'everything'])

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from slm import models
+from slm.runs.config import section
 from slm.training import optim
 
 CFG = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0}
@@ -15,7 +16,7 @@ CFG = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0}
 @pytest.mark.parametrize('name', ['constant', 'cosine', 'wsd'])
 def test_schedules(name):
   rest = {'peak': 2.0, 'warmup': 4, 'decay': 0.25, 'final': 0.1}
-  rate = optim.schedule({'name': name, **rest}, 20)
+  rate = optim.schedule(section('schedule', {'name': name, **rest}), 20)
   values = np.array([rate(i) for i in range(21)])
   assert values[0] == pytest.approx(2.0 / 5)  # the first step already learns
   assert values[4] == pytest.approx(2.0)
@@ -30,12 +31,12 @@ def test_schedules(name):
 @pytest.mark.parametrize('name', ['constant', 'cosine', 'wsd'])
 def test_no_warmup_starts_at_the_peak(name):
   cfg = {'name': name, 'peak': 1.0, 'warmup': 0, 'decay': 0.5, 'final': 0.0}
-  assert optim.schedule(cfg, 10)(0) == 1.0
+  assert optim.schedule(section('schedule', cfg), 10)(0) == 1.0
 
 
 def test_unknown_schedule():
   with pytest.raises(ValueError, match="found 'linear'"):
-    optim.schedule({'name': 'linear', 'peak': 1.0, 'warmup': 0}, 10)
+    optim.schedule(section('schedule', {'name': 'linear', 'peak': 1.0, 'warmup': 0}), 10)
 
 
 def test_decay_spares_embeddings_norms_and_biases():
@@ -43,7 +44,7 @@ def test_decay_spares_embeddings_norms_and_biases():
     'name': 'decoder', 'vocab': 11, 'embed': 8, 'num_layers': 2, 'num_heads': 2,
     'num_kv_heads': 2, 'head_dim': 4, 'mlp': 12, 'qkv_bias': True, 'qk_norm': 'head', 'tied': False,
   }  # fmt: skip
-  params = models.build(cfg).init(jax.random.key(0))
+  params = models.build(section('model', cfg)).init(jax.random.key(0))
   mask = optim.decay_mask(params)
   flat = jax.tree_util.tree_leaves_with_path(mask)
   decayed = {path[-1].key for path, value in flat if value}
@@ -53,21 +54,23 @@ def test_decay_spares_embeddings_norms_and_biases():
 def test_equals_plain_adamw_without_clipping():
   params = {'w_up': jnp.arange(6.0).reshape(2, 3)}
   grads = {'w_up': jnp.full((2, 3), 1e-3)}
-  tx = optim.build(CFG, lambda _: 0.1, independent=False)
+  tx = optim.build(section('optim', CFG), lambda _: 0.1, independent=False)
   want = optax.adamw(0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
   a, _ = tx.update(grads, tx.init(params), params)
   b, _ = want.update(grads, want.init(params), params)
   np.testing.assert_allclose(a['w_up'], b['w_up'], rtol=1e-6)
   large = {'w_up': jnp.full((2, 3), 1e3)}
-  tx = optim.build({**CFG, 'clip': 0.0}, lambda _: 0.1, independent=False)  # 0 does not clip
+  tx = optim.build(
+    section('optim', {**CFG, 'clip': 0.0}), lambda _: 0.1, independent=False
+  )  # 0 does not clip
   a, _ = tx.update(large, tx.init(params), params)
   b, _ = want.update(large, want.init(params), params)
   np.testing.assert_allclose(a['w_up'], b['w_up'], rtol=1e-6)
 
 
 def test_independent_models_are_clipped_by_their_own_norm():
-  tx = optim.build({**CFG, 'eps': 1.0}, lambda _: 1.0, independent=True)
-  alone = optim.build({**CFG, 'eps': 1.0}, lambda _: 1.0, independent=False)
+  tx = optim.build(section('optim', {**CFG, 'eps': 1.0}), lambda _: 1.0, independent=True)
+  alone = optim.build(section('optim', {**CFG, 'eps': 1.0}), lambda _: 1.0, independent=False)
   params = {'w_up': jnp.ones((2, 3, 4))}
   grads = {'w_up': jnp.stack([jnp.full((3, 4), 100.0), jnp.full((3, 4), 0.01)])}
   together, _ = tx.update(grads, tx.init(params), params)
@@ -78,7 +81,7 @@ def test_independent_models_are_clipped_by_their_own_norm():
 
 
 def test_parts_have_their_share_of_the_rate():
-  alone = optim.build(CFG, lambda _: 0.1, independent=False)
+  alone = optim.build(section('optim', CFG), lambda _: 0.1, independent=False)
   tx = optim.each(alone, {'teacher': 0.1})
   params = {name: {'w_up': jnp.full((2, 3), 2.0)} for name in ('student', 'teacher')}
   grads = {name: {'w_up': jnp.arange(6.0).reshape(2, 3)} for name in params}
@@ -90,7 +93,10 @@ def test_parts_have_their_share_of_the_rate():
 
 def test_inverse_sqrt_does_not_know_where_it_ends():
   make = lambda steps: optim.schedule(
-    {'name': 'inverse_sqrt', 'peak': 1.0, 'warmup': 9, 'final': 0.1, 'decay': 0.2}, steps
+    section(
+      'schedule', {'name': 'inverse_sqrt', 'peak': 1.0, 'warmup': 9, 'final': 0.1, 'decay': 0.2}
+    ),
+    steps,
   )
   short, long = make(20), make(2000)
   for step in (0, 4, 9, 19):

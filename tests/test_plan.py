@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base, lora, mask
-from slm import models, objectives, reparam
-from slm.base import files
-from slm.models import decoder
+from slm import objectives, reparam
+from slm.data import loader
 from slm.runs import load
-from slm.training import loop, optim, plan, step
+from slm.runs.config import RunConfig, section, without_data, write_run
+from slm.training import optim, plan, step
+from slm.training.step import make_sums
+from slm.weights import count
 
 # Grangier et al., tables 1, 6 and 7. Their MLPs have two matrices of width 4d; a gated one of 8d/3
 # has as many parameters. Their totals imply 37.1k embedding rows, more than the 32k tokens stated.
@@ -28,11 +30,11 @@ def config(model, rep=None, **more):
   if rep:
     c.reparam = rep
   c.update_from_flattened_dict(more)
-  return {**c.to_dict(), 'context': 1024}
+  return c.to_dict()
 
 
-def planned(cfg, devices=1):
-  return plan.plan(cfg, devices, 'a100', 0.4)
+def planned(cfg, devices=1, context=1024):
+  return plan.plan(without_data(cfg, context), devices, 'a100', 0.4)
 
 
 def project(clusters):
@@ -69,20 +71,18 @@ def test_published_parameter_counts(model, rep, millions):
 def test_memory_beside_xlas(remat):
   """State is exact; gradients and what is kept are nearly all of the temporary memory."""
   cfg = config({'vocab': 512, 'num_layers': 8, 'remat': remat}, **{'data.batch_size': 8})
-  cfg |= {'context': 256, 'mesh': {'data': 1}}
+  cfg |= {'mesh': {'data': 1}}
   cfg['objective'] = {'name': 'next_token', 'chunk': 64}
-  found = planned(cfg)['bytes per device']
-  model = models.build(cfg['model'])
-  rep = reparam.build(cfg['reparam'], model.init)
-  objective = objectives.build(
-    cfg['objective'], {'student': reparam.map_groups(rep, model.forward)}
-  )
-  tx = optim.build(cfg['optim'], lambda _: 1e-3, False)
-  state = jax.eval_shape(lambda k: step.init_state(rep.init(k), tx), jax.random.key(0))
+  found = planned(cfg, context=256)['bytes per device']
+  cfg = without_data(cfg, 256)
+  model, rep = load.build(cfg)
+  objective = objectives.build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
+  tx = optim.build(cfg.optim, lambda _: 1e-3, False)
+  state = jax.eval_shape(lambda k: step.init_state(rep.init(k), tx, {}), jax.random.key(0))
   rows = jax.ShapeDtypeStruct((1, 8, 1, 256), jnp.int32)
   batch = {name: rows for name in ('inputs', 'targets', 'segments', 'positions')}
   batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-  run = step.make_train_step(loop.make_sums(objective, rep, 'float32'), tx)
+  run = step.make_train_step(make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, {}, batch).compile().memory_analysis()
   state_bytes = found['weights'] + found['optimiser moments']
   batch_bytes = 5 * 4 * math.prod(rows.shape)
@@ -96,19 +96,17 @@ def test_memory_of_a_tuned_frozen_model_beside_xlas(name):
   config = {'lora': lora, 'mask': mask}[name].get_config().to_dict()
   config['model'] |= {'vocab': 512, 'embed': 512, 'num_layers': 4, 'head_dim': 128, 'mlp': 1024}
   config['data'] |= {'batch_size': 2}
-  cfg = config | {'context': 64, 'mesh': {'data': 1}, 'init': '', 'seed': 0}
-  found = planned(cfg)['bytes per device']
+  cfg = without_data(config | {'mesh': {'data': 1}, 'init': '', 'seed': 0}, 64)
+  found = plan.plan(cfg, 1, 'a100', 0.4)['bytes per device']
   model, rep = load.build(cfg)
-  objective = objectives.build(
-    cfg['objective'], {'student': reparam.map_groups(rep, model.forward)}
-  )
-  tx = optim.build(cfg['optim'], lambda _: 1e-3, False)
-  state = jax.eval_shape(lambda k: step.init_state(rep.init(k), tx), jax.random.key(0))
+  objective = objectives.build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
+  tx = optim.build(cfg.optim, lambda _: 1e-3, False)
+  state = jax.eval_shape(lambda k: step.init_state(rep.init(k), tx, {}), jax.random.key(0))
   frozen = {'base': jax.eval_shape(model.init, jax.random.key(0))}
   rows = jax.ShapeDtypeStruct((1, 2, 1, 64), jnp.int32)
   batch = {name: rows for name in ('inputs', 'targets', 'segments', 'positions')}
   batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-  run = step.make_train_step(loop.make_sums(objective, rep, 'float32'), tx)
+  run = step.make_train_step(make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, frozen, batch).compile().memory_analysis()
   true = stats.argument_size_in_bytes + stats.temp_size_in_bytes
   assert 0.7 < sum(found.values()) / true < 1.3
@@ -152,11 +150,13 @@ def test_a_mesh_larger_than_the_machine():
 def test_distillation_pays_for_the_teacher(tmp_path):
   cfg = config(SMALL)
   plain = planned(cfg)
-  files.write_json(tmp_path / 'config.json', {'model': {'name': 'decoder', **LARGE}})
-  teacher = models.build({'name': 'decoder', **LARGE}).cfg
+  teacher = section('model', {'name': 'decoder', **LARGE})
+  write_run(tmp_path, RunConfig(model=teacher, data=loader.DataConfig()))
+  distil = {**cfg['objective'], 'name': 'distill'}
+  cfg = {**cfg, 'objective': distil}
   taught = planned({**cfg, 'teacher': str(tmp_path)})
   extra = taught['training FLOPs per token'] - plain['training FLOPs per token']
-  assert extra == decoder.forward_flops(teacher, 1024)
+  assert extra == count.forward_flops(teacher, 1024)
   assert taught['bytes per device']['teacher'] == pytest.approx(4 * 771e6, rel=4e-3)
   logits = lambda found: found['bytes per device']['logits of a chunk']
   assert logits(taught) - logits(plain) == 4 * cfg['objective']['chunk'] * teacher.vocab

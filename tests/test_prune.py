@@ -9,8 +9,10 @@ import pytest
 
 from slm import models
 from slm.models import moe
-from slm.models.decoder import num_params, unembed
+from slm.models.decoder import unembed
 from slm.pruning import slicing
+from slm.runs.config import section
+from slm.weights.count import num_params
 
 SMALL = {
   'name': 'decoder', 'vocab': 61, 'embed': 24, 'num_layers': 3, 'num_heads': 4, 'num_kv_heads': 2,
@@ -37,7 +39,7 @@ SHAPES = {
 
 def make(name):
   """Return a model and weights in which nothing is at its start."""
-  model = models.build({**SMALL, **SHAPES[name]})
+  model = models.build(section('model', {**SMALL, **SHAPES[name]}))
   params = model.init(jax.random.key(0))
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -76,7 +78,7 @@ def sets(cfg, *axes, seed=0):
 
 
 def logits_of(cfg, params, ids=None):
-  model = models.build({'name': 'decoder', **dataclasses.asdict(cfg)})
+  model = models.build(section('model', {'name': 'decoder', **dataclasses.asdict(cfg)}))
   if ids is None:
     ids = np.random.default_rng(5).integers(0, cfg.vocab, (2, 11))
   ids = np.asarray(ids, np.int32)

@@ -1,5 +1,6 @@
 """Calibrating and cutting from the command line: resumption, lineage, refusals."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -17,7 +18,7 @@ from slm.interchange import convert
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, importance, measure, slicing
-from slm.runs import ledger, load
+from slm.runs import config, ledger, load
 from slm.training import loop
 from slm.weights import sharding
 
@@ -221,9 +222,13 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
     )  # fmt: skip
   )
   prepared('data', '')
-  cfg = files.read_json(trained[0] / 'config.json')
-  cfg['model']['vocab'], cfg['data']['path'] = 392, str(tmp_path / 'data')  # padded
-  cfg['tokenizer'] = tokenizer.load(tmp_path / 'data' / 'tokenizer').fingerprint
+  cfg = config.of(trained[0])
+  cfg = dataclasses.replace(
+    cfg,
+    model=dataclasses.replace(cfg.model, vocab=392),  # padded
+    data=dataclasses.replace(cfg.data, path=str(tmp_path / 'data')),
+    tokenizer=tokenizer.load(tmp_path / 'data' / 'tokenizer').fingerprint,
+  )
   run = tmp_path / 'run'
   load.write_dense(run, cfg, load.build(cfg)[0].init(jax.random.key(0)), [])
   stats = calibrate(run, tmp_path / 'a', rows=16, data_set='law')
@@ -240,14 +245,14 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   small, whole = load.load(tmp_path / 'small', ONE()), load.load(run, ONE())
   np.testing.assert_array_equal(small.params()['embedding'], whole.params()['embedding'][kept])
   folder = tmp_path / 'small' / 'tokenizer'
-  assert tokenizer.load(folder).fingerprint == small.cfg['tokenizer'] != cfg['tokenizer']
+  assert tokenizer.load(folder).fingerprint == small.cfg.tokenizer != cfg.tokenizer
   with pytest.raises(ValueError, match='was trained with tokenizer'):
     heldout.run(tmp_path / 'small', tmp_path / 'data', ['law/test'], ONE(), 8)
   prepared('smaller', folder / 'tokenizer.model')
   # A teacher cut to the same vocabulary alone has the same tokenizer, and reads the same rows.
   commands.cut(str(run), [str(tmp_path / 'a')], {'vocab': 320}, str(tmp_path / 'teacher'))
   teacher = load.load(tmp_path / 'teacher', ONE())
-  load.same_tokenizer(teacher, small.cfg['tokenizer'])
+  load.same_tokenizer(teacher, small.cfg.tokenizer)
   found = heldout.run(tmp_path / 'small', tmp_path / 'smaller', ['law/test'], ONE(), 8)
   assert np.isfinite(found['law/test']['loss'])
   convert.export_model(tmp_path / 'small', tmp_path / 'home')

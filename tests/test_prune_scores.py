@@ -12,6 +12,7 @@ from test_prune import SHAPES, make
 from slm import models
 from slm.models import moe, observe
 from slm.pruning import importance, measure, slicing
+from slm.runs.config import section
 from slm.weights import sharding
 
 
@@ -224,7 +225,9 @@ def test_routed_experts_are_what_a_loop_says():
 
 def test_experts_are_scored_alike_by_both_dispatches_and_cut():
   model, params = make('mixtral')
-  other = models.build({'name': 'decoder', **dataclasses.asdict(model.cfg), 'dispatch': 'ragged'})
+  other = models.build(
+    section('model', {'name': 'decoder', **dataclasses.asdict(model.cfg), 'dispatch': 'ragged'})
+  )
   stats = [summed(m, params, [rows()]) for m in (model, other)]
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
   jax.tree.map(close, *(s['sums'] for s in stats))

@@ -9,22 +9,25 @@ import pytest
 
 from slm import models, reparam
 from slm.objectives import next_token
-from slm.training import loop
+from slm.runs.config import NextTokenConfig, section
+from slm.training.step import make_sums
 from slm.weights import axes, sharding
 
 MLP = ('w_gate', 'w_up', 'w_down')
 MODEL = models.build(
-  {
+  section('model', {
     'name': 'decoder', 'vocab': 23, 'embed': 12, 'num_layers': 2, 'num_heads': 2,
     'num_kv_heads': 1, 'head_dim': 4, 'mlp': 20,
-  }
+  })
 )  # fmt: skip
 KEY = jax.random.key(0)
 
 
 def project(k=3, h=4, m=5, leaves=MLP, shared_mix=True):
   cfg = {'name': 'project', 'clusters': k, 'capacity': h, 'code': m}
-  return reparam.build({**cfg, 'leaves': leaves, 'shared_mix': shared_mix}, MODEL.init)
+  return reparam.build(
+    section('reparam', {**cfg, 'leaves': leaves, 'shared_mix': shared_mix}), MODEL.init
+  )
 
 
 def batch(rows=2, t=6, groups=0):
@@ -39,7 +42,7 @@ def batch(rows=2, t=6, groups=0):
 
 
 def test_full_is_the_identity():
-  rep = reparam.build({'name': 'full'}, MODEL.init)
+  rep = reparam.build(section('reparam', {'name': 'full'}), MODEL.init)
   theta = rep.init(KEY)
   assert rep.materialize(theta, {}, None) is theta
 
@@ -69,7 +72,7 @@ def test_last_layers_projects_those_alone():
   """The layers before keep one matrix for all clusters; the last ones follow the same sum."""
   k, h, m = 3, 4, 5
   cfg = {'name': 'project', 'clusters': k, 'capacity': h, 'code': m, 'leaves': MLP}
-  rep = reparam.build({**cfg, 'shared_mix': True, 'last_layers': 1}, MODEL.init)
+  rep = reparam.build(section('reparam', {**cfg, 'shared_mix': True, 'last_layers': 1}), MODEL.init)
   with jax.enable_x64(True):  # in float32 the two orders of one sum differ by more than 1e-6
     theta = jax.tree.map(lambda x: x.astype(jnp.float64), rep.init(KEY))
     grouped = rep.materialize(theta, {}, jnp.arange(k))['blocks']['mlp']
@@ -86,13 +89,15 @@ def test_last_layers_projects_those_alone():
         np.testing.assert_allclose(dense[1], want, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(grouped[name][:, i], dense, rtol=1e-12)
   with pytest.raises(ValueError, match='last_layers: expected 0 to 2, found 3'):
-    reparam.build({**cfg, 'shared_mix': True, 'last_layers': 3}, MODEL.init).init(KEY)
+    reparam.build(
+      section('reparam', {**cfg, 'shared_mix': True, 'last_layers': 3}), MODEL.init
+    ).init(KEY)
 
 
 def test_identity_codes_make_the_projected_leaves_a_mixture():
   """With h = k = m and E = M = I, cluster i's projected leaves are slice i (paper, 2.5)."""
   k = 3
-  mixed = reparam.build({'name': 'mixture', 'clusters': k}, MODEL.init)
+  mixed = reparam.build(section('reparam', {'name': 'mixture', 'clusters': k}), MODEL.init)
   experts = mixed.init(KEY)
   rep = project(k, k, k)
   theta = rep.init(KEY)
@@ -112,12 +117,16 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
   """The mapped forward pass equals each cluster's dense model on its own rows."""
   k = 4
   rep = (
-    project(k) if name == 'project' else reparam.build({'name': name, 'clusters': k}, MODEL.init)
+    project(k)
+    if name == 'project'
+    else reparam.build(section('reparam', {'name': name, 'clusters': k}), MODEL.init)
   )
   theta, rows = rep.init(KEY), batch(groups=4)
   condition = jnp.array([2, 0, 2, 3]) if name == 'project' else jnp.arange(4)
-  objective = next_token.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
-  sums = loop.make_sums(objective, rep, 'float32')
+  objective = next_token.next_token(
+    NextTokenConfig(chunk=5), {'student': reparam.map_groups(rep, MODEL.forward)}
+  )
+  sums = make_sums(objective, rep, 'float32')
   got, weight = sums(theta, {}, {**rows, 'condition': condition})['loss']
   want = []
   for g in range(4):
@@ -134,8 +143,10 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
 
 def test_clusters_not_in_the_batch_get_no_gradient():
   rep = project(k=4)
-  objective = next_token.next_token({'student': reparam.map_groups(rep, MODEL.forward)}, chunk=5)
-  sums = loop.make_sums(objective, rep, 'float32')
+  objective = next_token.next_token(
+    NextTokenConfig(chunk=5), {'student': reparam.map_groups(rep, MODEL.forward)}
+  )
+  sums = make_sums(objective, rep, 'float32')
   rows = {**batch(groups=2), 'condition': jnp.array([1, 3])}
   grads = jax.grad(lambda t: sums(t, {}, rows)['loss'][0].sum())(rep.init(KEY))
   moved = np.abs(np.asarray(grads['expert_code'])).sum(1) > 0
@@ -145,13 +156,13 @@ def test_clusters_not_in_the_batch_get_no_gradient():
 
 def test_initial_scale_of_a_projected_weight_is_a_dense_weights():
   big = models.build(
-    {
+    section('model', {
       'name': 'decoder', 'vocab': 8, 'embed': 64, 'num_layers': 2, 'num_heads': 2,
       'num_kv_heads': 2, 'head_dim': 8, 'mlp': 96,
-    }
+    })
   )  # fmt: skip
   cfg = {'name': 'project', 'clusters': 32, 'capacity': 16, 'code': 16, 'leaves': MLP}
-  rep = reparam.build({**cfg, 'shared_mix': True}, big.init)
+  rep = reparam.build(section('reparam', {**cfg, 'shared_mix': True}), big.init)
   theta, dense = jax.jit(rep.init)(KEY), big.init(KEY)
   params = rep.materialize(theta, {}, jnp.arange(32))
   for name in MLP:
@@ -171,7 +182,10 @@ def test_parameter_count_is_the_papers_formula():
 
 
 def test_specialist_has_the_dense_models_structure():
-  for rep in (project(), reparam.build({'name': 'mixture', 'clusters': 3}, MODEL.init)):
+  for rep in (
+    project(),
+    reparam.build(section('reparam', {'name': 'mixture', 'clusters': 3}), MODEL.init),
+  ):
     made = rep.materialize(rep.init(KEY), {}, 1)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(made) == shapes(MODEL.init(KEY))
@@ -192,7 +206,9 @@ SECTIONS = {
 
 
 def build(name):
-  return reparam.build({'name': name.partition('_')[0], **SECTIONS[name]}, MODEL.init)
+  return reparam.build(
+    section('reparam', {'name': name.partition('_')[0], **SECTIONS[name]}), MODEL.init
+  )
 
 
 def moved(theta):
@@ -327,17 +343,19 @@ def test_lora_adds_its_scaled_product_and_masks_switch_weights_off():
 
 def test_code_tunes_one_vector_of_a_frozen_network():
   network = {'name': 'project', **SECTIONS['project']}
-  base = reparam.build(network, MODEL.init)
+  base = reparam.build(section('reparam', network), MODEL.init)
   theta = base.init(KEY)
   p = [0.5, 0.2, 0.3]
-  rep = reparam.build({'name': 'code', 'of': network, 'histogram': p}, MODEL.init)
+  rep = reparam.build(
+    section('reparam', {'name': 'code', 'of': network, 'histogram': p}), MODEL.init
+  )
   delta = rep.init(KEY)
   assert jax.tree.map(jnp.shape, delta) == {'expert_code': (1, 5)}
   got = rep.materialize(delta, {'base': theta}, None)
   want = base.materialize(theta, {}, jnp.array(p))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
   with pytest.raises(ValueError, match='expected init to name'):
-    reparam.build({'name': 'code', 'of': {}, 'histogram': ()}, MODEL.init)
+    reparam.build(section('reparam', {'name': 'code'}), MODEL.init)
 
 
 def test_mixture_and_demix_start_from_a_dense_model():
@@ -361,7 +379,7 @@ def test_counted_flops_of_forming_weights_are_xlas(name):
 
 
 def test_mixture_needs_every_cluster_in_a_batch():
-  rep = reparam.build({'name': 'mixture', 'clusters': 3}, MODEL.init)
+  rep = reparam.build(section('reparam', {'name': 'mixture', 'clusters': 3}), MODEL.init)
   with pytest.raises(ValueError, match='expected a group per expert'):
     rep.materialize(rep.init(KEY), {}, jnp.arange(2))
 
@@ -370,21 +388,21 @@ def test_unknown_names_are_refused():
   with pytest.raises(ValueError, match=r"reparam.leaves: .*'w_gat'"):
     project(leaves=('w_gat',)).init(KEY)
   with pytest.raises(ValueError, match="found 'projct'"):
-    reparam.build({'name': 'projct'}, MODEL.init)
+    reparam.build(section('reparam', {'name': 'projct'}), MODEL.init)
 
 
 def test_expert_parallel_mixture_needs_no_communication():
   """With experts and their groups on the mesh, the forward pass holds no collective."""
   k = 8
   mesh = sharding.make_mesh({'expert': k})
-  rep = reparam.build({'name': 'mixture', 'clusters': k}, MODEL.init)
-  objective = next_token.next_token({'student': MODEL.forward}, chunk=6)
+  rep = reparam.build(section('reparam', {'name': 'mixture', 'clusters': k}), MODEL.init)
+  objective = next_token.next_token(NextTokenConfig(chunk=6), {'student': MODEL.forward})
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(rep.init, KEY)
     theta = jax.jit(rep.init, out_shardings=sharding.shardings(shapes, mesh))(KEY)
     rows = {**batch(groups=k), 'condition': jnp.arange(k)}
     rows = jax.device_put(rows, sharding.batch_sharding(mesh))
-    sums = loop.make_sums(objective, rep, 'float32')
+    sums = make_sums(objective, rep, 'float32')
     text = jax.jit(lambda t, r: sums(t, {}, r)['loss'][0]).lower(theta, rows).compile().as_text()
     gradient = jax.jit(
       jax.grad(lambda t, r: sums(t, {}, r)['loss'][0].sum()),

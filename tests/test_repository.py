@@ -12,9 +12,10 @@ from configs import base, minitron
 from experiments.specialise import runs, scales
 from slm import objectives
 from slm.models.config import DecoderConfig
-from slm.models.decoder import num_params
 from slm.runs import load
+from slm.runs.config import read
 from slm.training import optim
+from slm.weights.count import num_params
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -101,9 +102,10 @@ def test_config_builds_and_adds_no_unknown_key(name):
   if name == 'code':  # init decides what it tunes
     network = importlib.import_module('configs.project').get_config().reparam.to_dict()
     config['reparam'] |= {'of': network, 'histogram': (1 / 16,) * 16}
-  load.build(config)
-  objectives.build(config['objective'], {})
-  optim.schedule(config['schedule'], config['steps'])
+  cfg = read(config)
+  load.build(cfg)
+  objectives.build(cfg.objective, {})
+  optim.schedule(cfg.schedule, cfg.steps)
 
 
 def test_recipes_train_by_known_keys():

@@ -11,12 +11,12 @@ from configs import base, distill
 from slm.base import files
 from slm.inference import latency
 from slm.models.config import DecoderConfig
-from slm.models.decoder import num_params
 from slm.objectives import heldout
 from slm.pruning import commands, search
 from slm.runs import load, rundir
 from slm.training import loop
 from slm.weights import sharding
+from slm.weights.count import num_params
 
 WHOLE = DecoderConfig(
   vocab=320, embed=16, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=8, mlp=32

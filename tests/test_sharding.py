@@ -8,14 +8,15 @@ from jax.sharding import PartitionSpec as P
 
 from slm import models
 from slm.objectives import next_token
+from slm.runs.config import NextTokenConfig, section
 from slm.weights import axes, sharding
 
 MODEL = models.build(
-  {
+  section('model', {
     'name': 'decoder', 'vocab': 32, 'embed': 16, 'num_layers': 2, 'num_heads': 4,
     'num_kv_heads': 4, 'head_dim': 4, 'mlp': 24, 'qk_norm': 'head', 'qkv_bias': True,
     'tied': False,
-  }
+  })
 )  # fmt: skip
 KEY = jax.random.key(0)
 
@@ -47,7 +48,7 @@ def test_weights_lie_as_the_rules_say(mesh):
 
 
 def test_sharded_init_and_loss_equal_one_device(mesh):
-  objective = next_token.next_token({'student': MODEL.forward}, chunk=32)
+  objective = next_token.next_token(NextTokenConfig(chunk=32), {'student': MODEL.forward})
   alone = MODEL.init(KEY)
   want, want_grad = jax.value_and_grad(lambda p: objective(p, {}, rows())['loss'][0])(alone)
   with jax.set_mesh(mesh):

@@ -1,6 +1,7 @@
 """Cached teachers: unbiased, free of order, mesh and padding, resumable, checked."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 
 from configs import base
-from slm import objectives
+from slm import models, objectives
 from slm.base import files
 from slm.data import loader
-from slm.models.decoder import forward_flops, unembed
+from slm.models.decoder import unembed
 from slm.objectives import distill, losses, signals
 from slm.runs import ledger, load, rundir
+from slm.runs.config import of as config_of
+from slm.runs.config import section
 from slm.training import loop
 from slm.weights import sharding
+from slm.weights.count import forward_flops
 
 KD = {'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
 
@@ -55,12 +59,12 @@ def batches(tiny_data, look_up=None, step=0):
 
 def student(root, vocab=0):
   """Build a student, its vocabulary padded to a size, and draw its weights."""
-  cfg = files.read_json(root / 'teacher' / 'config.json')['model']
-  build = lambda **more: load.build({'model': {**cfg, **more}, 'reparam': {'name': 'full'}})[0]
+  cfg = config_of(root / 'teacher').model
+  build = lambda **more: models.build(dataclasses.replace(cfg, **more))
   params = build().init(jax.random.key(7))
-  pad = max(vocab - cfg['vocab'], 0)
+  pad = max(vocab - cfg.vocab, 0)
   params['embedding'] = jnp.pad(params['embedding'], ((0, pad), (0, 0)), constant_values=0.3)
-  return build(vocab=cfg['vocab'] + pad), params
+  return build(vocab=cfg.vocab + pad), params
 
 
 def cached(root, tiny_data, mode, vocab=0, kl='forward'):
@@ -68,7 +72,9 @@ def cached(root, tiny_data, mode, vocab=0, kl='forward'):
   found = signals.Signals(root / mode)
   model, params = student(root, vocab)
   recall = lambda *a: distill.recall(found.about['vocab'], *a)
-  objective = objectives.build({**KD, 'kl': kl}, {'student': model.forward, 'signals': recall})
+  objective = objectives.build(
+    section('objective', {**KD, 'kl': kl}), {'student': model.forward, 'signals': recall}
+  )
   batch = batches(tiny_data, found)
   loss = lambda p, batch: objective(p, {}, batch)['loss'][0]
   return jax.jit(jax.value_and_grad(loss)), params, batch
@@ -78,7 +84,7 @@ def live(root, tiny_data, **more):
   loaded = load.load(root / 'teacher', sharding.make_mesh({'data': -1}))
   model, params = student(root)
   forward = {'student': model.forward, 'teacher': loaded.model.forward}
-  objective = objectives.build({**KD, **more}, forward)
+  objective = objectives.build(section('objective', {**KD, **more}), forward)
   loss = lambda p, batch: objective(p, {'teacher': loaded.params()}, batch)['loss'][0]
   return jax.jit(jax.value_and_grad(loss))(params, batches(tiny_data))
 
@@ -109,10 +115,10 @@ def test_order_and_padding_of_the_vocabulary_do_not_matter(mode, made, tiny_data
 def test_rows_are_found_in_any_order_and_empty_ones_are_nothing(made, tiny_data):
   found = signals.Signals(made / 'topk')
   rows = loader.Split(tiny_data, 'generic', 'train').read(np.array([5, 300, -1, 0]))
-  ahead, back = found(rows), found(rows[::-1])
+  ahead, back = found(rows), found({name: x[::-1] for name, x in rows.items()})
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[::-1]), ahead, back)
   assert (ahead['teacher_probs'][2] == 0).all() and ahead['teacher_probs'][1, 0, 0] > 0
-  rows[0, 0, 0] += 1
+  rows['tokens'][0, 0] += 1
   with pytest.raises(ValueError, match='holds no signals of a row'):
     found(rows)
 
@@ -207,7 +213,7 @@ def test_what_the_signals_cannot_give_is_refused(made, tiny_data, tmp_path):
   run = lambda c: loop.train(c.to_dict(), tmp_path / 'run')
   for change, message in (
     ({'temperature': 2.0}, 'objective.temperature=2.0: with a teacher_cache expected 1.0'),
-    ({'correct': True}, 'objective.correct=True: with a teacher_cache expected 0.0'),
+    ({'correct': 1.0}, 'objective.correct=1.0: with a teacher_cache expected 0.0'),
     ({'kl': 'reverse'}, "objective.kl='reverse': with a teacher_cache of mode 'sampled'"),
   ):
     c.objective = {**KD, **change}

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.base import files
 from slm.data import loader
 from slm.inference import specialist
-from slm.models.decoder import forward_flops, unembed
+from slm.models.decoder import unembed
 from slm.objectives import heldout, next_token
-from slm.runs import ledger, load
+from slm.reparam.dense import FullConfig
+from slm.runs import config, ledger, load
+from slm.runs.config import NextTokenConfig, resolve
 from slm.training import loop
 from slm.weights import sharding
+from slm.weights.count import forward_flops
 
 MESH = lambda: sharding.make_mesh({'data': 1}, jax.devices()[:1])
 
@@ -52,7 +54,7 @@ def test_specialist_is_an_ordinary_dense_run(trained, tmp_path, tiny_data):
   cluster = specialist.specialise(trained, 'court', tmp_path / 'one', 'frequent', 'court-2000')
   assert cluster == int(np.argmax(loader.histogram(tiny_data, 'court', 'train', 2, 'court-2000')))
   one, many = load.load(tmp_path / 'one', MESH()), load.load(trained, MESH())
-  assert one.cfg['reparam'] == {'name': 'full'}
+  assert one.cfg.reparam == FullConfig()
   for a, b in zip(
     jax.tree.leaves(one.params()), jax.tree.leaves(many.params(cluster)), strict=True
   ):
@@ -163,10 +165,10 @@ def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):
 def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
   loop.train(tiny_config.to_dict(), tmp_path / 'run')
   phases = {p['phase']: p for p in ledger.read_ledger(tmp_path / 'run')['phases']}
-  cfg = loop.resolve(tiny_config.to_dict())
+  cfg = resolve(tiny_config.to_dict())
   model, _ = load.build(cfg)
   assert phases['pretrain']['flops'] == 4 * 8 * 32 * 3 * forward_flops(model.cfg, 32)
-  batches = loader.build(loader.DataConfig(seed=0, **cfg['data']))
+  batches = loader.build(cfg.data)
   assert phases['pretrain']['tokens'] == sum(int(next(batches)['weights'].sum()) for _ in range(4))
   assert phases['pretrain']['device_seconds'] > 0
   assert phases['pretrain']['peak_memory_bytes'] > 0
@@ -174,8 +176,7 @@ def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
 
 
 def test_projection_flops_are_counted(trained):
-  cfg = files.read_json(trained / 'config.json')
-  model, rep = load.build(cfg)
+  model, rep = load.build(config.of(trained))
   flops = {p['phase']: p for p in ledger.read_ledger(trained)['phases']}['pretrain']['flops']
   dense = 4 * 8 * 32 * 3 * forward_flops(model.cfg, 32)
   mlp = 3 * 16 * 32 * 2  # weights of the MLPs of two layers
@@ -185,14 +186,15 @@ def test_projection_flops_are_counted(trained):
 
 def test_objective_is_the_one_evaluated(tiny_config, tmp_path, tiny_data):
   """The training loss at the first step is the held-out measure on that batch."""
-  cfg = loop.resolve(tiny_config.to_dict())
+  cfg = resolve(tiny_config.to_dict())
   model, rep = load.build(cfg)
   params = rep.init(jax.random.key(0))
-  batch = next(loader.build(loader.DataConfig(seed=0, **cfg['data'])))
+  batch = next(loader.build(cfg.data))
   rows = jax.tree.map(
     lambda x: x[0].reshape(-1, x.shape[-1]), {**batch, 'condition': batch['weights']}
   )
-  value, weight = next_token.next_token({'student': model.forward}, 64)(params, {}, rows)['loss']
+  objective = next_token.next_token(NextTokenConfig(chunk=64), {'student': model.forward})
+  value, weight = objective(params, {}, rows)['loss']
   per_row = heldout.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
   np.testing.assert_allclose(per_row.sum(0), [value, weight], rtol=1e-5)
 

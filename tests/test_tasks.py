@@ -22,6 +22,7 @@ from slm.data import tokenizer
 from slm.inference import scoring, tasks
 from slm.interchange import convert
 from slm.models.decoder import unembed
+from slm.runs import config
 from slm.weights import sharding
 
 MESH = lambda: sharding.make_mesh({'data': -1})
@@ -60,7 +61,7 @@ def questions(count=30, choices=3):
 
 @functools.cache
 def full():
-  model = models.build(files.read_json(toy.random_run() / 'config.json')['model'])
+  model = models.build(config.of(toy.random_run()).model)
   return jax.jit(lambda p, batch: jax.nn.log_softmax(unembed(p, model.forward(p, batch))))
 
 

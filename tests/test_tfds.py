@@ -45,7 +45,7 @@ def test_prepared_like_a_file_of_the_same_documents(built, tmp_path):
     split = loader.Split(cfg.out, 'generic', 'train')
     windows = [
       bytes(tokens[segments == i])
-      for tokens, segments in split.read(split.ids)
+      for tokens, segments in zip(*split.read(split.ids).values(), strict=True)
       for i in range(1, segments.max() + 1)
     ]
     counts = [[facts[s][key] for key in ('documents', 'windows', 'tokens', 'bytes')] for s in facts]

@@ -1,6 +1,7 @@
 """The train loop: golden values, resumption, meshes, early stopping, bad input."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import signal
@@ -20,8 +21,10 @@ from slm.data import loader
 from slm.objectives import heldout
 from slm.reporting import comparison
 from slm.runs import checkpoint, ledger, load, rundir
+from slm.runs.config import resolve, section
 from slm.training import loop, optim, step
 from slm.training.recorder import Recorder
+from slm.training.step import make_sums
 from slm.weights import sharding
 
 
@@ -98,7 +101,7 @@ def specialists(c, name):
     'full': {},
     'lora': {'rank': 2, 'alpha': 4.0, 'leaves': leaves},
     'mask': {'leaves': leaves, 'threshold': 5e-3},
-    'code': {'of': {}, 'histogram': ()},
+    'code': {},
     'mixture': {'clusters': 2},
     'demix': {'clusters': 2, 'leaves': leaves},
     'project': {'clusters': 2, 'capacity': 3, 'code': 4, 'leaves': leaves, 'shared_mix': True},
@@ -180,7 +183,7 @@ def test_optimiser_state_is_sharded_like_the_weights(tiny_config, tmp_path):
   c.mesh.update(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(c.mesh.to_dict())
   with jax.set_mesh(mesh):
-    run = loop._Run(loop.resolve(c.to_dict()), tmp_path, mesh)
+    run = loop._Run(resolve(c.to_dict()), tmp_path, mesh)
     state = run.initial_state()
   moments = [s for s in jax.tree.leaves(state.opt_state) if s.ndim > 1]
   weights = [w for w in jax.tree.leaves(state.theta) if w.ndim > 1] * 2
@@ -195,19 +198,23 @@ def test_mixture_equals_separate_runs(tiny_config, tmp_path):
   loop.train(c.to_dict(), tmp_path / 'together')
   mesh = sharding.make_mesh({'data': 1})
   joint = load.load(tmp_path / 'together', mesh)
-  cfg = loop.resolve(c.to_dict())
-  batches = loader.build(loader.DataConfig(seed=cfg['seed'], **cfg['data']))
+  cfg = resolve(c.to_dict())
+  batches = loader.build(cfg.data, seed=cfg.seed)
   model, rep = load.build(cfg)
 
-  tx = optim.build(cfg['optim'], optim.schedule(cfg['schedule'], cfg['steps']), False)
-  sums = loop.make_sums(
-    objectives.build(cfg['objective'], {'student': model.forward}),
-    reparam.build({'name': 'full'}, model.init),
+  tx = optim.build(
+    cfg.optim,
+    optim.schedule(cfg.schedule, cfg.steps),
+    False,
+  )
+  sums = make_sums(
+    objectives.build(cfg.objective, {'student': model.forward}),
+    reparam.build(section('reparam', {'name': 'full'}), model.init),
     'float32',
   )
   one = jax.jit(step.make_train_step(sums, tx))
   start = rep.init(jax.random.fold_in(jax.random.key(0), 0))['experts']
-  states = [step.init_state(jax.tree.map(lambda w, e=e: w[e], start), tx) for e in range(2)]
+  states = [step.init_state(jax.tree.map(lambda w, e=e: w[e], start), tx, {}) for e in range(2)]
   for _ in range(4):
     batch = next(batches)
     for e in range(2):
@@ -243,11 +250,14 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, m
 def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
   mesh = sharding.make_mesh({'data': 8})
   with jax.set_mesh(mesh):
-    run = loop._Run(loop.resolve(tiny_config.to_dict()), tmp_path, mesh)
+    run = loop._Run(resolve(tiny_config.to_dict()), tmp_path, mesh)
     state = run.initial_state()
-    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(run.shapes)]
+    leaves = jax.tree_util.tree_leaves_with_path(run.shapes.theta)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
     state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
-    _, found = jax.jit(run.steps['rows'])(state, {}, run.global_batch(next(run.batches)))
+    batch = run.global_batch(next(run.batches))
+    with run.recorder(0) as record:
+      _, found = run.step('rows', state, batch, record)
   assert int(found['bad_leaf']) >= 0
   assert names[int(found['bad_leaf'])]
   assert not np.isfinite(found['loss'])
@@ -440,3 +450,52 @@ def test_a_code_is_refused_on_other_clusters(tiny_config, tiny_data, tmp_path):
   c.init, c.data.path = str(tmp_path / 'run'), str(other)
   with pytest.raises(ValueError, match='was trained on other clusters'):
     loop.train(c.to_dict(), tmp_path / 'code')
+
+
+def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
+  tiny_config, tmp_path, monkeypatch
+):
+  """The loop takes what a set-up names: rewritten batches, values, parts that are trained."""
+  c, plain = tiny_config, objectives.setup
+
+  def setup(cfg, model, rep, mesh):
+    base = plain(cfg, model, rep, mesh)
+
+    def scaled(params, frozen, batch):
+      sums = base.objectives['rows'](params, frozen, batch)
+      bonus = batch.get('bonus', jax.numpy.zeros(())).sum()
+      value, weight = sums['loss']
+      return {'loss': (value * frozen['gain']['scale'].sum() + bonus, weight)}
+
+    def rewrite(theta, frozen, batch, step):
+      if step % 2:
+        return 'rows', batch
+      short = {k: x[..., :16] if x.ndim == 4 else x for k, x in batch.items()}
+      return 'short', short | {'bonus': jax.numpy.ones_like(short['weights'])}
+
+    beside = {'gain': {'scale': jax.numpy.ones(4)}}
+    where = sharding.shardings(beside, mesh)
+    return dataclasses.replace(
+      base,
+      objectives={'rows': scaled, 'short': scaled},
+      evaluators={**base.evaluators, 'extra': lambda of: {'loss': 1.0, 'tokens': 3, 'hits': 2.0}},
+      beside=jax.device_put(beside, where),
+      rates={'gain': 0.5},
+      rewrite=rewrite,
+    )
+
+  monkeypatch.setattr(objectives, 'setup', setup)
+  loop.train(c.to_dict(), tmp_path / 'whole')
+  lines = rundir.read_metrics(tmp_path / 'whole')
+  tokens = np.diff([0, *(x['tokens'] for x in lines)])
+  assert (tokens[1::2] < 0.6 * tokens[::2]).all()
+  assert [x['eval_extra_hits'] for x in lines if 'eval_loss' in x] == [2.0, 2.0]
+  with checkpoint.Checkpoints(tmp_path / 'whole' / 'checkpoints') as saved:
+    assert saved.latest == 4
+  assert 'gain' not in theta(tmp_path / 'whole')  # a checkpoint serves theta alone
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, 'StopSignal', lambda: Stop(2))
+    with pytest.raises(console.Interrupted):
+      loop.train(c.to_dict(), tmp_path / 'halves')
+  loop.train(c.to_dict(), tmp_path / 'halves')
+  assert metrics(tmp_path / 'halves') == metrics(tmp_path / 'whole')

@@ -11,7 +11,10 @@ import numpy as np
 
 from slm import models
 from slm.data import prepare, settings, tokenizer
+from slm.data.loader import DataConfig
+from slm.models.config import DecoderConfig
 from slm.runs import load
+from slm.runs.config import EvalConfig, NextTokenConfig, RunConfig
 
 TOPICS = {
   'sea': 'ship sail harbour wave anchor captain tide island storm rope',
@@ -81,18 +84,14 @@ def random_run() -> pathlib.Path:
   root = pathlib.Path(tempfile.mkdtemp(prefix='slm-toy-'))
   text = ' '.join(documents(list(TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], root / 'data' / 'tokenizer')
-  config = {
-    'phase': 'pretrain', 'steps': 0, 'seed': 0, 'dtype': 'float32', 'context': 64,
-    'model': {
-      'name': 'decoder', 'vocab': tok.vocab, 'embed': 32, 'num_layers': 2, 'num_heads': 4,
-      'num_kv_heads': 2, 'head_dim': 8, 'mlp': 48,
-    },
-    'reparam': {'name': 'full'}, 'objective': {'name': 'next_token', 'chunk': 64},
-    'eval': {'patience': 0, 'batch_size': 8}, 'init': '', 'teacher': '', 'clustering': '',
-    'data': {'path': str(root / 'data'), 'set': 'generic', 'level': 0},
-    'tokenizer': tok.fingerprint,
-  }  # fmt: skip
-  params = models.build(config['model']).init(jax.random.key(5))
+  cfg = RunConfig(
+    steps=0, context=64, tokenizer=tok.fingerprint, objective=NextTokenConfig(chunk=64),
+    model=DecoderConfig(
+      vocab=tok.vocab, embed=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp=48
+    ),
+    eval=EvalConfig(batch_size=8), data=DataConfig(path=str(root / 'data')),
+  )  # fmt: skip
+  params = models.build(cfg.model).init(jax.random.key(5))
   params['embedding'] = params['embedding'] * 12  # confident, so that what it writes varies
-  load.write_dense(root / 'run', config, params, [])
+  load.write_dense(root / 'run', cfg, params, [])
   return root / 'run'

@@ -12,14 +12,13 @@ import scipy.stats
 
 from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SEARCHED, STUDENTS, cut_run
-from slm import models
 from slm.base import files
 from slm.data import loader
 from slm.models.config import DecoderConfig
-from slm.models.decoder import forward_flops, num_params
 from slm.reporting import comparison
 from slm.reporting.comparison import Cost, Difference, Loss
-from slm.runs import rundir
+from slm.runs import config, rundir
+from slm.weights.count import forward_flops, num_params
 
 TEACHER = 'teacher'
 # Students of about equal size that are distilled alike, and so compete.
@@ -98,10 +97,10 @@ class Found:
     """
     student = next(s for s in STUDENTS if s.name == name)
     found, before = self.training(name), {student.guide}
-    start = Path(rundir.read_config(self.runs(name)[0])['init']).name
+    start = Path(config.of(self.runs(name)[0]).init).name
     while start not in ('', TEACHER):  # by name: the study's directory may have moved
       before.add(start)
-      start = Path(rundir.read_config(self.root / 'runs' / start)['init']).name
+      start = Path(config.of(self.root / 'runs' / start).init).name
     for run in before - {'', TEACHER}:
       found += comparison.training_cost(self.root / 'runs' / run) or Cost()
     if student.shape == SEARCHED:
@@ -111,7 +110,7 @@ class Found:
 
 def shape(run: Path) -> DecoderConfig:
   """Read a run's shape."""
-  return models.build(rundir.read_config(run)['model']).cfg
+  return config.of(run).model
 
 
 def _repeated(loss: Loss, seeds: Iterable[int]) -> Loss:
@@ -130,9 +129,9 @@ def search_cost(folder: Path) -> Cost:
 
 def equal_steps(run: Path, teacher: Path) -> int:
   """Return the steps of next-token training that cost what a distillation cost."""
-  cfg = rundir.read_config(run)
-  mine, theirs = (forward_flops(shape(p), cfg['context']) for p in (run, teacher))
-  return round(cfg['steps'] * (3 * mine + theirs) / (3 * mine))
+  cfg = config.of(run)
+  mine, theirs = (forward_flops(shape(p), cfg.context) for p in (run, teacher))
+  return round(cfg.steps * (3 * mine + theirs) / (3 * mine))
 
 
 def read(scale: Scale, root: Path) -> Found:

@@ -22,12 +22,12 @@ from slm.base import console
 from slm.data import loader
 from slm.inference import tasks
 from slm.models.config import DecoderConfig
-from slm.models.decoder import num_params
 from slm.objectives import heldout
 from slm.pruning import commands, search, slicing
 from slm.runs import rundir
 from slm.training import loop
 from slm.weights import sharding
+from slm.weights.count import num_params
 
 BY_NAME = {s.name: s for s in STUDENTS}
 _ITEMS = 300  # of a task file, the first

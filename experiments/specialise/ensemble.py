@@ -8,6 +8,7 @@ exp(-|e - mu|^2 / T) summed over the cluster's finest centroids mu, then the `to
 normalised. No domain text and no fine-tuning are needed; what is served is every specialist.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from slm.base import console, files
 from slm.data import cluster, loader
 from slm.data.tokenizer import load as load_tokenizer
 from slm.objectives import heldout, losses
-from slm.runs import ledger, load, rundir
+from slm.runs import config, ledger, load, rundir
 from slm.weights import sharding, tree
 
 
@@ -65,8 +66,8 @@ def rows(
   def token_losses(theta, e, batch):
     # Taken out inside: no second copy of every specialist is held.
     params = loaded.reparam.materialize(theta, loaded.frozen, e)
-    params = tree.cast(params, jnp.dtype(cfg['dtype']))
-    return losses.token_losses(loaded.model.forward, params, batch, cfg['objective']['chunk'])
+    params = tree.cast(params, jnp.dtype(cfg.dtype))
+    return losses.token_losses(loaded.model.forward, params, batch, cfg.objective.chunk)
 
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
@@ -106,7 +107,7 @@ def ensemble(
   """
   workdir, mesh = Path(workdir), sharding.make_mesh({'data': -1})
   loaded = load.load(run, mesh, finished=True)
-  path, level = loaded.cfg['data']['path'], loaded.reparam.clusters
+  path, level = loaded.cfg.data.path, loaded.reparam.clusters
   if not level:
     raise ValueError(f'{run} holds one dense model: there is nothing to ensemble')
   if not 1 <= top <= level or temperature <= 0 or every < 1:
@@ -119,13 +120,12 @@ def ensemble(
   load.same_clusters(loaded, path)
   for name in sets:
     loader.Split(path, *name.partition('/')[::2])  # before anything is written: is it there?
-  if 'routed_from' in manifest:
-    raise ValueError(f'{path}: its clusters are by likelihood, which gives texts no distances')
   how = {'top': top, 'temperature': temperature, 'every': every}
   made = {'of': str(Path(run).resolve()), 'step': loaded.step, 'rule': 'ensemble', **how}
-  config = {**loaded.cfg, 'phase': 'select', 'init': '', 'teacher': '', 'specialist': made}
-  rundir.check_run(workdir, config)
-  rundir.write_run(workdir, config)
+  changes = {'init': '', 'teacher': '', 'specialist': made}
+  cfg = dataclasses.replace(loaded.cfg, phase='select', **changes)
+  config.check_run(workdir, cfg)
+  config.write_run(workdir, cfg)
   ledger.write_ledger(workdir, [], [str(Path(run).resolve())])
   folder = rundir.evaluations(workdir)
   there = folder.with_suffix('.json')

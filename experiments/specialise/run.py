@@ -21,7 +21,6 @@ from experiments import common
 from experiments.specialise import check, claims, ensemble, runs
 from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
-from slm import models
 from slm.base import console, files
 from slm.data import dsir, importance, loader
 from slm.inference import specialist
@@ -29,6 +28,7 @@ from slm.objectives import heldout
 from slm.reporting import report
 from slm.reporting.study import load_study
 from slm.runs import rundir
+from slm.runs.config import section, without_data
 from slm.training import loop, plan
 from slm.weights import sharding
 
@@ -211,8 +211,8 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
       )
       what = json.dumps([{**cfg, 'seed': 0}, teacher], sort_keys=True)
       if what not in plans:  # runs differ mostly in their text
-        shape = teacher and models.build(teacher).cfg
-        plans[what] = plan.plan(cfg, cfg['mesh']['data'], chip, mfu, context, shape)
+        shape = teacher and section('model', teacher)
+        plans[what] = plan.plan(without_data(cfg, context), cfg['mesh']['data'], chip, mfu, shape)
       found = plans[what]
       name = job['name'].split('-')[0] if cfg['phase'] == 'pretrain' else cfg['phase']
       kinds.setdefault(name, []).append(found)

@@ -6,8 +6,9 @@ from typing import Any
 from experiments.specialise.methods import FAMILIES, METHODS, Family, Method
 from experiments.specialise.scales import Scale
 from slm.models.config import DecoderConfig
-from slm.models.decoder import forward_flops, num_params
+from slm.runs.config import section
 from slm.training import optim
+from slm.weights.count import forward_flops, num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Study:
     steps = self._steps(FAMILIES[family.init])
     warmup = self.scale.warmup or steps // 20
     found = {'name': self.scale.schedule, 'peak': self.scale.peak, 'warmup': warmup}
-    schedule = optim.schedule({**found, 'final': 0.1, 'decay': 0.2}, steps)
+    schedule = optim.schedule(section('schedule', {**found, 'final': 0.1, 'decay': 0.2}), steps)
     return float(schedule(round(steps * family.init_share)))
 
   def _smallest(self, domain: str) -> str:

@@ -20,13 +20,16 @@ from absl import flags
 from experiments.speed.run import HYPER, machine, make_batch
 from slm import models, objectives, reparam
 from slm.base import console, files
+from slm.data.loader import DataConfig
 from slm.inference import latency
 from slm.interchange import convert
 from slm.models.config import DecoderConfig
+from slm.objectives import losses
 from slm.pruning import measure
 from slm.runs import load
-from slm.training import loop, optim
-from slm.training.step import init_state, make_train_step
+from slm.runs.config import RunConfig, section
+from slm.training import optim
+from slm.training.step import init_state, make_sums, make_train_step
 from slm.weights import sharding
 
 Entry = Callable[[], None]
@@ -68,7 +71,7 @@ SCALES = {
 
 def built(cfg: DecoderConfig) -> tuple[models.Model, Any]:
   """Return a model and random weights."""
-  model = models.build({'name': 'decoder', **dataclasses.asdict(cfg)})
+  model = models.build(cfg)
   return model, jax.jit(model.init)(jax.random.key(0))
 
 
@@ -76,13 +79,8 @@ def importing(scale: Scale, folder: Path) -> dict[str, Entry]:
   """Return reading a checkpoint's bytes, and reading it as a model."""
   _, params = built(scale.teacher)
   run, path = folder / 'run', folder / 'hf'
-  config = {
-    'phase': 'pretrain', 'steps': 0, 'seed': 0, 'dtype': 'float32', 'context': scale.context,
-    'model': {'name': 'decoder', **dataclasses.asdict(scale.teacher)}, 'init': '', 'teacher': '',
-    'reparam': {'name': 'full'}, 'objective': OBJECTIVES['next_token'], 'tokenizer': '',
-    'eval': {'patience': 0}, 'data': {'path': '', 'set': '', 'level': 0}, 'clustering': '',
-  }  # fmt: skip
-  load.write_dense(run, config, params, [])
+  cfg = RunConfig(steps=0, context=scale.context, model=scale.teacher, data=DataConfig())
+  load.write_dense(run, cfg, params, [])
   convert.export_model(run, path)
   weights = [p for p in path.iterdir() if p.suffix == '.safetensors']
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
@@ -140,15 +138,15 @@ def training(scale: Scale) -> dict[str, Entry]:
   batch = jax.device_put(make_batch(scale.teacher.vocab, scale.rows, scale.context))
   teacher, weights = built(scale.teacher)
   flat = {name: x[0, :, 0] for name, x in batch.items() if x.ndim == 4}
-  losses = jax.jit(lambda p, b: losses.token_losses(teacher.forward, p, b, 512))
-  found = {'teacher forward': lambda: losses(weights, flat).block_until_ready()}
+  forward = jax.jit(lambda p, b: losses.token_losses(teacher.forward, p, b, 512))
+  found = {'teacher forward': lambda: forward(weights, flat).block_until_ready()}
   for name, cfg in OBJECTIVES.items():
-    model = models.build({'name': 'decoder', **dataclasses.asdict(scale.student)})
-    rep = reparam.build({'name': 'full'}, model.init)
+    model = models.build(scale.student)
+    rep = reparam.build(section('reparam', {'name': 'full'}), model.init)
     passes = {'student': reparam.map_groups(rep, model.forward), 'teacher': teacher.forward}
-    tx = optim.build(HYPER, lambda step: 1e-3, rep.independent)
-    sums = loop.make_sums(objectives.build(cfg, passes), rep, 'float32')
-    state = jax.jit(lambda t, tx=tx: init_state(t, tx))(jax.jit(rep.init)(jax.random.key(0)))
+    tx = optim.build(section('optim', HYPER), lambda step: 1e-3, rep.independent)
+    sums = make_sums(objectives.build(section('objective', cfg), passes), rep, 'float32')
+    state = jax.jit(lambda t, tx=tx: init_state(t, tx, {}))(jax.jit(rep.init)(jax.random.key(0)))
     frozen = {'teacher': weights} if name == 'distill' else {}
     step = jax.jit(make_train_step(sums, tx), donate_argnums=0)
     held = [state]

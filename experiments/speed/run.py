@@ -23,10 +23,11 @@ from experiments.speed import reference
 from slm import models, objectives, reparam
 from slm.base import console, files
 from slm.inference import latency
-from slm.models.decoder import forward_flops, num_params
-from slm.training import loop, optim
-from slm.training.step import init_state, make_train_step
+from slm.runs.config import section
+from slm.training import optim
+from slm.training.step import init_state, make_sums, make_train_step
 from slm.weights import tree
+from slm.weights.count import forward_flops, num_params
 
 HYPER = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
 CLUSTERS = 16
@@ -98,14 +99,14 @@ def train_step(
   cfg: dict[str, Any], rep_cfg: dict[str, Any], scale: Scale, rows: int
 ) -> tuple[Callable[[], None], dict[str, Any]]:
   """Return a compiled training step of slm as a function of nothing, and facts about it."""
-  model = models.build(cfg)
-  rep = reparam.build(rep_cfg, model.init)
+  model = models.build(section('model', cfg))
+  rep = reparam.build(section('reparam', rep_cfg), model.init)
   forward = {'student': reparam.map_groups(rep, model.forward)}
-  objective = objectives.build({'name': 'next_token', 'chunk': 512}, forward)
-  tx = optim.build(HYPER, lambda step: 1e-3, rep.independent)
-  step = make_train_step(loop.make_sums(objective, rep, scale.dtype), tx, rep.independent)
+  objective = objectives.build(section('objective', {'name': 'next_token', 'chunk': 512}), forward)
+  tx = optim.build(section('optim', HYPER), lambda step: 1e-3, rep.independent)
+  step = make_train_step(make_sums(objective, rep, scale.dtype), tx, rep.independent)
   theta = jax.jit(rep.init)(jax.random.key(0))
-  state = jax.jit(lambda t: init_state(t, tx))(theta)
+  state = jax.jit(lambda t: init_state(t, tx, {}))(theta)
   batch = jax.device_put(make_batch(model.cfg.vocab, rows, scale.context))
   began = time.monotonic()
   compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile()
@@ -163,7 +164,7 @@ def measure_training(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
 
 def measure_decoding(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
   """Measure greedy cached decoding at one row and at eight."""
-  model = models.build(scale.model)
+  model = models.build(section('model', scale.model))
   params = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.dtype(scale.dtype))
   entries = {}
   for rows in (1, 8):

@@ -79,7 +79,9 @@ def features(split: loader.Split) -> scipy.sparse.csr_matrix:
   with console.progress(f'n-grams of {split.name}', total, 'rows') as progress:
     for start in range(0, total, _CHUNK):
       ids = np.arange(start, min(start + _CHUNK, total))
-      parts.append(count([_text(tok, row) for row in split.read(ids)]))
+      read = split.read(ids)
+      pairs = zip(read['tokens'], read['segments'], strict=True)
+      parts.append(count([_text(tok, *pair) for pair in pairs]))
       progress.update(len(ids))
   found = scipy.sparse.vstack(parts, format='csr')
   with files.replacing(path) as temporary, temporary.open('wb') as f:
@@ -87,9 +89,8 @@ def features(split: loader.Split) -> scipy.sparse.csr_matrix:
   return found
 
 
-def _text(tok: tokenizer.Tokenizer, row: np.ndarray) -> str:
-  """Decode a row [2, context], its windows apart."""
-  tokens, segments = row
+def _text(tok: tokenizer.Tokenizer, tokens: np.ndarray, segments: np.ndarray) -> str:
+  """Decode a row's tokens [context], its windows apart."""
   return '\n'.join(tok.decode(tokens[segments == i]) for i in range(1, segments.max() + 1))
 
 

@@ -54,13 +54,11 @@ def spread(data: str, texts: list[Path]) -> tuple[int, float, float]:
   generic text have on average: entropy grows with the number of windows, whatever the text.
 
   Raises:
-    ValueError: if a text or DATA cannot be read, or its clusters are not of text embeddings.
+    ValueError: if a text or DATA cannot be read.
   """
   if missing := [str(path) for path in texts if not path.is_file()]:
     raise ValueError(f'--domain_text: {", ".join(missing)}: no such file')
   manifest = loader.manifest(data)
-  if 'routed_from' in manifest:
-    raise ValueError(f'{data}: its clusters are by likelihood; name the data that it was made of')
   model = cluster.load(Path(data) / 'clusters' / 'model.safetensors')
   tok = tokenizer.load(f'{data}/tokenizer')
   windows = [

@@ -18,7 +18,7 @@ from grain.sources import ArrayRecordDataSource
 from slm.base import files
 from slm.data import rows
 
-VERSION = 2
+VERSION = 3
 ORDERS = ('proportional', 'every', 'histogram')
 _ROUNDS = 4  # of the pseudo-random permutation
 _STEPS = 2**40  # batches in the endless stream
@@ -32,22 +32,21 @@ Batch = dict[str, np.ndarray]
 class DataConfig:
   """What to read and how to group it; `batch_size` counts rows per optimiser step."""
 
-  path: str
+  path: str = ''  # made by slm.data.prepare
   set: str = 'generic'
   split: str = 'train'
-  index: str = ''  # name in <path>/index; '' = every row
-  level: int = 0  # 0: rows are not grouped; else one of the manifest's levels
-  # 'every': each batch holds one group of every cluster, in order; 'histogram': every group's rows
-  # follow a random histogram over at most histogram_clusters clusters, which is its condition
+  index: str = ''  # name of an index in the data directory; '': every row
+  level: int = 0  # clusters to group rows by; 0 does not group
+  # 'every': one group per cluster in each batch, in order; 'histogram': groups of rows that follow
+  # random histograms over at most histogram_clusters clusters, which are their conditions
   order: str = 'proportional'
   histogram_clusters: int = 4
   rows_per_group: int = 1
-  batch_size: int = 32
-  accum: int = 1
-  mix_share: float = 0.0  # this share of the rows comes from another set's training rows
+  batch_size: int = 32  # rows per optimiser step
+  accum: int = 1  # microbatches per optimiser step
+  mix_share: float = 0.0  # this share of the rows comes from mix_set/train (with level 0)
   mix_set: str = ''
   mix_index: str = ''
-  seed: int = 0
 
   def __post_init__(self) -> None:
     if self.order not in ORDERS:
@@ -74,8 +73,6 @@ class DataConfig:
       raise ValueError(f'data.mix_index={self.mix_index!r}: of no mix_set')
     if self.mix_share and self.level:
       raise ValueError('data.mix_share: rows of another set are mixed in only with data.level=0')
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f'data.seed={self.seed}: expected 0 <= seed < 2**32')
 
 
 def manifest(path: str | Path) -> dict[str, Any]:
@@ -85,12 +82,12 @@ def manifest(path: str | Path) -> dict[str, Any]:
     raise FileNotFoundError(f'{path}: not found; make it with python -m slm.data.prepare')
   found = files.read_json(path)
   version = found.get('version') if isinstance(found, dict) else None
-  if version != VERSION:
+  if version not in (2, VERSION):
     raise ValueError(f'{path}: expected version {VERSION}, found {version}; prepare it again')
   missing = {'context', 'tokenizer', 'levels', 'sets'} - set(found)
   if missing:
     raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
-  return found
+  return {'columns': rows.columns(found['context'])} | found  # version 2 had these alone
 
 
 class Split:
@@ -100,6 +97,7 @@ class Split:
     self.path, self.manifest, self.name = Path(path), manifest(path), f'{set}/{split}'
     self.facts = _choose(_choose(self.manifest['sets'], set, 'set', path), split, 'split', path)
     folder = self.path / set / split
+    self.record = rows.layout(self.manifest['columns'])
     self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
     self.counts = files.read_npy(folder / 'counts.npy')
@@ -129,13 +127,15 @@ class Split:
       raise ValueError(f'{path.with_suffix(".npy")}: does not match the hash in {path.name}')
     return ids, about['sha256']
 
-  def read(self, ids: np.ndarray) -> np.ndarray:
-    """Read rows int32 [n, 2, context] (tokens, segments); id -1 gives an empty row."""
-    out = np.zeros((len(ids), 2, self.manifest['context']), np.int32)
+  def read(self, ids: np.ndarray) -> rows.Rows:
+    """Read rows [n,...] by column; id -1 gives an empty row."""
     (real,) = np.nonzero(ids >= 0)
-    if len(real):
-      records = self.source.__getitems__(ids[real].tolist())
-      out[real] = [rows.decode_row(record) for record in records]
+    records = self.source.__getitems__(ids[real].tolist()) if len(real) else []
+    there = rows.decode(records, self.record)
+    out = {}
+    for name, values in there.items():
+      out[name] = np.zeros((len(ids), *values.shape[1:]), values.dtype.newbyteorder('='))
+      out[name][real] = values
     return out
 
 
@@ -175,8 +175,10 @@ def histogram(path: str, set: str, split: str, level: int, index: str = '') -> n
 class Order:
   """Which rows make step n: a pure function of (seed, n)."""
 
-  def __init__(self, cfg: DataConfig, data: Split):
-    self._cfg = cfg
+  def __init__(self, cfg: DataConfig, data: Split, seed: int = 0):
+    if not 0 <= seed < 2**32:
+      raise ValueError(f'seed={seed}: expected 0 <= seed < 2**32')
+    self._cfg, self._seed = cfg, seed
     if cfg.level:
       clusters = data.clusters[data.ids]
       order = np.argsort(clusters, kind='stable')
@@ -221,7 +223,7 @@ class Order:
     return np.array(conditions, kind), np.array(ids, np.int64)
 
   def _histogram(self, slot: int) -> tuple[np.ndarray, list[int]]:
-    rng = np.random.default_rng([self._cfg.seed, slot])
+    rng = np.random.default_rng([self._seed, slot])
     held = np.flatnonzero(self._sizes)
     n = int(rng.integers(1, min(self._cfg.histogram_clusters, len(held)) + 1))
     chosen = rng.choice(held, n, replace=False, p=self._sizes[held] / self._sizes.sum())
@@ -234,7 +236,7 @@ class Order:
 
   def _proportional(self, slot: int) -> tuple[int, list[int]]:
     epoch, i = divmod(slot, int(self._chunk_ends[-1]))
-    chunk = _shuffle(i, int(self._chunk_ends[-1]), self._cfg.seed, epoch)
+    chunk = _shuffle(i, int(self._chunk_ends[-1]), self._seed, epoch)
     cluster = int(np.searchsorted(self._chunk_ends, chunk, 'right'))
     before = int(self._chunk_ends[cluster - 1]) if cluster else 0
     first, size = (chunk - before) * self._cfg.rows_per_group, int(self._sizes[cluster])
@@ -248,7 +250,7 @@ class Order:
     return cluster, [self._row(cluster, epoch, p) for epoch, p in places]
 
   def _row(self, cluster: int, epoch: int, place: int) -> int:
-    place = _shuffle(place, int(self._sizes[cluster]), self._cfg.seed, epoch, cluster + 1)
+    place = _shuffle(place, int(self._sizes[cluster]), self._seed, epoch, cluster + 1)
     return int(self._ids[self._starts[cluster] + place])
 
 
@@ -285,34 +287,36 @@ class Loader:
 
 
 def build(
-  cfg: DataConfig, *, tokenizer: str = '', look_up: Callable[[np.ndarray], Batch] | None = None,
+  cfg: DataConfig, *, seed: int = 0, tokenizer: str = '',
+  look_up: Callable[[rows.Rows], Batch] | None = None,
   process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
   """Open the endless stream of batches; leaves are [accum, groups, rows_per_group, context].
 
   `condition` is int32 [accum, groups], or float32 [accum, groups, level] of histograms. Each
   process gets its slice of the groups of the same global batch. `tokenizer` is the fingerprint
-  that the rows must have been made with. `look_up` gives more leaves, of rows [...,2,context].
+  that the rows must have been made with. `look_up` gives more leaves, of rows by column.
   """
   data = Split(cfg.path, cfg.set, cfg.split, cfg.index, cfg.level)
   check_tokenizer(cfg.path, tokenizer)
-  order = Order(cfg, data)
+  order = Order(cfg, data, seed)
   if order.groups % process_count:
     raise ValueError(
       f'data: {order.groups} groups per batch cannot be shared by {process_count} processes'
     )
   local = order.groups // process_count
   here = slice(process_index * local, (process_index + 1) * local)
-  add = _Mixing(cfg, order.groups * cfg.accum) if cfg.mix_share else None
+  add = _Mixing(cfg, seed, order.groups * cfg.accum) if cfg.mix_share else None
 
   def make(step: int) -> Batch:
     condition, ids = order.step(step) if add is None else add.main(order, step)
     share = lambda x: x.reshape(cfg.accum, order.groups, *x.shape[1:])[:, here]
     ids = share(ids)
     read = data.read(ids.ravel())
-    if add is not None:
-      read += add.read(share(add.ids(step)).ravel())
-    read = read.reshape(*ids.shape, *read.shape[1:])
+    if add is not None:  # where one set has a row the other has none: zeros
+      other = add.read(share(add.ids(step)).ravel())
+      read = {name: x + other[name] for name, x in read.items()}
+    read = {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in read.items()}
     more = look_up(read) if look_up else {}
     return rows.batch(read) | more | {'condition': share(condition)}
 
@@ -325,14 +329,14 @@ class _Mixing:
   Both sets keep their own endless order, so every row of each comes once before any comes again.
   """
 
-  def __init__(self, cfg: DataConfig, per_step: int):
+  def __init__(self, cfg: DataConfig, seed: int, per_step: int):
     self._share, self._n = cfg.mix_share, per_step
     own = dataclasses.replace(
       cfg, set=cfg.mix_set, split='train', index=cfg.mix_index,
       mix_share=0.0, mix_set='', mix_index='',
     )  # fmt: skip
     self._data = Split(own.path, own.set, own.split, own.index)
-    self._order, self.read = Order(own, self._data), self._data.read
+    self._order, self.read = Order(own, self._data, seed), self._data.read
 
   def _slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
     slots = np.arange(step * self._n, (step + 1) * self._n)

@@ -112,6 +112,7 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool)
     out / 'manifest.json',
     {
       'version': loader.VERSION,
+      'columns': rows.columns(cfg.context),
       'context': cfg.context,
       'tokenizer': {'name': tok.name, 'vocab': tok.vocab, 'fingerprint': tok.fingerprint},
       'levels': sorted(cfg.levels),

@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,66 @@ from slm.base import files
 from slm.data import documents, work
 
 Path = pathlib.Path
+Rows = dict[str, np.ndarray]  # by column
 _OPEN = 16  # rows kept open per cluster
 _FULL = 4  # a row with fewer free positions than this is closed
 
 
-def encode_row(windows: Sequence[np.ndarray], context: int) -> bytes:
-  """Pack windows into a record: int32 tokens [context], then segments [context] from 1, 0 = pad."""
-  row = np.zeros((2, context), '<i4')
+def columns(context: int) -> list[dict[str, Any]]:
+  """Return the columns of packed text: tokens, and segments that count from 1; 0 is padding."""
+  return [{'name': name, 'dtype': 'int32', 'shape': [context]} for name in ('tokens', 'segments')]
+
+
+def layout(declared: Sequence[Mapping[str, Any]]) -> np.dtype:
+  """Return the type of a record, which holds the declared columns one after the other.
+
+  Raises:
+    ValueError: if a column's type or shape is none.
+  """
+  try:
+    fields = [
+      (c['name'], np.dtype(c['dtype']).newbyteorder('<'), tuple(c['shape'])) for c in declared
+    ]
+    return np.dtype(fields)
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+      f'columns: expected a name, dtype and shape each, found {declared} ({e})'
+    ) from None
+
+
+def encode(row: Mapping[str, np.ndarray], record: np.dtype) -> bytes:
+  """Write a row's columns as a record.
+
+  Raises:
+    ValueError: if it lacks a column, has another, or one of another shape.
+  """
+  if set(row) != set(record.names):
+    raise ValueError(f'row: expected the columns {sorted(record.names)}, found {sorted(row)}')
+  made = np.zeros((), record)
+  for name in record.names:
+    if np.shape(row[name]) != record[name].shape:
+      raise ValueError(
+        f'row: column {name} has shape {np.shape(row[name])}, expected {record[name].shape}'
+      )
+    made[name] = row[name]
+  return made.tobytes()
+
+
+def decode(records: Sequence[bytes], record: np.dtype) -> Rows:
+  """Read records as one array [n,...] a column."""
+  table = np.frombuffer(b''.join(records), record)
+  return {name: table[name] for name in record.names}
+
+
+def packed(windows: Sequence[np.ndarray], context: int) -> Rows:
+  """Lay windows out in a row: tokens and segments, int32 [context] each."""
+  row = {name: np.zeros(context, np.int32) for name in ('tokens', 'segments')}
   start = 0
   for segment, window in enumerate(windows, 1):
-    row[0, start : start + len(window)] = window
-    row[1, start : start + len(window)] = segment
+    row['tokens'][start : start + len(window)] = window
+    row['segments'][start : start + len(window)] = segment
     start += len(window)
-  return row.tobytes()
-
-
-def decode_row(record: bytes) -> np.ndarray:
-  """Read a record as int32 [2, context]: tokens and segments."""
-  return np.frombuffer(record, '<i4').reshape(2, -1)
+  return row
 
 
 def pack(
@@ -89,11 +131,11 @@ def write(task: Pack) -> dict[str, Any]:
 
   The columns are cluster, windows, predicted tokens and main document.
   """
-  table, digest = [], hashlib.sha256()
+  table, digest, of = [], hashlib.sha256(), layout(columns(task.context))
   with work.record_writer(task.out / f'{task.name}.array_record') as writer:
     for cluster, held in pack(_windows(task), task.context):
       windows = [window for _, window in held]
-      record = encode_row(windows, task.context)
+      record = encode(packed(windows, task.context), of)
       writer.write(record)
       digest.update(record)
       predicted = sum(map(len, windows)) - len(windows)
@@ -131,22 +173,27 @@ def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
   }
 
 
-def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-  """Make model inputs from rows [..., 2, context]; leaves are [..., context].
+def batch(rows: Rows) -> Rows:
+  """Make model inputs from rows by column [...,context]; leaves are [...,context].
 
   A position has weight 1 when the next one belongs to the same window, so the last token of a
-  window predicts nothing and padding predicts nothing.
+  window predicts nothing and padding predicts nothing. With a column `weights` it has the weight of
+  the token that it predicts. Columns that are none of these are leaves as they are.
   """
-  tokens, segments = rows[..., 0, :], rows[..., 1, :]
-  last = [(0, 0)] * (tokens.ndim - 1) + [(0, 1)]
-  targets, following = (np.pad(x[..., 1:], last) for x in (tokens, segments))
+  tokens, segments = rows['tokens'], rows['segments']
+  following = lambda x: np.pad(x[..., 1:], [(0, 0)] * (x.ndim - 1) + [(0, 1)])
   index = np.arange(tokens.shape[-1], dtype=np.int32)
-  starts = np.where(segments != np.pad(segments, [*last[:-1], (1, 0)])[..., :-1], index, 0)
+  before = np.pad(segments, [(0, 0)] * (segments.ndim - 1) + [(1, 0)])[..., :-1]
+  starts = np.where(segments != before, index, 0)
   positions = index - np.maximum.accumulate(starts, axis=-1)
-  return {
+  predicts = ((segments == following(segments)) & (segments > 0)).astype(np.float32)
+  if 'weights' in rows:
+    predicts *= following(rows['weights'])
+  made = {
     'inputs': np.ascontiguousarray(tokens),
-    'targets': targets,
-    'weights': ((segments == following) & (segments > 0)).astype(np.float32),
+    'targets': following(tokens),
+    'weights': predicts,
     'segments': np.ascontiguousarray(segments),
     'positions': np.where(segments > 0, positions, 0).astype(np.int32),
   }
+  return {name: x for name, x in rows.items() if name != 'tokens'} | made

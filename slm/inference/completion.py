@@ -32,7 +32,7 @@ def complete(
     raise ValueError('--prompt: expected some text: this model reads no begin token')
   padded = np.array([[0] * (longest - len(i)) + i for i in ids], np.int32)
   mask = np.array([[0] * (longest - len(i)) + [1] * len(i) for i in ids], np.int32)
-  params = tree.cast(params, jnp.dtype(loaded.cfg['dtype']))
+  params = tree.cast(params, jnp.dtype(loaded.cfg.dtype))
   out = generate(
     loaded.model,
     params,

@@ -11,10 +11,10 @@ import numpy as np
 from slm.base import console, files
 from slm.data import loader, tokenizer
 from slm.models.decode import Completions, generate
-from slm.models.decoder import forward_flops
 from slm.objectives.rollout import prompts, sampler_of
 from slm.runs import ledger, load, rundir
 from slm.weights import sharding, tree
+from slm.weights.count import forward_flops
 
 _ABOUT = 'continuations.json'
 _SHARD = 256  # rows
@@ -34,7 +34,7 @@ def write(
   """
   mesh, folder = load.mesh_for(run), Path(out)
   loaded = load.load(run, mesh, finished=True)
-  path = path or loaded.cfg['data']['path']
+  path = path or loaded.cfg.data.path
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
   if not 1 <= prompt <= facts['context'] or min(count, max_tokens) < 1 or temperature <= 0:
@@ -52,7 +52,7 @@ def write(
     rundir.check_same(folder, files.read_json(folder / _ABOUT), about, 'other continuations')
   files.write_json(folder / _ABOUT, about)
   tok = tokenizer.load(f'{path}/tokenizer')
-  params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg['dtype']))
+  params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg.dtype))
   count = min(count, len(split.ids))
   ids = loader.spaced(split.ids, count)
   devices, written = sharding.batch_devices(mesh), 0
@@ -66,7 +66,7 @@ def write(
         for i in range(0, len(part), size):
           rows = np.pad(part[i : i + size], (0, max(i + size - len(part), 0)), constant_values=-1)
           read = split.read(rows)
-          begun, mask = prompts(read[:, 0], read[:, 1], prompt)
+          begun, mask = prompts(read['tokens'], read['segments'], prompt)
           key = jax.random.fold_in(jax.random.key(seed), start + i)
           place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
           found = generate(

@@ -1,6 +1,5 @@
 """How fast models answer on this machine: prefill and decoding, interleaved."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,10 @@ from slm import models
 from slm.base import console
 from slm.models.config import DecoderConfig
 from slm.models.decode import generate
-from slm.models.decoder import active_params, forward_flops, num_params, unembed
+from slm.models.decoder import unembed
 from slm.weights import tree
 from slm.weights.axes import Params
+from slm.weights.count import active_params, forward_flops, num_params
 
 
 def interleave(
@@ -86,7 +86,7 @@ def measure(
     )
   contestants = {}
   for name, shape in shapes.items():
-    model = models.build({'name': 'decoder', **dataclasses.asdict(shape)})
+    model = models.build(shape)
     params = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.dtype(dtype))
     contestants[f'{name} prefill'] = prefill(model, params, batch, prompt)
     contestants[f'{name} decode'] = decode(model, params, batch, prompt, new_tokens)

@@ -19,8 +19,9 @@ from slm.data import tokenizer
 from slm.interchange import convert
 from slm.models import decode
 from slm.models.config import DecoderConfig
+from slm.models.decoder import head
 from slm.objectives import losses
-from slm.runs import load, rundir
+from slm.runs import config, load, rundir
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
 
@@ -69,7 +70,9 @@ def make(
   """Make a scorer of a model's dense weights; batches are rounded up to fill the mesh."""
 
   def sums(params, batch):
-    found = losses.over_tokens(measures, model.forward, params, batch, chunk)
+    out = model.forward(params, batch)
+    where = head(params), out.hidden, batch['targets'], out.cap
+    found = losses.over_tokens(measures, *where, chunk)
     return jnp.stack([jnp.sum(x * batch['weights'], axis=-1) for x in found], axis=-1)
 
   # Whole on every device, so that every process can read them.
@@ -90,7 +93,7 @@ def shape(ref: str | Path) -> DecoderConfig:
   """Read the shape of RUN, RUN@STEP or a directory of transformers."""
   if rundir.of_transformers(path := rundir.split_ref(ref)[0]):
     return convert.read_config(path)[1]
-  return models.build(rundir.read_config(ref)['model']).cfg
+  return config.of(ref).model
 
 
 def open_model(
@@ -116,8 +119,8 @@ def open_model(
       raise ValueError(f'{ref} holds several specialists: take one out with slm.specialise first')
     model, params, cfg, step = loaded.model, loaded.params(), loaded.cfg, loaded.step
     tok, first = load.reads(loaded, data)
-    how = {'dtype': cfg['dtype'], 'chunk': cfg['objective']['chunk']}
-    longest = cfg['context']
+    how = {'dtype': cfg.dtype, 'chunk': cfg.objective.chunk}
+    longest = cfg.context
   if begin is not None:
     first = [tok.ids.bos] if begin else []
   return make(

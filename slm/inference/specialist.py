@@ -9,11 +9,11 @@ import numpy as np
 
 from slm.base import console, files
 from slm.data import loader
-from slm.models.decoder import forward_flops
 from slm.objectives import heldout
-from slm.runs import load, rundir
+from slm.runs import config, load
 from slm.runs.ledger import phase_entry
 from slm.weights import sharding
+from slm.weights.count import forward_flops
 
 # A cluster id or a histogram over clusters, and the tokens of the forward passes it cost.
 Choice = tuple[int | np.ndarray, int]
@@ -37,9 +37,7 @@ def histogram(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any
 def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> Choice:
   """Choose the specialist with the lowest loss on the domain's set before any fine-tuning."""
   cfg = loaded.cfg
-  losses = heldout.make_row_losses(
-    loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh
-  )
+  losses = heldout.make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   found, tokens = [], 0
   with console.progress('choose specialist', loaded.reparam.clusters, 'models') as progress:
     for cluster in range(loaded.reparam.clusters):
@@ -51,7 +49,7 @@ def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> 
         path,
         domain,
         'train',
-        cfg['eval']['batch_size'],
+        cfg.eval.batch_size,
         index=index,
       )
       nll, count = values.sum(0)
@@ -80,26 +78,19 @@ def specialise(
   if not loaded.reparam.clusters:
     raise ValueError(f'{run} holds one dense model: there is no specialist to take out')
   cfg, began = loaded.cfg, time.monotonic()
-  path = cfg['data']['path']
+  path = cfg.data.path
   load.same_clusters(loaded, path)
   if domain not in loader.manifest(path)['sets']:
     raise ValueError(f'--domain: {path} has no set {domain!r}')
-  dense = {
-    **cfg,
-    'phase': 'select',
-    'reparam': {'name': 'full'},
-    'init': '',
-    'teacher': '',
-    'data': {**cfg['data'], 'level': 0, 'order': 'proportional', 'rows_per_group': 1},
-    'specialist': {'of': str(run), 'domain': domain, 'rule': rule, 'index': index},
-  }
-  rundir.check_run(workdir, dense)
+  chosen = {'of': str(run), 'domain': domain, 'rule': rule, 'index': index}
+  dense = config.derive(cfg, 'select', specialist=chosen)
+  config.check_run(workdir, dense)
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'result.json')['condition']
   with jax.set_mesh(mesh):
     condition, tokens = RULES[rule](loaded, path, domain, index, mesh)
     params = loaded.params(condition)
-  flops = tokens * forward_flops(loaded.model.cfg, cfg['context'])
+  flops = tokens * forward_flops(loaded.model.cfg, cfg.context)
   entry = phase_entry('select', tokens, flops, (time.monotonic() - began) * jax.device_count())
   condition = np.asarray(condition).tolist()
   load.write_dense(workdir, dense, params, [str(run)], [entry], condition=condition, rule=rule)

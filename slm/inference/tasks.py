@@ -5,7 +5,6 @@ the kind; items with a `question` and a `final` answer are numeric. Contexts and
 joined by a space unless the context ends in white space.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -281,7 +280,7 @@ def asking(
   kind = KINDS[items[0]['type']]
 
   def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
-    model, began = models.build({'name': 'decoder', **dataclasses.asdict(cfg)}), time.monotonic()
+    model, began = models.build(cfg), time.monotonic()
     scorer = scoring.make(
       model, params, tok, mesh, context=context, begin=[tok.ids.bos], batch_size=batch_size
     )

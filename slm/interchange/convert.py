@@ -1,7 +1,6 @@
 """A directory of `transformers` to a run directory, and a run to a directory of `transformers`."""
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,10 +17,12 @@ import safetensors.numpy
 from slm import models
 from slm.base import files
 from slm.data import tokenizer
+from slm.data.loader import DataConfig
 from slm.interchange import families, weights
 from slm.models.config import DecoderConfig
 from slm.objectives import signals
-from slm.runs import ledger, load, rundir
+from slm.runs import config, ledger, load, rundir
+from slm.runs.config import RunConfig
 from slm.weights import sharding
 
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
@@ -66,7 +67,7 @@ def read(
   """
   path = Path(path)
   hf, shape = read_config(path)
-  model = models.build({'name': 'decoder', **dataclasses.asdict(shape)})
+  model = models.build(shape)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   with contextlib.ExitStack() as stack:
     tensors = weights.Tensors(path, stack)
@@ -85,7 +86,7 @@ def read(
   return model, params, hf, own
 
 
-def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
+def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
   """Write a model of transformers as a run directory that everything else takes.
 
   Raises:
@@ -94,35 +95,27 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
   path, workdir = Path(path), Path(workdir)
   hf, shape = read_config(path)
   mesh = sharding.fit_mesh(shape.embed)
-  config = {
-    'phase': 'import',
-    'steps': 0,
-    'seed': 0,
-    'dtype': 'float32',
-    'context': hf.get('max_position_embeddings', 2048),
-    'model': {'name': 'decoder', **dataclasses.asdict(shape)},
-    'reparam': {'name': 'full'},
-    'objective': {'name': 'next_token', 'chunk': 512},
-    'eval': {'patience': 0, 'batch_size': 32},
-    'data': {'path': '', 'set': '', 'level': 0},
-    'init': '',
-    'teacher': '',
-    'clustering': '',
-    'tokenizer': _fingerprint(path),
-    'hf': {'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
-  }
-  rundir.check_run(workdir, config)
+  cfg = RunConfig(
+    phase='import',
+    steps=0,
+    context=hf.get('max_position_embeddings', 2048),
+    model=shape,
+    data=DataConfig(set=''),
+    tokenizer=_fingerprint(path),
+    hf={'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
+  )
+  config.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
-    return files.read_json(workdir / 'config.json')
+    return cfg
   with jax.set_mesh(mesh):
     _, params, _, own = read(path, mesh)
-    rundir.write_run(workdir, config)
+    config.write_run(workdir, cfg)
     for name in _TOKENIZER:
       if (path / name).exists():
         with files.replacing(workdir / 'tokenizer' / name) as temporary:
           shutil.copyfile(path / name, temporary)
-  load.write_dense(workdir, config, params, [], dtype=own)
-  return config
+  load.write_dense(workdir, cfg, params, [], dtype=own)
+  return cfg
 
 
 def _stamps(path: Path) -> dict[str, list[int]]:
@@ -167,7 +160,7 @@ def export_model(
       raise ValueError(f'{out}: holds the export of {before}, not of {mine}: choose another one')
   line = _line(history)
   origin = next((x['hf'] for x in line if 'hf' in x), {})
-  known = origin.get('config', {'max_position_embeddings': loaded.cfg['context']})
+  known = origin.get('config', {'max_position_embeddings': loaded.cfg.context})
   family, hf = families.find(loaded.model.cfg, known)
   dtype = dtype or origin.get('dtype', 'float32')
   hf |= {'torch_dtype': dtype, 'dtype': dtype}

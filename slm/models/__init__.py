@@ -2,18 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slm.base import factory
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder, Output
 from slm.models.observe import KEPT, STATS
 from slm.weights.axes import Params
 
-MODELS = {'decoder': (DecoderConfig, Decoder)}
+MODELS = {DecoderConfig: Decoder}
+Config = DecoderConfig  # a union of MODELS' keys, once there are several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +32,13 @@ def _observe(
   return out, found[STATS]
 
 
-def build(cfg: Mapping[str, Any]) -> Model:
-  """Build the model that `cfg['name']` selects; the other keys are its config.
-
-  Raises:
-    ValueError: if the name or a key is unknown or missing, or a size is impossible.
-  """
-  config = factory.build('model', {n: config_class for n, (config_class, _) in MODELS.items()}, cfg)
-  module = MODELS[cfg['name']][1](config)
+def build(cfg: Config) -> Model:
+  """Build the model that a config describes."""
+  module = MODELS[type(cfg)](cfg)
   row = jnp.zeros((1, 2), jnp.int32)
   batch = {'inputs': row, 'positions': row, 'segments': row}
   return Model(
-    cfg=config,
+    cfg=cfg,
     init=lambda key: module.init(key, batch)['params'],
     forward=lambda params, batch, cache=None, states=(): module.apply(
       {'params': params}, batch, cache, states

@@ -1,8 +1,11 @@
 """The shape of a decoder: enough of them to be any Llama, Qwen, Mistral, Gemma, OLMo or SmolLM."""
 
 import dataclasses
+import functools
+from typing import Literal
 
 from slm.models import layers, moe
+from slm.weights.count import Leaf
 
 NORMS = ('pre', 'post', 'sandwich')
 QK_NORMS = ('', 'head', 'all')
@@ -12,44 +15,46 @@ LAYER_TYPES = ('full', 'window', 'nope')
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Shape of a decoder; head_dim is free of embed / num_heads. configs/base.py explains each."""
+  """Shape of a decoder, and how it is computed; head_dim is free of embed / num_heads."""
 
-  vocab: int
-  embed: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp: int
-  activation: str = 'silu'
-  norms: str = 'pre'
+  vocab: int = 0  # 0: the tokenizer's
+  embed: int = 128
+  num_layers: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 32
+  mlp: int = 384
+  activation: str = 'silu'  # of the MLP's gate: silu | gelu (tanh)
+  norms: str = 'pre'  # before attention and MLP | post (after them, OLMo 2) | sandwich (Gemma 2)
   norm_eps: float = 1e-5
-  norm_offset: bool = False
-  qk_norm: str = ''
+  norm_offset: bool = False  # scales are 1 + w (Gemma)
+  qk_norm: str = ''  # norm of queries and keys: '' | head (Qwen3) | all heads together (OLMo 2)
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
   tied: bool = True
-  embed_scale: bool = False
-  query_scale: float = 0.0
-  attention_cap: float = 0.0
+  embed_scale: bool = False  # embeddings times sqrt(embed) (Gemma)
+  query_scale: float = 0.0  # scores are divided by its root; 0: head_dim
+  attention_cap: float = 0.0  # scores become cap * tanh(scores / cap) (Gemma 2); 0: as they are
   logit_cap: float = 0.0
-  rope: str = 'default'
+  rope: str = 'default'  # default | linear | llama3
   rope_theta: float = 10_000.0
-  rope_factor: float = 1.0
-  rope_low: float = 1.0
-  rope_high: float = 4.0
+  rope_factor: float = 1.0  # linear and llama3: how much longer than rope_context texts may be
+  rope_low: float = 1.0  # llama3: below this many turns in rope_context, divided by the factor
+  rope_high: float = 4.0  # llama3: above this many turns, kept
   rope_context: int = 8192
-  rope_theta_window: float = 0.0
-  window: int = 0
+  rope_theta_window: float = 0.0  # of layers with a window (Gemma 3); 0: as the others
+  window: int = 0  # tokens that a layer of type "window" sees
+  # full | window | nope (no positions), one per layer; (): all full
   layer_types: tuple[str, ...] = ()
-  num_experts: int = 0
+  num_experts: int = 0  # of a token-routed MLP, each `mlp` wide; 0: one MLP for all tokens
   experts_per_token: int = 2
-  renormalise: bool = True
-  shared_mlp: int = 0
-  dispatch: str = 'einsum'
-  remat: str = 'none'
-  unroll: int = 1
+  renormalise: bool = True  # the chosen experts' probabilities sum to one
+  shared_mlp: int = 0  # width of an expert that every token goes to
+  dispatch: str = 'einsum'  # einsum: all experts computed; ragged: chosen ones, for TPUs
+  remat: str = 'none'  # recomputed backward: none | dots (all but products with weights) | full
+  unroll: int = 1  # layers per iteration of the scan
+  name: Literal['decoder'] = 'decoder'
 
   def __post_init__(self):
     object.__setattr__(self, 'layer_types', tuple(self.layer_types))
@@ -98,3 +103,36 @@ class DecoderConfig:
         f'model.window={self.window}: expected a number of tokens if, and only if, some of '
         'layer_types are "window"'
       )
+
+  @functools.cached_property
+  def sizes(self) -> dict[str, int]:
+    """Return the size of every axis of its weights."""
+    named = {'layers': 'num_layers', 'heads': 'num_heads', 'kv_heads': 'num_kv_heads'}
+    named |= {name: name for name in ('vocab', 'embed', 'head_dim', 'mlp')}
+    if self.num_experts:
+      named |= {'experts': 'num_experts', 'experts_per_token': 'experts_per_token'}
+    return {axis: getattr(self, field) for axis, field in named.items()}
+
+  @functools.cached_property
+  def leaves(self) -> tuple[Leaf, ...]:
+    """List its weights."""
+    matrices = ('w_gate', 'w_up', 'w_down')
+    block = [Leaf(name, 'attention') for name in ('wq', 'wk', 'wv', 'wo')]
+    block += [Leaf(name, 'attention') for name in ('bq', 'bk', 'bv') if self.qkv_bias]
+    block += [Leaf('bo', 'attention')] * self.out_bias
+    ends = {'': None, 'head': '_scale', 'all': '_scale_all'}
+    block += [Leaf(n + ends[self.qk_norm], 'attention') for n in 'qk' if self.qk_norm]
+    block += [Leaf(name, 'mlp') for name in ('b_gate', 'b_up', 'b_down') if self.mlp_bias]
+    block += [Leaf(n, 'mlp', ('experts',) if self.num_experts else ()) for n in matrices]
+    if self.num_experts:
+      block.append(Leaf('w_router', 'mlp'))
+    if self.shared_mlp:
+      block += [Leaf(name, 'mlp', (), {'mlp': self.shared_mlp}) for name in matrices]
+    block += [Leaf('scale', 'norm')] * (4 if self.norms == 'sandwich' else 2)
+    whole = [Leaf('embedding', 'embedding'), *[Leaf('lm_head', 'embedding')] * (not self.tied)]
+    stacked = [leaf._replace(stacks=('blocks', *leaf.stacks)) for leaf in block]
+    return (*whole, *stacked, Leaf('scale', 'norm'))
+
+  def score_flops(self, context: int) -> float:
+    """Count attention over the blocks of scores that are computed, see layers.attention."""
+    return 4 * layers.mean_keys(context) * self.num_heads * self.head_dim * self.num_layers

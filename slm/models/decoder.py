@@ -72,13 +72,7 @@ class Decoder(nn.Module):
       index = cache['index']
       keys = jax.lax.dynamic_update_slice(cache['segments'], queries, (0, index))
       kv = {'k': cache['k'], 'v': cache['v']}
-    t, s = queries.shape[1], keys.shape[1]
-    distance = (index + jnp.arange(t))[:, None] - jnp.arange(s)[None, :]
-    mask = (distance >= 0)[None] & (queries[:, :, None] == keys[:, None, :])
-    if c.window:
-      # One mask per kind of layer; a block takes its own.
-      near = jnp.array([c.window if k == 'window' else t + s for k in kinds])
-      mask = mask[None] & (distance[None, None] < near[:, None, None, None])
+    t, mask = queries.shape[1], _mask(c, kinds, queries, keys, index)
 
     block = Block
     if REMAT[c.remat]:
@@ -109,6 +103,22 @@ class Decoder(nn.Module):
       put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
       cache = {**jax.tree.map(put, kv, new), 'segments': keys, 'index': index + t}
     return Output(hidden, cache, routing, kept, c.logit_cap)
+
+
+def _mask(
+  c: DecoderConfig, kinds: list[str], queries: jax.Array, keys: jax.Array, index: Any
+) -> jax.Array:
+  """Return which keys [b,s] queries [b,t] that begin at `index` see: [b,t,s] bool.
+
+  With windows the mask leads with an axis for the kinds of layers; a block takes its own.
+  """
+  t, s = queries.shape[1], keys.shape[1]
+  distance = (index + jnp.arange(t))[:, None] - jnp.arange(s)[None, :]
+  mask = (distance >= 0)[None] & (queries[:, :, None] == keys[:, None, :])
+  if not c.window:
+    return mask
+  near = jnp.array([c.window if kind == 'window' else t + s for kind in kinds])
+  return mask[None] & (distance[None, None] < near[:, None, None, None])
 
 
 def _tables(c: DecoderConfig, positions: jax.Array) -> tuple[Any, list[str]]:
@@ -155,40 +165,3 @@ def logits(weight: jax.Array, hidden: jax.Array, cap: float = 0.0) -> jax.Array:
 def unembed(params: Params, out: Output) -> jax.Array:
   """Return the float32 logits [...,v] of a forward pass."""
   return logits(head(params), out.hidden, out.cap)
-
-
-def num_params(cfg: DecoderConfig) -> dict[str, int]:
-  """Count parameters by component."""
-  attn = 2 * cfg.embed * cfg.head_dim * (cfg.num_heads + cfg.num_kv_heads)
-  attn += cfg.qkv_bias * cfg.head_dim * (cfg.num_heads + 2 * cfg.num_kv_heads)
-  attn += cfg.out_bias * cfg.embed
-  qk = {'': 0, 'head': 2, 'all': cfg.num_heads + cfg.num_kv_heads}[cfg.qk_norm]
-  attn += qk * cfg.head_dim
-  norms = 4 if cfg.norms == 'sandwich' else 2
-  mlp = cfg.mlp_bias * (2 * cfg.mlp + cfg.embed)
-  mlp += 3 * cfg.embed * cfg.mlp * max(cfg.num_experts, 1) + 3 * cfg.embed * cfg.shared_mlp
-  return {
-    'embedding': cfg.vocab * cfg.embed * (1 if cfg.tied else 2),
-    'attention': cfg.num_layers * attn,
-    'mlp': cfg.num_layers * (mlp + cfg.embed * cfg.num_experts),
-    'norm': (norms * cfg.num_layers + 1) * cfg.embed,
-  }
-
-
-def active_params(cfg: DecoderConfig) -> dict[str, int]:
-  """Count the parameters that one token passes through: its experts alone."""
-  idle = max(cfg.num_experts - cfg.experts_per_token, 0)
-  count = num_params(cfg)
-  return count | {'mlp': count['mlp'] - cfg.num_layers * 3 * cfg.embed * cfg.mlp * idle}
-
-
-def forward_flops(cfg: DecoderConfig, context: int) -> float:
-  """Count the multiply-adds (as 2 FLOPs) of one token's forward pass, head included.
-
-  Attention is counted over the blocks of scores that are computed, see layers.attention. Of
-  experts those chosen count, also where dispatch='einsum' computes all.
-  """
-  count = active_params(cfg)
-  head_flops = 2 * cfg.vocab * cfg.embed
-  attention = 4 * layers.mean_keys(context) * cfg.num_heads * cfg.head_dim * cfg.num_layers
-  return 2.0 * (count['attention'] + count['mlp']) + head_flops + attention

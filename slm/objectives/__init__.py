@@ -1,19 +1,37 @@
 """Objectives: pure functions from (forward passes, weights, batch) to sums and their weights.
 
 An objective returns {name: (sum, weight)}; 'loss' is what is differentiated. Sums are added over
-microbatches, groups and hosts before they are divided: never a mean of means.
+microbatches, groups and hosts before they are divided: never a mean of means. It comes with its
+set-up (setup.py): what the train loop does for it without knowing it by name.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from slm.base import factory
-from slm.objectives import distill, next_token
-from slm.objectives.losses import Sums
+import jax
 
-OBJECTIVES = {'next_token': next_token.next_token, 'distill': distill.distill}
+from slm import models, reparam
+from slm.objectives import distill, heldout, next_token, teacher
+from slm.objectives.setup import ROWS, Objective, Setup
+from slm.runs.config import DistillConfig, NextTokenConfig, RunConfig
+
+OBJECTIVES = {NextTokenConfig: next_token.next_token, DistillConfig: distill.distill}
 
 
-def build(cfg: Mapping[str, Any], forward: Mapping[str, Callable]) -> Callable[..., Sums]:
+def build(cfg: NextTokenConfig | DistillConfig, forward: Mapping[str, Callable]) -> Objective:
   """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
-  return factory.build('objective', OBJECTIVES, cfg, forward)
+  return OBJECTIVES[type(cfg)](cfg, forward)
+
+
+def setup(
+  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
+) -> Setup:
+  """Set up a run's objective.
+
+  Raises:
+    ValueError: if what it needs is not there or does not fit the run.
+  """
+  evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
+  if isinstance(cfg.objective, DistillConfig):
+    return teacher.setup(cfg, model, rep, mesh, evaluators)
+  objective = build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
+  return Setup({ROWS: objective}, evaluators)

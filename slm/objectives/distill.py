@@ -2,18 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from slm.models.config import DecoderConfig
-from slm.models.decoder import Output, forward_flops, head, logits
+from slm.models.decoder import Output, head, logits
 from slm.objectives import losses
-from slm.objectives.losses import Sums
+from slm.objectives.losses import Batch, Sums
+from slm.runs.config import DistillConfig
 from slm.weights.axes import Params
-
-Batch = dict[str, jax.Array]
+from slm.weights.count import forward_flops
 
 # What a student is pulled to its teacher by, of the two models' logits.
 KL = {
@@ -26,12 +25,7 @@ KL = {
 }
 
 
-def distill(
-  forward: Mapping[str, Callable], chunk: int, temperature: float, mixing: float, kl: str,
-  beta: float = 0.5, top_k: int = 0, states: Sequence[str] = (), correct: float = 0.0,
-  on_policy: float = 0.0, on_policy_from: float = 0.0, on_policy_kl: str = '', prompt: int = 0,
-  balance: float = 0.0, z: float = 0.0,
-) -> Callable[..., Sums]:  # fmt: skip
+def distill(cfg: DistillConfig, forward: Mapping[str, Callable]) -> Callable[..., Sums]:
   """Minimise (1-mixing) CE + mixing T^2 KL at temperature T (Hinton et al. 2015).
 
   The teacher's weights are frozen['teacher'], or forward['signals'] (see `recall`) makes the KL of
@@ -49,87 +43,74 @@ def distill(
   of them, the batch is the student's own text after `prompt` tokens, see rollout.py, and
   `on_policy_kl`, if it is not '', takes the place of `kl`; 'jsd' with `beta` is the generalised one
   of GKD. `balance` and `z` are those of the next-token loss, for a student that routes tokens.
+
+  Raises:
+    ValueError: if a kind of divergence is unknown.
   """
-  for key, value in (('kl', kl), ('on_policy_kl', on_policy_kl or kl)):
+  for key, value in (('kl', cfg.kl), ('on_policy_kl', cfg.on_policy_kl or cfg.kl)):
     if value not in KL:
       raise ValueError(f'objective.{key}: expected one of {sorted(KL)}, found {value!r}')
-  if not 0 <= correct <= 1:
-    raise ValueError(f'objective.correct={correct}: expected a share of the learning rate in 0..1')
-  if not 0 <= mixing <= 1 or temperature <= 0:
-    raise ValueError(
-      'objective: expected 0 <= mixing <= 1 and temperature > 0, '
-      f'found mixing={mixing}, temperature={temperature}'
-    )
-  if top_k < 0 or top_k and kl == 'mse':
-    raise ValueError(f'objective.top_k={top_k}: expected at least 0, and 0 with kl="mse"')
-  if not 0 < beta < 1:
-    raise ValueError(
-      f'objective.beta={beta}: expected more than 0 and less than 1, where kl="forward" and '
-      '"reverse" are the ends'
-    )
-  if not 0 <= on_policy <= 1 or not 0 <= on_policy_from < 1:
-    raise ValueError(
-      f'objective.on_policy={on_policy}, on_policy_from={on_policy_from}: expected shares in 0..1'
-    )
-  if on_policy and (mixing < 1 or correct):
-    raise ValueError(
-      f'objective.on_policy={on_policy}: needs mixing=1 and correct=0, for nobody learns the '
-      f'next token of what the student wrote; found mixing={mixing}, correct={correct}'
-    )
-  divergence = functools.partial(KL[kl], beta=beta) if kl == 'jsd' else KL[kl]
-
-  def live_kl(caps, student, teacher_weight, rows):
-    t = temperature
-    pair = logits(teacher_weight, rows['teacher'], caps[1]) / t, student / t
-    both = min(x.shape[-1] for x in pair)
-    pair = tuple(x[..., :both] for x in pair)
-    soft = divergence(*(losses.with_tail(*pair, min(top_k, both)) if top_k else pair))
-    soft += _beyond(student / t, both)
-    if kl != 'wsl':
-      return soft
-    nll, known = (losses.cross_entropy(x, rows['targets']) for x in (student, t * pair[0]))
-    return soft * jax.lax.stop_gradient(-jnp.expm1(-nll / jnp.maximum(known, 1e-6)))
-
-  def fn(caps, weight, hidden, teacher_weight, rows):
-    student = logits(weight, hidden, caps[0])
-    if 'signals' in forward:
-      soft = forward['signals'](divergence, student, rows)
-    else:
-      soft = live_kl(caps, student, teacher_weight, rows)
-    nll = losses.cross_entropy(student, rows['targets'])
-    loss = mixing * temperature**2 * soft
-    if mixing < 1:  # 0 times its gradient would still go through the vocabulary
-      loss += (1 - mixing) * nll
-    total = lambda x: jnp.sum(x * rows['weights'])
-    return {'loss': total(loss), 'nll': total(nll), 'kl': total(soft)}
+  recalled = forward.get('signals')
 
   def objective(params: Params, frozen: Params, batch: Batch) -> Sums:
     student = forward['student'](params, batch)
     rows = {name: batch[name] for name in ('targets', 'weights')}
-    if 'signals' in forward:
-      caps, theirs = (student.cap,), ()
-      pulled = rows | {name: x for name, x in batch.items() if name.startswith('teacher_')}
+    if recalled:
+      caps, teacher_head = (student.cap,), ()
+      known = {name: x for name, x in batch.items() if name.startswith('teacher_')}
     else:
       live = forward['teacher'](frozen['teacher'], batch)
-      teacher, theirs = jax.lax.stop_gradient(live), head(frozen['teacher'])
-      caps, pulled = (student.cap, teacher.cap), rows | {'teacher': teacher.hidden}
-    summed = functools.partial(fn, caps)
-    sums = losses.chunked(summed, chunk, head(params), student.hidden, theirs, pulled)
-    if states:
+      teacher, teacher_head = jax.lax.stop_gradient(live), head(frozen['teacher'])
+      caps, known = (student.cap, teacher.cap), {'teacher': teacher.hidden}
+    token_sums = functools.partial(_token_sums, cfg, recalled, caps)
+    sums = losses.chunked(
+      token_sums, cfg.chunk, head(params), student.hidden, teacher_head, rows | known
+    )
+    if cfg.states:
       sums['states'] = _apart(student, teacher, frozen.get('projection'), rows['weights'])
-      as_large = temperature**2 * sums['kl'] / jnp.maximum(sums['states'], 1e-6)
-      sums['loss'] += mixing * jax.lax.stop_gradient(as_large) * sums['states']
-    if correct:
-      summed = functools.partial(losses.next_token, live.cap)
-      taught = losses.chunked(summed, chunk, theirs, live.hidden, (), rows)['loss']
+      as_large = cfg.temperature**2 * sums['kl'] / jnp.maximum(sums['states'], 1e-6)
+      sums['loss'] += cfg.mixing * jax.lax.stop_gradient(as_large) * sums['states']
+    if cfg.correct:
+      nll = functools.partial(losses.next_token, live.cap)
+      taught = losses.chunked(nll, cfg.chunk, teacher_head, live.hidden, (), rows)['loss']
       sums |= {'loss': sums['loss'] + taught, 'teacher_nll': taught}
     weight = rows['weights'].sum()
     if student.routing is not None:
-      more, found = losses.routing(student.routing, weight, balance, z)
-      sums |= {**found, 'loss': sums['loss'] + more}
+      more, parts = losses.routing(student.routing, weight, cfg.balance, cfg.z)
+      sums |= {**parts, 'loss': sums['loss'] + more}
     return {name: (value, weight) for name, value in sums.items()}
 
   return objective
+
+
+def _token_sums(cfg, recalled, caps, weight, hidden, teacher_head, rows) -> dict[str, jax.Array]:
+  """Sum the loss and its parts over tokens [b,c], as losses.chunked asks for them."""
+  student = logits(weight, hidden, caps[0])
+  divergence = functools.partial(KL[cfg.kl], beta=cfg.beta) if cfg.kl == 'jsd' else KL[cfg.kl]
+  if recalled:
+    soft = recalled(divergence, student, rows)
+  else:
+    teacher = logits(teacher_head, rows['teacher'], caps[1])
+    soft = _live_kl(cfg, divergence, student, teacher, rows['targets'])
+  nll = losses.cross_entropy(student, rows['targets'])
+  loss = cfg.mixing * cfg.temperature**2 * soft
+  if cfg.mixing < 1:  # 0 times its gradient would still go through the vocabulary
+    loss += (1 - cfg.mixing) * nll
+  total = lambda x: jnp.sum(x * rows['weights'])
+  return {'loss': total(loss), 'nll': total(nll), 'kl': total(soft)}
+
+
+def _live_kl(cfg, divergence, student, teacher, targets) -> jax.Array:
+  """Return the divergence of student from teacher logits [b,c,v] at the temperature, [b,c]."""
+  t = cfg.temperature
+  both = min(student.shape[-1], teacher.shape[-1])
+  pair = tuple((x / t)[..., :both] for x in (teacher, student))
+  soft = divergence(*(losses.with_tail(*pair, min(cfg.top_k, both)) if cfg.top_k else pair))
+  soft += _beyond(student / t, both)
+  if cfg.kl != 'wsl':
+    return soft
+  nll, known = (losses.cross_entropy(x, targets) for x in (student, t * pair[0]))
+  return soft * jax.lax.stop_gradient(-jnp.expm1(-nll / jnp.maximum(known, 1e-6)))
 
 
 def _beyond(student: jax.Array, vocab: int) -> jax.Array | float:
@@ -200,15 +181,10 @@ def places(states: Sequence[str], teacher: int, student: int) -> list[tuple[int,
   return found + [(place(t, teacher), place(s, student)) for t, _, s in parts]
 
 
-def own_share(cfg: Mapping[str, Any]) -> float:
-  """Return the share of all steps that are on the student's own text."""
-  return cfg.get('on_policy', 0.0) * (1 - cfg.get('on_policy_from', 0.0))
-
-
 def flops(
-  cfg: Mapping[str, Any], teacher: DecoderConfig, student: DecoderConfig, context: int
+  cfg: DistillConfig, teacher: DecoderConfig, student: DecoderConfig, context: int
 ) -> float:
   """Count what the teacher adds to one token's step: its passes, and projecting states to it."""
-  passes = 3 if cfg.get('correct') else 1  # a backward pass costs two
-  learned = len(cfg.get('states', ())) * (teacher.embed != student.embed)
+  passes = 3 if cfg.correct else 1  # a backward pass costs two
+  learned = len(cfg.states) * (teacher.embed != student.embed)
   return passes * forward_flops(teacher, context) + 6.0 * learned * teacher.embed * student.embed

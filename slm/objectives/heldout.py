@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slm import models, reparam
 from slm.base import files
 from slm.data import loader
 from slm.objectives import losses
 from slm.runs import load, rundir
+from slm.runs.config import RunConfig
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
 
@@ -68,6 +70,19 @@ def rows(
   return np.stack([found[i] for i in sorted(found)])
 
 
+def evaluator(
+  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
+) -> Callable[[Callable[[int], Params]], dict[str, float]]:
+  """Return what measures a run while it trains: its loss on the rows that `eval` names.
+
+  Each row is evaluated under its own cluster's specialist.
+  """
+  row_losses = make_row_losses(model.forward, cfg.dtype, cfg.objective.chunk, mesh)
+  e = cfg.eval
+  where = (mesh, cfg.data.path, e.set, e.split, e.batch_size, rep.clusters, e.max_rows)
+  return lambda specialist: summary(rows(row_losses, specialist, *where), 0)
+
+
 def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:
   """Summarise [rows,2]: loss in nats per token, perplexity, bits per byte of the text.
 
@@ -108,7 +123,7 @@ def run(
   load.same_tokenizer(loaded, manifest['tokenizer']['fingerprint'])
   load.same_clusters(loaded, path)
   cfg = loaded.cfg
-  row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh)
+  row_losses = make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   results_path = folder.with_suffix('.json')
   results = files.read_json(results_path) if results_path.exists() else {}
   with jax.set_mesh(mesh):

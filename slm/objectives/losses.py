@@ -23,6 +23,32 @@ def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(scores, axis=-1) - picked
 
 
+def over_tokens(
+  fn: Callable[..., Any], weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float,
+  chunk: int,
+) -> Any:  # fmt: skip
+  """Return fn(logits [b,c,v], targets [b,c]), arrays [b,c], of every position: arrays [b,t].
+
+  The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens a device at a time;
+  they are computed again in the backward pass.
+  """
+  cut = functools.partial(split, chunk)
+  one = jax.checkpoint(lambda weight, x: fn(logits(weight, x[0], cap), x[1]))
+  values = jax.lax.map(functools.partial(one, weight), (cut(hidden), cut(targets)))
+  return jax.tree.map(lambda x: join(x, hidden.shape[1]), values)
+
+
+def token_logprobs(
+  weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float = 0.0, chunk: int = 512
+) -> jax.Array:
+  """Return log softmax of each position's logits at its target: [v,d], [b,t,d], [b,t] -> [b,t].
+
+  Differentiable with respect to weight and hidden, for losses of whole sequences (DPO, policy
+  gradients). Where the loss is a sum over tokens, `chunked` needs one product with the head less.
+  """
+  return -over_tokens(cross_entropy, weight, hidden, targets, cap, chunk)
+
+
 def next_token(cap: float, weight: jax.Array, hidden: jax.Array, _, rows) -> dict[str, jax.Array]:
   """Sum the weighted next-token loss of tokens [b,c], as `chunked` asks for it."""
   nll = cross_entropy(logits(weight, hidden, cap), rows['targets'])
@@ -172,20 +198,8 @@ def join(x: jax.Array, t: int) -> jax.Array:
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :t]
 
 
-def over_tokens(
-  fn: Callable[..., Any], forward: Callable, params: Params, batch: Batch, chunk: int
-) -> Any:
-  """Return fn(logits [b,c,v], targets [b,c]), arrays [b,c], of every position: arrays [b,t].
-
-  The logits of about `chunk` tokens a device exist at a time; there are no gradients.
-  """
-  out = forward(params, batch)
-  cut = functools.partial(split, chunk)
-  rows = (cut(out.hidden), cut(batch['targets']))
-  found = jax.lax.map(lambda x: fn(logits(head(params), x[0], out.cap), x[1]), rows)
-  return jax.tree.map(lambda x: join(x, out.hidden.shape[1]), found)
-
-
 def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
-  """Return the weighted next-token loss of every position, [b,t] float32, without gradients."""
-  return over_tokens(cross_entropy, forward, params, batch, chunk) * batch['weights']
+  """Return the weighted next-token loss of every position, [b,t] float32."""
+  out = forward(params, batch)
+  logprobs = token_logprobs(head(params), out.hidden, batch['targets'], out.cap, chunk)
+  return -logprobs * batch['weights']

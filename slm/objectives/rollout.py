@@ -1,7 +1,7 @@
 """The student's own text in place of the rows of a batch (GKD, arXiv 2306.13649)."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from slm import models, reparam
 from slm.data import loader, tokenizer
 from slm.models.decode import generate, sampled
+from slm.runs.config import RunConfig
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
 
@@ -58,27 +59,27 @@ def rewrite(
 
 
 def make_rewrite(
-  model: models.Model, rep: reparam.Reparam, cfg: dict[str, Any], mesh: jax.sharding.Mesh
+  model: models.Model, rep: reparam.Reparam, cfg: RunConfig, mesh: jax.sharding.Mesh
 ) -> Callable[..., loader.Batch]:
   """Make jitted f(theta, frozen, batch [accum,groups,rows,t], step) -> batch of the student's text.
 
   Raises:
     ValueError: if the run holds several models, or its rows are no longer than the prompt.
   """
-  prompt = cfg['objective']['prompt']
-  if rep.clusters or not 1 <= prompt < cfg['context']:
+  prompt = cfg.objective.prompt
+  if rep.clusters or not 1 <= prompt < cfg.context:
     raise ValueError(
-      f'objective.on_policy: expected one dense model and a prompt of 1 to {cfg["context"] - 1} '
+      f'objective.on_policy: expected one dense model and a prompt of 1 to {cfg.context - 1} '
       f'tokens, found {rep.clusters or 1} and objective.prompt={prompt}'
     )
-  tok = tokenizer.load(f'{cfg["data"]["path"]}/tokenizer')
-  key = jax.random.fold_in(jax.random.key(cfg['seed']), 2)
+  tok = tokenizer.load(f'{cfg.data.path}/tokenizer')
+  key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
 
   where = sharding.batch_sharding(mesh, axis=1)
 
   @functools.partial(jax.jit, out_shardings=where)
   def own(theta, frozen, batch, step):
-    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg['dtype']))
+    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
     flat = {n: x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n != 'condition'}
     made = rewrite(model, params, flat, jax.random.fold_in(key, step), prompt, tok)
     return batch | {name: x.reshape(batch[name].shape) for name, x in made.items()}
@@ -86,12 +87,11 @@ def make_rewrite(
   return own
 
 
-def turn(cfg: Mapping[str, Any], step: int) -> bool:
+def turn(cfg: RunConfig, step: int) -> bool:
   """Say whether a step is on the student's own text, by (seed, step) alone.
 
   A share `on_policy` of those after the share `on_policy_from` of all steps are.
   """
-  objective = cfg['objective']
-  began = step > objective.get('on_policy_from', 0.0) * cfg['steps']
-  drawn = np.random.default_rng([cfg['seed'], step, 1]).random()
-  return bool(began and drawn < objective['on_policy'])
+  began = step > cfg.objective.on_policy_from * cfg.steps
+  drawn = np.random.default_rng([cfg.seed, step, 1]).random()
+  return bool(began and drawn < cfg.objective.on_policy)

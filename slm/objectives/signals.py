@@ -13,20 +13,22 @@ import numpy as np
 
 from slm.base import console, files
 from slm.data import loader, rows
-from slm.models.decoder import forward_flops, head, logits
+from slm.models.decoder import head, logits
 from slm.objectives import losses
 from slm.runs import ledger, load, rundir
 from slm.weights import sharding, tree
+from slm.weights.count import forward_flops
 
 MODES = ('topk', 'sampled')
 ABOUT = 'signals.json'
 _VERIFIED = 16  # rows
 
 
-def row_keys(read: np.ndarray) -> np.ndarray:
-  """Hash rows int32 [n,2,context] (tokens, segments): [n] of 16 bytes."""
-  digest = lambda row: hashlib.blake2b(row.astype('<i4').tobytes(), digest_size=16).digest()
-  return np.array([digest(row) for row in read], 'S16')
+def row_keys(read: rows.Rows) -> np.ndarray:
+  """Hash the tokens and segments [n,context] of rows: [n] of 16 bytes."""
+  both = np.stack([read['tokens'], read['segments']], axis=1).astype('<i4')
+  digest = lambda row: hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+  return np.array([digest(row) for row in both], 'S16')
 
 
 def layout(about: Mapping[str, Any]) -> np.dtype:
@@ -61,21 +63,22 @@ class Signals:
     self._order = np.argsort(keys, kind='stable')
     self._keys = keys[self._order]
 
-  def __call__(self, read: np.ndarray) -> dict[str, np.ndarray]:
-    """Look rows int32 [...,2,context] up: 'teacher_ids' [...,t,k], and probs and rest, or entropy.
+  def __call__(self, read: rows.Rows) -> dict[str, np.ndarray]:
+    """Look rows [...,context] up: 'teacher_ids' [...,t,k], and probs and rest, or entropy.
 
     Raises:
       ValueError: if a row with tokens is not there.
     """
-    lead, flat = read.shape[:-2], read.reshape(-1, *read.shape[-2:])
-    found = np.zeros(len(flat), layout(self.about))
+    lead = read['tokens'].shape[:-1]
+    flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in read.items()}
+    found = np.zeros(len(flat['tokens']), layout(self.about))
     keys = row_keys(flat)
     places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
     for i, place in enumerate(places.tolist()):
       if self._keys[place] == keys[i]:
         shard, at = divmod(int(self._order[place]), self.about['shard_rows'])
         found[i] = self._shards[shard][at]
-      elif flat[i, 1].any():
+      elif flat['segments'][i].any():
         raise ValueError(
           f'{self.path}: holds no signals of a row that is trained on (it is of '
           f'{self.about["on"]} in {self.about["data"]})'
@@ -125,10 +128,10 @@ def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., 
 
   @jax.jit
   def signal(params, batch, keys):
-    params = tree.cast(params, jnp.dtype(cfg['dtype']))
+    params = tree.cast(params, jnp.dtype(cfg.dtype))
     out = loaded.model.forward(params, batch)
     chance = jax.vmap(uniform)(keys) if sampled else batch['inputs']
-    cut = lambda x: losses.split(cfg['objective']['chunk'], x)
+    cut = lambda x: losses.split(cfg.objective.chunk, x)
     one = lambda x: reduce(logits(head(params), x[0], out.cap)[..., :vocab], x[1])
     found = jax.lax.map(one, (cut(out.hidden), cut(chance)))
     return jax.tree.map(lambda x: losses.join(x, context), found)
@@ -137,14 +140,15 @@ def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., 
 
 
 def _compute(signal, params, read, dtype, batch_size, mesh) -> np.ndarray:
-  """Compute the signals of rows [n,2,context], some at a time."""
-  found, where = np.zeros(len(read), dtype), sharding.batch_sharding(mesh)
+  """Compute the signals of rows [n,context], some at a time."""
+  found, where = np.zeros(len(read['tokens']), dtype), sharding.batch_sharding(mesh)
   found['row'] = row_keys(read)
-  for start in range(0, len(read), batch_size):
-    part = read[start : start + batch_size]
-    part = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0)))
+  for start in range(0, len(found), batch_size):
+    part = {name: x[start : start + batch_size] for name, x in read.items()}
+    empty = batch_size - len(part['tokens'])
+    part = {n: np.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1)) for n, x in part.items()}
     batch = jax.device_put(rows.batch(part), where)
-    keys = jax.device_put(row_keys(part).view('<u4').reshape(len(part), 4), where)
+    keys = jax.device_put(row_keys(part).view('<u4').reshape(batch_size, 4), where)
     for name, values in signal(params, batch, keys).items():
       mine = found[name][start : start + batch_size]
       mine[...] = np.asarray(values)[: len(mine)]
@@ -165,7 +169,7 @@ def write(
   loaded = load.load(teacher, mesh, finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{teacher} holds several models: take one out with slm.specialise first')
-  path = path or loaded.cfg['data']['path']
+  path = path or loaded.cfg.data.path
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
   vocab, params = facts['tokenizer']['vocab'], loaded.params()

@@ -13,18 +13,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from slm import models
 from slm.base import console, files
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import tasks
 from slm.models.config import DecoderConfig
-from slm.models.decoder import forward_flops, num_params
 from slm.pruning import importance, measure, slicing
 from slm.pruning.measure import Stats
-from slm.runs import load, rundir
+from slm.runs import config, load, rundir
+from slm.runs.config import NextTokenConfig, RunConfig
 from slm.runs.ledger import phase_entry
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
+from slm.weights.count import forward_flops, num_params
 from slm.weights.tree import flatten, unflatten
 
 _SAVE_EVERY = 60.0  # seconds
@@ -48,7 +48,7 @@ def calibrate(
   loaded = load.load(run, mesh, finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several models: take one out with slm.specialise first')
-  path = str(Path(path or loaded.cfg['data']['path']).resolve())
+  path = str(Path(path or loaded.cfg.data.path).resolve())
   load.same_tokenizer(loaded, loader.manifest(path)['tokenizer']['fingerprint'])
   asked = {
     'run': str(Path(run).resolve()), 'step': loaded.step, 'data': path, 'set': data_set,
@@ -56,7 +56,7 @@ def calibrate(
     'rows_sha256': loader.Split(path, data_set, split, index).sha256,
     'weights': tree.weights_hash(loaded.params()),
   }  # fmt: skip
-  of = measure.activations(loaded.model, loaded.cfg['dtype'])
+  of = measure.activations(loaded.model, loaded.cfg.dtype)
   return _sum(loaded, Path(out), 'stats', asked, of)[1]
 
 
@@ -155,7 +155,7 @@ def compare(
   first, second = ({k: about['asked'][k] for k in ('run', 'step')} for about, _ in both)
   if first != second:
     raise ValueError(f'--stats: are of {first} and of {second}: not of one model')
-  heads = rundir.read_config(first['run'])['model']['num_kv_heads']
+  heads = config.of(first['run']).model.num_kv_heads
   if 'kv_heads' in wanted:
     raise ValueError('sizes: kv_heads: not compared; its heads are')
   how = (tokens, sequences)
@@ -191,7 +191,7 @@ class _Calibration:
         raise ValueError(f'{self.folder}: is of {key} {about["asked"][key]}, not of {value}')
     self.costs.append(about)
     cfg, layers = self.loaded.cfg, self.loaded.model.cfg.num_layers
-    how = cfg['dtype'], cfg['objective']['chunk']
+    how = cfg.dtype, cfg.objective.chunk
     found = importance.activation_scores(stats, tokens, sequences)
     if by == 'weights':
       found |= importance.weight_scores(self.loaded.params())
@@ -213,7 +213,7 @@ class _Calibration:
   def ratios(self, embed: np.ndarray) -> Params:
     """Return E[rms(kept) / rms(all)] of every norm."""
     sha = hashlib.sha256(np.ascontiguousarray(embed, np.int32).tobytes()).hexdigest()
-    of = measure.shrinkage(self.loaded.model, self.loaded.cfg['dtype'], embed)
+    of = measure.shrinkage(self.loaded.model, self.loaded.cfg.dtype, embed)
     sums = self.sums(f'gain-{sha[:12]}', {'embed': sha}, of)['sums']
     return jax.tree.map(lambda x: x[..., 0] / np.maximum(x[..., 1], 1), sums)
 
@@ -237,10 +237,7 @@ def cut(
   Raises:
     ValueError: if the sums are of another run, a size does not fit or is no multiple.
   """
-  if len(stats) not in (1, 2) or not 0 <= mix <= 1 or (len(stats) == 1 and mix):
-    raise ValueError(
-      f'--stats, --mix: expected one, or two and 0 to 1, found {len(stats)} and {mix}'
-    )
+  _check_mix(stats, mix)
   slicing.check_options(wanted, task, norm_gain)
   loaded = load.load(run, load.mesh_for(run), finished=True)
   old, params = loaded.model.cfg, loaded.params()
@@ -257,45 +254,63 @@ def cut(
   counts = lambda new: tuple(sum(num_params(c).values()) for c in (old, new))
   if done := _finished(Path(workdir), run, how):
     return done, counts(done)
-  scores = [p.scores(wanted, **scored) for p in passes]
-  found = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
-  widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
-  kept = importance.keep(found, widths, old.num_kv_heads)
-  smaller: Sequence[Any] | None = None  # its tokenizer file's name and content, if it is another
-  if 'vocab' in wanted:
-    whole = Path(of[0]['data']) / 'tokenizer'
-    *smaller, kept['vocab'] = vocabulary.reduce(whole, found['vocab'], wanted['vocab'])
-  if task and 'layers' in wanted:
-    ask = _asking(passes[0], params, task, limit)
-    kept['layers'] = importance.best_window(old.num_layers, wanted['layers'], ask)
+  kept, smaller = _choose(passes, wanted, scored, mix, task, limit)
   ratios = None
   if norm_gain == 'calibrated' and 'embed' in kept:
     each = [p.ratios(kept['embed']) for p in passes]
     ratios = jax.tree.map(lambda a, b: (1 - mix) * a + mix * b, each[0], each[-1])
-  sha = hashlib.sha256()
-  for axis in sorted(kept):
-    sha.update(axis.encode() + np.ascontiguousarray(kept[axis], np.int32).tobytes())
   params, new = slicing.cut(params, old, kept, norm_gain, ratios)
-  config = {
-    **loaded.cfg,
-    'phase': 'prune',
-    'model': {'name': 'decoder', **dataclasses.asdict(new)},
-    'reparam': {'name': 'full'},
-    'objective': {'name': 'next_token', 'chunk': loaded.cfg['objective']['chunk']},
+  read_from = {'path': of[0]['data'], 'set': of[0]['set'], 'index': of[0]['index']}
+  changes = {
+    'model': new,
+    'objective': NextTokenConfig(chunk=loaded.cfg.objective.chunk),
     'init': run,
-    'teacher': '',
-    'data': loaded.cfg['data'] | {'path': of[0]['data']} | {k: of[0][k] for k in ('set', 'index')},
+    'data': dataclasses.replace(loaded.cfg.data, **read_from),
     'rows': of[0]['rows_sha256'],
-    'prune': {'sha256': sha.hexdigest(), **how},
+    'prune': {'sha256': _hash(kept), **how},
   }
-  for key in ('hf', 'teacher_cache', 'specialist'):
-    config.pop(key, None)
   if smaller:
-    config['tokenizer'] = hashlib.sha256(smaller[1]).hexdigest()
-  rundir.check_run(Path(workdir), config)
+    changes['tokenizer'] = hashlib.sha256(smaller[1]).hexdigest()
+  small = config.derive(loaded.cfg, 'prune', **changes)
+  config.check_run(Path(workdir), small)
   costs = [about for p in passes for about in p.costs]
-  _write_run(Path(workdir), config, params, kept, smaller, costs)
+  _write_run(Path(workdir), small, params, kept, smaller, costs)
   return new, counts(new)
+
+
+def _check_mix(stats: Sequence[str], mix: float) -> None:
+  if len(stats) not in (1, 2) or not 0 <= mix <= 1 or (len(stats) == 1 and mix):
+    raise ValueError(
+      f'--stats, --mix: expected one, or two and 0 to 1, found {len(stats)} and {mix}'
+    )
+
+
+def _choose(
+  passes: Sequence[_Calibration], wanted: dict[str, int], scored: dict[str, Any], mix: float,
+  task: str, limit: int,
+) -> tuple[dict[str, np.ndarray], Sequence[Any] | None]:  # fmt: skip
+  """Choose what is kept of each axis; with it the (name, content) of a smaller tokenizer."""
+  loaded = passes[0].loaded
+  scores = [p.scores(wanted, **scored) for p in passes]
+  mixed = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
+  widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
+  kept = importance.keep(mixed, widths, loaded.model.cfg.num_kv_heads)
+  smaller: Sequence[Any] | None = None
+  if 'vocab' in wanted:
+    whole = Path(passes[0].costs[0]['asked']['data']) / 'tokenizer'
+    *smaller, kept['vocab'] = vocabulary.reduce(whole, mixed['vocab'], wanted['vocab'])
+  if task and 'layers' in wanted:
+    ask = _asking(passes[0], loaded.params(), task, limit)
+    kept['layers'] = importance.best_window(loaded.model.cfg.num_layers, wanted['layers'], ask)
+  return kept, smaller
+
+
+def _hash(kept: dict[str, np.ndarray]) -> str:
+  """Hash what is kept of each axis."""
+  digest = hashlib.sha256()
+  for axis in sorted(kept):
+    digest.update(axis.encode() + np.ascontiguousarray(kept[axis], np.int32).tobytes())
+  return digest.hexdigest()
 
 
 def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | None:
@@ -306,13 +321,13 @@ def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | No
   """
   if not (folder / 'config.json').exists():
     return None
-  found = rundir.read_config(folder)
-  pruned = {key: value for key, value in found.get('prune', {}).items() if key != 'sha256'}
-  held = {'init': found.get('init'), 'prune': pruned}
+  there = config.of(folder)
+  pruned = {key: value for key, value in (there.prune or {}).items() if key != 'sha256'}
+  held = {'init': there.init, 'prune': pruned}
   rundir.check_same(
     folder, held, json.loads(json.dumps({'init': run, 'prune': how})), 'another run'
   )
-  return models.build(found['model']).cfg if (folder / 'result.json').exists() else None
+  return there.model if (folder / 'result.json').exists() else None
 
 
 def _asking(
@@ -345,11 +360,11 @@ def _asking(
 
 
 def _write_run(
-  folder: Path, config: dict[str, Any], params: Params, kept: dict[str, np.ndarray],
+  folder: Path, cfg: RunConfig, params: Params, kept: dict[str, np.ndarray],
   smaller: Sequence[Any] | None, costs: list[About],
 ) -> None:  # fmt: skip
   """Write a cut run, what it keeps, the (name, content) of its own tokenizer, and the cost."""
-  rundir.write_run(folder, config)  # first: it marks the directory
+  config.write_run(folder, cfg)  # first: it marks the directory
   arrays = {axis: np.ascontiguousarray(index, np.int32) for axis, index in kept.items()}
   with files.replacing(folder / 'kept.safetensors') as temporary:
     safetensors.numpy.save_file(arrays, temporary)
@@ -360,4 +375,4 @@ def _write_run(
       with files.replacing(folder / 'tokenizer' / name) as temporary:
         temporary.write_bytes(content)
   spent = (sum(c[key] for c in costs) for key in ('tokens', 'flops', 'device_seconds'))
-  load.write_dense(folder, config, params, [config['init']], [phase_entry('calibrate', *spent)])
+  load.write_dense(folder, cfg, params, [cfg.init], [phase_entry('calibrate', *spent)])

@@ -15,6 +15,7 @@ import numpy as np
 from slm import models
 from slm.objectives import next_token
 from slm.objectives.losses import token_losses
+from slm.runs.config import NextTokenConfig
 from slm.weights import tree
 from slm.weights.axes import Params
 from slm.weights.tree import flatten, unflatten
@@ -66,7 +67,7 @@ def activations(model: models.Model, dtype: str) -> Measure:
 
 def gradients(model: models.Model, dtype: str, chunk: int) -> Measure:
   """Sum the gradients of the next-token loss."""
-  loss = next_token.next_token({'student': model.forward}, chunk)
+  loss = next_token.next_token(NextTokenConfig(chunk=chunk), {'student': model.forward})
 
   def measure(params, batch):
     total = lambda p: loss(tree.cast(p, jnp.dtype(dtype)), {}, batch)['loss'][0]

@@ -11,7 +11,6 @@ are ranked after a short retraining, not before (arXiv 2407.14679 §4.1, rule 9)
 continues. DIR/search.json holds all of it; DIR/<shape>, the cut as it is, is what to recover from.
 """
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -27,15 +26,15 @@ import scipy.stats
 
 from slm import models
 from slm.base import files
-from slm.data import loader
 from slm.inference import latency
 from slm.models.config import DecoderConfig
-from slm.models.decoder import active_params, forward_flops, num_params
 from slm.objectives import heldout
 from slm.pruning import commands, importance, slicing
-from slm.runs import ledger, load, rundir
+from slm.runs import config, ledger, load, rundir
+from slm.runs.config import RunConfig
 from slm.training import loop, optim
 from slm.weights import sharding
+from slm.weights.count import active_params, forward_flops, num_params
 
 Sizes = dict[str, int]  # by axis
 _NEW_TOKENS = 32  # decoded to measure a step
@@ -120,7 +119,7 @@ def name(sizes: Sizes) -> str:
 
 
 def search(
-  run: str, stats: str, workdir: Path, config: Mapping[str, Any],
+  run: str, stats: str, workdir: Path, given: Mapping[str, Any],
   grid: Mapping[str, tuple[int, ...]], bounds: Bounds, *, count: int = 10, survivors: int = 4,
   rounds: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
@@ -135,16 +134,16 @@ def search(
     ValueError: if no shape is within the bounds, or the directory holds another search.
   """
   loaded = load.load(run, load.mesh_for(run), finished=True)
-  config = copy.deepcopy(dict(config))
-  if config['distributed']['enable']:
+  given = given | {'teacher': str(Path(run).resolve()) * (given['objective']['name'] == 'distill')}
+  cfg = config.resolve(given | {'init': run})
+  if cfg.distributed.enable:
     raise ValueError('distributed.enable: a search runs on one process')
-  optim.schedule(config['schedule'], config['steps'])  # before any work: is it possible?
-  config['teacher'] = str(Path(run).resolve()) if config['objective']['name'] == 'distill' else ''
+  optim.schedule(cfg.schedule, cfg.steps)  # before any work: is it possible?
   asked = {
     'run': str(Path(run).resolve()), 'step': loaded.step, 'count': count, 'survivors': survivors,
     'stats_sha256': files.sha256(Path(stats) / 'stats.safetensors'), 'grid': grid,
     'bounds': dataclasses.asdict(bounds),
-    'config': {k: v for k, v in config.items() if k not in rundir.OPERATIONAL},
+    'config': {k: v for k, v in given.items() if k not in config.OPERATIONAL},
   }  # fmt: skip
   asked, path = json.loads(json.dumps(asked)), workdir / 'search.json'
   found = files.read_json(path) if path.exists() else {}
@@ -154,37 +153,44 @@ def search(
   listed = shapes(loaded.model.cfg, grid, bounds)
   chosen = _fast_enough(listed, bounds, count, rounds, found['token_ms'], save)
   found['parameters'] = {name(s): sum(num_params(c).values()) for s, c in chosen}
-  _score(loaded, stats, config, chosen, found, save)
+  _score(loaded, stats, cfg, chosen, found, save)
   del loaded  # training loads what it needs
   sizes = {name(s): s for s, _ in chosen}
+  best = _halve(given, cfg, run, stats, workdir, sizes, survivors, found, save)
+  ledgers = [
+    ledger.read_ledger(workdir / f'{shape}-{i}')
+    for i, rung in enumerate(found['rungs'], 1)
+    for shape in rung['loss']
+  ]
+  trained = sum(phase['flops'] for costs in ledgers for phase in costs['phases'])
+  calibration = commands.read(Path(stats), finished=True)[0]['flops']
+  spent = calibration + found['zero_shot_flops'] + trained
+  found |= {'best': best, 'sizes': sizes[best], 'flops': spent}
+  save()
+  return found
+
+
+def _halve(given, cfg, run, stats, workdir, sizes, survivors, found, save) -> str:
+  """Train the best shapes as cut, the better half for twice as long, until one is left."""
   before = found['zero_shot']
   left = sorted(sizes, key=before.get)[:survivors]
   for shape in left:
     commands.cut(run, [stats], sizes[shape], str(workdir / shape), align=1)
-  for i in itertools.count(1):
-    steps, losses = config['steps'] * 2 ** (i - 1), {}
+  i = 0
+  while True:
+    i += 1
+    steps, losses = cfg.steps * 2 ** (i - 1), {}
     for shape in left:
       init = workdir / (shape if i == 1 else f'{shape}-{i - 1}')
-      mine = config | {'init': str(init), 'steps': steps, 'seed': config['seed'] + i}
-      losses[shape] = loop.train(mine, workdir / f'{shape}-{i}')['loss']
+      changes = {'init': str(init), 'steps': steps, 'seed': cfg.seed + i}
+      losses[shape] = loop.train(given | changes, workdir / f'{shape}-{i}')['loss']
     ranks = [[of[s] for s in left] for of in (before, losses)]
     tau = float(scipy.stats.kendalltau(*ranks)[0]) if len(left) > 1 else None
     found['rungs'] = found['rungs'][: i - 1] + [{'steps': steps, 'loss': losses, 'stability': tau}]
     save()
     before, left = losses, sorted(left, key=losses.get)[: -(-len(left) // 2)]
     if len(losses) <= 2:
-      break
-  ledgers = [
-    ledger.read_ledger(workdir / f'{shape}-{i}')
-    for i, rung in enumerate(found['rungs'], 1)
-    for shape in rung['loss']
-  ]
-  trained = sum(phase['flops'] for ledger in ledgers for phase in ledger['phases'])
-  calibration = commands.read(Path(stats), finished=True)[0]['flops']
-  spent = calibration + found['zero_shot_flops'] + trained
-  found |= {'best': left[0], 'sizes': sizes[left[0]], 'flops': spent}
-  save()
-  return found
+      return left[0]
 
 
 def _fast_enough(
@@ -214,11 +220,11 @@ def _fast_enough(
 
 
 def _score(
-  loaded: load.Loaded, stats: str, config: Mapping[str, Any],
+  loaded: load.Loaded, stats: str, cfg: RunConfig,
   chosen: list[tuple[Sizes, DecoderConfig]], found: dict[str, Any], save: Callable[[], None],
 ) -> None:  # fmt: skip
   """Measure the held-out loss of every shape as it is cut, on the config's evaluation rows."""
-  e, d, mesh = config['eval'], config['data'], sharding.make_mesh({'data': -1})
+  e, mesh = cfg.eval, sharding.make_mesh({'data': -1})
   scores = importance.activation_scores(commands.read(Path(stats), finished=True)[1])
   found.setdefault('zero_shot_flops', 0.0)
   params, old = loaded.params(), loaded.model.cfg
@@ -226,20 +232,14 @@ def _score(
     if name(sizes) in found['zero_shot']:
       continue
     cut, new = slicing.cut(params, old, importance.keep(scores, sizes, old.num_kv_heads))
-    model = models.build({'name': 'decoder', **dataclasses.asdict(new)})
+    model = models.build(new)
     with jax.set_mesh(mesh):
-      row_losses = heldout.make_row_losses(
-        model.forward, config['dtype'], config['objective']['chunk'], mesh
-      )
-      values = heldout.rows(
-        row_losses, lambda c, cut=cut: cut, mesh, d['path'], e['set'] or d['set'], e['split'],
-        e['batch_size'], max_rows=e['max_rows'],
-      )  # fmt: skip
+      row_losses = heldout.make_row_losses(model.forward, cfg.dtype, cfg.objective.chunk, mesh)
+      where = mesh, cfg.data.path, e.set, e.split, e.batch_size
+      values = heldout.rows(row_losses, lambda c, cut=cut: cut, *where, max_rows=e.max_rows)
     loss = heldout.summary(values, 0)
     found['zero_shot'][name(sizes)] = loss['loss']
-    found['zero_shot_flops'] += loss['tokens'] * forward_flops(
-      new, loader.manifest(d['path'])['context']
-    )
+    found['zero_shot_flops'] += loss['tokens'] * forward_flops(new, cfg.context)
     save()
 
 

@@ -6,12 +6,12 @@ matrix of histograms, one per group of rows, gives params whose varying leaves h
 Leaves that do not depend on the condition are shared, not copied.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable
 
 import jax
 
-from slm.base import factory
 from slm.models.decoder import Output
 from slm.reparam import dense, projection
 from slm.reparam.base import Init, Reparam
@@ -20,21 +20,23 @@ from slm.weights.sharding import vmap_groups
 from slm.weights.tree import flatten
 
 REPARAMS = {
-  'full': dense.full,
-  'mixture': dense.mixture,
-  'demix': dense.demix,
-  'lora': dense.lora,
-  'mask': dense.mask,
-  'project': projection.project,
-  'code': projection.code,
-  'soup': projection.soup,
-  'hyper': projection.hyper,
+  dense.FullConfig: dense.full,
+  dense.MixtureConfig: dense.mixture,
+  dense.DemixConfig: dense.demix,
+  dense.LoraConfig: dense.lora,
+  dense.MaskConfig: dense.mask,
+  projection.ProjectConfig: projection.project,
+  projection.CodeConfig: projection.code,
+  projection.SoupConfig: projection.soup,
+  projection.HyperConfig: projection.hyper,
 }
+# Any of the configs, told apart by their `name`.
+Config = functools.reduce(operator.or_, REPARAMS)
 
 
-def build(cfg: Mapping[str, Any], init: Init) -> Reparam:
-  """Build the reparameterisation that `cfg['name']` selects over a model's init(key)."""
-  return factory.build('reparam', REPARAMS, cfg, init)
+def build(cfg: Config, init: Init) -> Reparam:
+  """Build the reparameterisation that a config describes over a model's init(key)."""
+  return REPARAMS[type(cfg)](init, cfg)
 
 
 def group_axes(reparam: Reparam, params: Params) -> Params:

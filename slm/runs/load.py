@@ -1,7 +1,6 @@
 """From a run directory to a model that can be called."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from slm import models, reparam
 from slm.base import files
 from slm.data import loader, tokenizer
-from slm.runs import checkpoint, ledger, rundir
+from slm.runs import checkpoint, config, ledger, rundir
+from slm.runs.config import RunConfig
 from slm.weights import sharding
 from slm.weights.axes import Params
 
@@ -21,7 +21,7 @@ class Loaded:
   """A trained run: its config, model, reparameterisation and theta at its best step."""
 
   path: Path
-  cfg: dict[str, Any]
+  cfg: RunConfig
   model: models.Model
   reparam: reparam.Reparam
   theta: Params
@@ -50,53 +50,30 @@ class Loaded:
     return jax.jit(self.reparam.materialize)(self.theta, self.frozen, condition)
 
 
-def build(cfg: dict[str, Any]) -> tuple[models.Model, reparam.Reparam]:
+def build(cfg: RunConfig) -> tuple[models.Model, reparam.Reparam]:
   """Build the model and reparameterisation of a resolved config."""
-  model = models.build(cfg['model'])
-  return model, reparam.build(cfg['reparam'], model.init)
+  model = models.build(cfg.model)
+  return model, reparam.build(cfg.reparam, model.init)
 
 
-def inherit(cfg: dict[str, Any]) -> dict[str, Any]:
-  """Take over from the run that `init` names what its weights decide: the model's shape.
-
-  How it is computed stays the config's. Changes cfg and returns it.
-
-  Raises:
-    ValueError: if a tuned code does not start from a projected network.
-  """
-  if not cfg['init']:
-    return cfg
-  how = {name: cfg['model'][name] for name in ('dispatch', 'remat', 'unroll')}
-  start = rundir.read_config(cfg['init'])
-  cfg['model'] = {**start['model'], **how}
-  if cfg['reparam']['name'] == 'code':
-    of = start['reparam']
-    if of['name'] != 'project':
-      raise ValueError(f'init: reparam "code" tunes a projected network, found {of["name"]!r}')
-    even = [1 / of['clusters']] * of['clusters']  # where there are no data to say otherwise
-    cfg['reparam'] |= {'of': of, 'histogram': even}
-  return cfg
-
-
-def check_groups(cfg: Mapping[str, Any], rep: reparam.Reparam, devices: int) -> None:
+def check_groups(cfg: RunConfig, rep: reparam.Reparam, devices: int) -> None:
   """Refuse groups of rows that do not fit the reparameterisation or the devices.
 
   Raises:
     ValueError: naming the keys that do not fit together.
   """
-  loader.DataConfig(seed=cfg['seed'], **cfg['data'])
-  d = cfg['data']
-  if rep.clusters != d['level'] and rep.clusters:
+  d = cfg.data
+  if rep.clusters != d.level and rep.clusters:
     raise ValueError(
       f'reparam.clusters={rep.clusters} needs rows grouped by as many clusters: '
-      f'set data.level to it, found {d["level"]}'
+      f'set data.level to it, found {d.level}'
     )
-  if rep.histograms != (d['order'] == 'histogram'):
+  if rep.histograms != (d.order == 'histogram'):
     need = 'needs' if rep.histograms else 'is not trained with'
-    raise ValueError(f'reparam {cfg["reparam"]["name"]!r} {need} data.order="histogram"')
-  if rep.independent and d['order'] != 'every':
-    raise ValueError(f'data.order={d["order"]!r}: independent models need "every"')
-  groups = d['batch_size'] // (d['accum'] * d['rows_per_group'])
+    raise ValueError(f'reparam {cfg.reparam.name!r} {need} data.order="histogram"')
+  if rep.independent and d.order != 'every':
+    raise ValueError(f'data.order={d.order!r}: independent models need "every"')
+  groups = d.batch_size // (d.accum * d.rows_per_group)
   if groups % devices:
     raise ValueError(
       f'mesh: {groups} groups of rows per microbatch (data.batch_size / accum / rows_per_group) '
@@ -118,7 +95,7 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
       and is not (a named step need not be the last).
   """
   run, step = rundir.split_ref(run)
-  cfg = rundir.read_config(run)
+  cfg = config.of(run)
   if finished and step is None and not (run / 'result.json').exists():
     raise ValueError(f'{run}: has not finished; the command that started it continues it')
   model, rep = build(cfg)
@@ -139,18 +116,18 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
 
 def mesh_for(run: str | Path) -> jax.sharding.Mesh:
   """Return the mesh on which no device holds more of a run's weights than it must."""
-  return sharding.fit_mesh(rundir.read_config(run)['model']['embed'])
+  return sharding.fit_mesh(config.of(run).model.embed)
 
 
 def write_dense(
-  workdir: Path, cfg: Mapping[str, Any], params: Params, ancestors: list[str],
+  workdir: Path, cfg: RunConfig, params: Params, ancestors: list[str],
   phases: list[dict[str, Any]] | None = None, **result: Any,
 ) -> None:  # fmt: skip
   """Write weights that no training made here as a finished run, which `load` reads.
 
-  The directory must have passed rundir.check_run; an interruption leaves what a second call ends.
+  The directory must have passed config.check_run; an interruption leaves what a second call ends.
   """
-  rundir.write_run(workdir, cfg)
+  config.write_run(workdir, cfg)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=1) as saved:
     if saved.latest is None:
       saved.save(0, params)
@@ -158,17 +135,17 @@ def write_dense(
   files.write_json(workdir / 'result.json', {'steps': 0, **result})
 
 
-def base(cfg: Mapping[str, Any], rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> Params:
+def base(cfg: RunConfig, rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> Params:
   """Load what a run changes and does not train: the weights of the run that its `init` names.
 
   Raises:
     ValueError: if there is no such run or it was trained with another tokenizer.
   """
-  if not cfg['init']:
-    raise ValueError(f'init: reparam {cfg["reparam"]["name"]!r} changes the weights of another run')
-  start = load(cfg['init'], mesh, finished=True)
-  same_tokenizer(start, cfg['tokenizer'])
-  same_clusters(start, cfg['data']['path'])  # a code is tuned from the set's place among them
+  if not cfg.init:
+    raise ValueError(f'init: reparam {cfg.reparam.name!r} changes the weights of another run')
+  start = load(cfg.init, mesh, finished=True)
+  same_tokenizer(start, cfg.tokenizer)
+  same_clusters(start, cfg.data.path)  # a code is tuned from the set's place among them
   return start.params() if rep.base == 'params' else start.theta
 
 
@@ -178,7 +155,7 @@ def same_clusters(loaded: Loaded, path: str | Path) -> None:
   Raises:
     ValueError: naming both.
   """
-  if loaded.reparam.clusters and loaded.cfg['clustering'] != loader.clustering(path):
+  if loaded.reparam.clusters and loaded.cfg.clustering != loader.clustering(path):
     raise ValueError(
       f'{loaded.path} was trained on other clusters than those of {path}: its specialists mean '
       'nothing there'
@@ -194,10 +171,10 @@ def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, l
   Raises:
     ValueError: if there is none, or it is another than the weights were trained with.
   """
-  own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg['data']['path']
+  own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg.data.path
   tok = tokenizer.load(Path(path or own) / 'tokenizer')
   same_tokenizer(loaded, tok.fingerprint)
-  return tok, [tok.ids.bos] if tok.begins or loaded.cfg['phase'] != 'import' else []
+  return tok, [tok.ids.bos] if tok.begins or loaded.cfg.phase != 'import' else []
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
@@ -206,8 +183,8 @@ def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
   Raises:
     ValueError: naming both fingerprints.
   """
-  if loaded.cfg['tokenizer'] != fingerprint:
+  if loaded.cfg.tokenizer != fingerprint:
     raise ValueError(
-      f'{loaded.path} was trained with tokenizer {loaded.cfg["tokenizer"][:12]}, '
+      f'{loaded.path} was trained with tokenizer {loaded.cfg.tokenizer[:12]}, '
       f'the data were made with {fingerprint[:12]}'
     )

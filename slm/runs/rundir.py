@@ -19,10 +19,6 @@ from slm.base import files
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-# Keys that say where and how often, not what is computed: they may change between restarts.
-OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
-
-
 def split_ref(ref: str | Path) -> tuple[Path, int | None]:
   """Split RUN or RUN@STEP into the run directory and the step, None where none is named."""
   ref = Path(ref)
@@ -56,17 +52,13 @@ def evaluations(ref: str | Path, kind: str = 'eval') -> Path:
   return run / (kind if step is None else f'{kind}-{step}')
 
 
-def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
-  """Refuse a directory that holds something else.
+def check_new(workdir: Path) -> None:
+  """Refuse a directory that holds files and no run.
 
   Raises:
-    ValueError: if it holds a run of another config, naming the first difference, or other files.
+    ValueError: if it does.
   """
-  path = workdir / 'config.json'
-  if path.exists():
-    what = lambda c: {k: v for k, v in c.items() if k not in OPERATIONAL}
-    check_same(workdir, what(files.read_json(path)), what(_plain(config)), 'another run')
-  elif workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
+  if workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
     raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
 
 

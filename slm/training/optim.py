@@ -1,13 +1,12 @@
 """Optimiser: schedule, clipping, AdamW with weight decay by the axis table."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from slm.base import factory
+from slm.runs.config import OptimConfig, ScheduleConfig
 from slm.weights.axes import INPUTS, Params
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -52,37 +51,34 @@ def wsd(peak: float, warmup: int, steps: int, final: float, decay: float) -> Sch
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqrt, 'wsd': wsd}
 
 
-def schedule(cfg: Mapping[str, Any], steps: int) -> Schedule:
+def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:
   """Build the learning rate as a function of the step.
 
   Raises:
     ValueError: if the name is unknown or the warm-up does not fit in the steps.
   """
-  if 'warmup' in cfg and not 0 <= cfg['warmup'] < steps:
-    raise ValueError(f'schedule.warmup={cfg["warmup"]}: expected less than steps={steps}')
-  return factory.build('schedule', SCHEDULES, cfg, steps=steps)
+  if cfg.name not in SCHEDULES:
+    raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {cfg.name!r}')
+  if not 0 <= cfg.warmup < steps:
+    raise ValueError(f'schedule.warmup={cfg.warmup}: expected less than steps={steps}')
+  return SCHEDULES[cfg.name](cfg.peak, cfg.warmup, steps, cfg.final, cfg.decay)
 
 
 def build(
-  cfg: Mapping[str, Any], learning_rate: Schedule, independent: bool
+  cfg: OptimConfig, learning_rate: Schedule, independent: bool
 ) -> optax.GradientTransformation:
   """Build clipping + AdamW; weight decay touches only weights that contract an axis.
 
   independent: every leaf leads with an axis of separate models, each clipped by its own norm.
-
-  Raises:
-    ValueError: if the clipping norm is negative.
   """
-  if cfg['clip'] < 0:
-    raise ValueError(f'optim.clip: expected a norm, or 0 for none, found {cfg["clip"]}')
   tx = optax.chain(
-    optax.clip_by_global_norm(cfg['clip']) if cfg['clip'] else optax.identity(),
+    optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
     optax.adamw(
       learning_rate,
-      b1=cfg['b1'],
-      b2=cfg['b2'],
-      eps=cfg['eps'],
-      weight_decay=cfg['weight_decay'],
+      b1=cfg.b1,
+      b2=cfg.b2,
+      eps=cfg.eps,
+      weight_decay=cfg.weight_decay,
       mask=decay_mask,
     ),
   )

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from slm import models, reparam
+from slm import reparam
 from slm.models.config import DecoderConfig
-from slm.models.decoder import Decoder, active_params, forward_flops, num_params
+from slm.models.decoder import Decoder
 from slm.objectives import distill
-from slm.runs import load, rundir
+from slm.reparam.projection import CodeConfig
+from slm.runs import config, load
+from slm.runs.config import DistillConfig, RunConfig
 from slm.weights import axes, sharding, tree
+from slm.weights.count import active_params, forward_flops, num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,65 +43,47 @@ CHIPS = {
 
 
 def plan(
-  cfg: Mapping[str, Any], devices: int, chip: str, mfu: float, context: int = 0,
-  teacher: DecoderConfig | None = None,
+  cfg: RunConfig, devices: int, chip: str, mfu: float, teacher: DecoderConfig | None = None
 ) -> dict[str, Any]:  # fmt: skip
   """Count parameters, FLOPs, memory and time of a config on `devices` chips (0: the mesh's).
 
-  A config that is not resolved against data must name model.vocab, and `context` be given; a
-  `teacher` that is not there yet may be given by its shape.
+  A `teacher` that is not there yet may be given by its shape.
 
   Memory is of one device: what stays there (weights, their gradients and moments in float32, the
   compute copy of the weights), plus what a microbatch's forward pass keeps for the backward pass.
   Temporaries of single operations and the runtime's own memory come on top.
 
   Raises:
-    ValueError: if the chip is unknown, the vocabulary, context or teacher of a distillation is not
-      known, or the mesh does not fit the devices or the weights.
+    ValueError: if the chip or the teacher of a distillation is not known, or the mesh does not fit
+      the devices or the weights.
   """
-  if chip not in CHIPS:
-    raise ValueError(f'--chip: expected one of {sorted(CHIPS)}, found {chip!r}')
-  if not 0 < mfu <= 1:
-    raise ValueError(f'--mfu: expected a share in (0, 1], found {mfu}')
-  cfg = {**cfg, 'context': cfg.get('context', context)}
-  if not (cfg['model']['vocab'] and cfg['context']):
-    raise ValueError('--dry_run without data.path: expected model.vocab and --context')
-  devices = devices or abs(math.prod(cfg['mesh'].values()))
-  sizes = sharding.mesh_shape(cfg['mesh'], devices)
+  _check(chip, mfu)
+  devices = devices or abs(math.prod(vars(cfg.mesh).values()))
+  sizes = sharding.mesh_shape(vars(cfg.mesh), devices)
   mesh = AbstractMesh(sizes, sharding.MESH_AXES)
   model, rep = load.build(cfg)
   theta, where = load.theta_shardings(rep, mesh)
   load.check_groups(cfg, rep, sharding.batch_devices(mesh))
-  d, context = cfg['data'], cfg['context']
-  groups = d['batch_size'] // d['rows_per_group']
-  local_groups = groups // d['accum'] // sharding.batch_devices(mesh)
+  d, context = cfg.data, cfg.context
+  groups = d.batch_size // d.rows_per_group
+  local_groups = groups // d.accum // sharding.batch_devices(mesh)
   forward, teacher_flops = forward_flops(model.cfg, context), 0.0
   memory = _memory(cfg, model.cfg, rep, theta, where, mesh, local_groups)
   if rep.base:
-    frozen = sum(num_params(model.cfg).values()) / math.prod(sizes[1:3])
-    if rep.base == 'theta':
-      network = load.build({**cfg, 'reparam': cfg['reparam']['of']})[1]
-      frozen = _count(*load.theta_shardings(network, mesh))
-    memory |= {'frozen weights': 4.0 * frozen} | _changed(cfg, model, theta, mesh)
-  if cfg['teacher']:
-    teacher = models.build(rundir.read_config(cfg['teacher'])['model']).cfg
-  if cfg['objective']['name'] == 'distill' and not (teacher or cfg['teacher_cache']):
+    memory |= _base(cfg, model, rep, theta, mesh)
+  if cfg.teacher:
+    teacher = config.of(cfg.teacher).model
+  if isinstance(cfg.objective, DistillConfig) and not (teacher or cfg.teacher_cache):
     raise ValueError('teacher: --dry_run of a distillation counts its forward passes: name its run')
   if teacher:
-    teacher_flops = distill.flops(cfg['objective'], teacher, model.cfg, context)
-    copies = 4 if cfg['objective'].get('correct') else 1  # with its gradient and moments
-    width = 0 if cfg['dtype'] == 'float32' else jnp.dtype(cfg['dtype']).itemsize  # computed with
-    share = sum(num_params(teacher).values()) / math.prod(sizes[1:3])
-    memory['teacher'] = (4.0 * copies + width) * share
-    memory['logits of a chunk'] += 4.0 * cfg['objective']['chunk'] * teacher.vocab
-  tokens = d['batch_size'] * context
-  own = distill.own_share(cfg['objective'])  # the student writes these itself first
+    teacher_flops = distill.flops(cfg.objective, teacher, model.cfg, context)
+    memory['teacher'] = _teacher(cfg, teacher, mesh)
+    memory['logits of a chunk'] += 4.0 * cfg.objective.chunk * teacher.vocab
+  tokens = d.batch_size * context
+  own = getattr(cfg.objective, 'own_share', 0.0)  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
   step_flops += 3 * reparam.materialize_flops(rep, theta, groups)
-  steps, peak = cfg['steps'], CHIPS[chip].flops
-  # Experts that are computed and not chosen take time, though no FLOPs are counted for them.
-  idle = sum(num_params(model.cfg).values()) - sum(active_params(model.cfg).values())
-  idle_flops = 6.0 * tokens * idle * (model.cfg.dispatch == 'einsum')
+  steps, peak = cfg.steps, CHIPS[chip].flops
   return {
     'served parameters': num_params(model.cfg),
     **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
@@ -115,7 +100,7 @@ def plan(
     'chip': chip,
     'chip bytes': CHIPS[chip].bytes,
     'assumed MFU': mfu,
-    'hours': (step_flops + idle_flops) * steps / (devices * peak * mfu) / 3600,
+    'hours': (step_flops + _idle(model.cfg) * tokens) * steps / (devices * peak * mfu) / 3600,
   }
 
 
@@ -129,6 +114,36 @@ def _trained(theta: dict[str, Any]) -> dict[str, int]:
   return kinds
 
 
+def _check(chip: str, mfu: float) -> None:
+  if chip not in CHIPS:
+    raise ValueError(f'--chip: expected one of {sorted(CHIPS)}, found {chip!r}')
+  if not 0 < mfu <= 1:
+    raise ValueError(f'--mfu: expected a share in (0, 1], found {mfu}')
+
+
+def _idle(model: DecoderConfig) -> float:
+  """Return the FLOPs per token of experts that are computed and not chosen: time, not counted."""
+  idle = sum(num_params(model).values()) - sum(active_params(model).values())
+  return 6.0 * idle * (model.dispatch == 'einsum')
+
+
+def _base(cfg, model, rep, theta, mesh) -> dict[str, float]:
+  """Return the bytes of another run's frozen weights, and of what is made of them."""
+  frozen = sum(num_params(model.cfg).values()) / (mesh.shape['fsdp'] * mesh.shape['tensor'])
+  if rep.base == 'theta':
+    network = reparam.build(cfg.reparam.of, model.init)
+    frozen = _count(*load.theta_shardings(network, mesh))
+  return {'frozen weights': 4.0 * frozen} | _changed(cfg, model, theta, mesh)
+
+
+def _teacher(cfg, teacher, mesh) -> float:
+  """Return the bytes of a teacher's weights, and of their gradient and moments if it learns."""
+  copies = 4 if cfg.objective.correct else 1
+  width = 0 if cfg.dtype == 'float32' else jnp.dtype(cfg.dtype).itemsize  # computed with
+  share = sum(num_params(teacher).values()) / (mesh.shape['fsdp'] * mesh.shape['tensor'])
+  return (4.0 * copies + width) * share
+
+
 def _changed(cfg, model, theta, mesh) -> dict[str, float]:
   """Return the bytes of the weights that are made of frozen ones and theta, and of their gradient.
 
@@ -136,14 +151,14 @@ def _changed(cfg, model, theta, mesh) -> dict[str, float]:
   """
   names = [[k.key for k in path] for path, _ in jax.tree_util.tree_leaves_with_path(theta)]
   parents = {n[-2] if n[-1] in axes.FACTORS else n[-1] for n in names}
-  parents |= set(cfg['reparam'].get('of', {}).get('leaves', ()))
+  parents |= set(cfg.reparam.of.leaves) if isinstance(cfg.reparam, CodeConfig) else set()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   mine = jax.tree_util.tree_map_with_path(
     lambda path, x: x if path[-1].key in parents else None, shapes
   )
   count = lambda tree: _count(tree, sharding.shardings(tree, mesh))
-  width, whole = jnp.dtype(cfg['dtype']).itemsize, count(mine)
-  copy = whole if cfg['dtype'] == 'float32' else count(shapes)
+  width, whole = jnp.dtype(cfg.dtype).itemsize, count(mine)
+  copy = whole if cfg.dtype == 'float32' else count(shapes)
   dense = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
   apart = any(n[-1] not in dense for n in names)
   return {
@@ -160,7 +175,7 @@ def _count(shapes, places) -> int:
 
 def _memory(cfg, model, rep, theta, where, mesh, groups) -> dict[str, float]:
   """Return the bytes one device holds, by what they are for."""
-  width = jnp.dtype(cfg['dtype']).itemsize
+  width = jnp.dtype(cfg.dtype).itemsize
   held = _count(theta, where)
   copy = held
   if rep.clusters and not rep.independent:
@@ -175,8 +190,8 @@ def _memory(cfg, model, rep, theta, where, mesh, groups) -> dict[str, float]:
       n * _size(place.shard_shape(shape.shape))
       for n, shape, place in zip(*map(jax.tree.leaves, (times, dense, places)), strict=True)
     )
-  keeps_copy = rep.clusters and not rep.independent or cfg['dtype'] != 'float32'
-  rows = groups * cfg['data']['rows_per_group']
+  keeps_copy = rep.clusters and not rep.independent or cfg.dtype != 'float32'
+  rows = groups * cfg.data.rows_per_group
   tensor = mesh.shape['tensor']
   recomputed = 0.0
   if model.remat != 'none':
@@ -186,22 +201,22 @@ def _memory(cfg, model, rep, theta, where, mesh, groups) -> dict[str, float]:
     'gradients': 4.0 * held,
     'optimiser moments': 8.0 * held,
     'compute copy of weights': float(width * copy) if keeps_copy else 0.0,
-    'logits of a chunk': 8.0 * cfg['objective']['chunk'] * model.vocab,  # and their gradient
+    'logits of a chunk': 8.0 * cfg.objective.chunk * model.vocab,  # and their gradient
     'kept for the backward pass': rows * _kept(model, cfg, tensor),
     'one layer, recomputed': rows * recomputed,
   }
 
 
-def _kept(model: DecoderConfig, cfg: Mapping[str, Any], tensor: int) -> float:
+def _kept(model: DecoderConfig, cfg: RunConfig, tensor: int) -> float:
   """Return the bytes that one row's forward pass keeps, from the residuals JAX traces."""
   share = {n: getattr(model, n) // tensor for n in ('num_heads', 'num_kv_heads', 'mlp')}
   decoder = Decoder(dataclasses.replace(model, **share))
 
   def kept(rows: int) -> int:
-    tokens = jax.ShapeDtypeStruct((rows, cfg['context']), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, cfg.context), jnp.int32)
     batch = {name: tokens for name in ('inputs', 'positions', 'segments')}
     params = jax.eval_shape(decoder.init, jax.random.key(0), batch)['params']
-    params = jax.eval_shape(lambda p: tree.cast(p, jnp.dtype(cfg['dtype'])), params)
+    params = jax.eval_shape(lambda p: tree.cast(p, jnp.dtype(cfg.dtype)), params)
 
     def residuals(params, batch):
       return jax.vjp(lambda p: decoder.apply({'params': p}, batch).hidden, params)[1]

@@ -1,9 +1,10 @@
 """What a training run writes while it goes: metrics, TensorBoard, progress, the cost ledger."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tensorboardX
 
 from slm.base import console, files
 from slm.runs import ledger, rundir
+from slm.runs.config import RunConfig
 from slm.runs.ledger import phase_entry
 
 # Counted over all restarts of a run.
@@ -26,7 +28,7 @@ class Recorder:
 
   def __init__(
     self,
-    cfg: Mapping[str, Any],
+    cfg: RunConfig,
     workdir: Path,
     start: int,
     leaves: list[str],
@@ -57,13 +59,13 @@ class Recorder:
   def __enter__(self) -> 'Recorder':
     self._file = (self._workdir / 'metrics.jsonl').open('a') if self._main else None
     self._board = None
-    if self._cfg['tensorboard'] and self._main:
+    if self._cfg.tensorboard and self._main:
       board = str(self._workdir / 'tb')
       self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
-    positions = self._cfg['data']['batch_size'] * self._cfg['context']
-    name = f'{self._cfg["phase"]} {self._workdir.name}'
+    positions = self._cfg.data.batch_size * self._cfg.context
+    name = f'{self._cfg.phase} {self._workdir.name}'
     self._positions = positions
-    total = self._cfg['steps'] * positions
+    total = self._cfg.steps * positions
     self._progress = console.progress(name, total, 'tokens', show=self._main).__enter__()
     self._progress.skip(self._start * positions)
     return self
@@ -95,6 +97,13 @@ class Recorder:
     self._tick()
     self._clock = None
 
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Stop the clock of training time for a while."""
+    self.flush()
+    yield
+    self.dispatch()
+
   def _tick(self) -> None:
     if self._clock is not None:
       now = time.monotonic()
@@ -125,17 +134,22 @@ class Recorder:
       'tokens_per_second': tokens / max(self._total['seconds'] - before, 1e-9),
     }
     self._progress.update(self._positions, loss=values['loss'])
-    every = self._cfg['log_every']
+    every = self._cfg.log_every
     self._due = bool(every) and step % every == 0
 
-  def evaluated(self, step: int, summary: Mapping[str, float], seconds: float) -> None:
-    """Record a held-out loss."""
-    self._total['eval_tokens'] += int(summary['tokens'])
+  def evaluated(
+    self, step: int, results: Mapping[str, Mapping[str, float]], seconds: float
+  ) -> None:
+    """Record what evaluators measured; 'heldout' says which step is best."""
+    self._total['eval_tokens'] += sum(int(values['tokens']) for values in results.values())
     self._total['eval_device_seconds'] += seconds * jax.device_count()
-    self._evals.append((step, summary['loss']))
-    self._line |= {'step': step, 'eval_loss': summary['loss'], 'eval_ppl': summary['ppl']}
+    heldout = results['heldout']
+    self._evals.append((step, heldout['loss']))
+    self._line |= {'step': step, 'eval_loss': heldout['loss'], 'eval_ppl': heldout['ppl']}
+    for name in results.keys() - {'heldout'}:
+      self._line |= {f'eval_{name}_{key}': value for key, value in results[name].items()}
     self._due = True
-    self._progress.update(0, loss=self._line['loss'], eval=summary['loss'])
+    self._progress.update(0, loss=self._line['loss'], eval=heldout['loss'])
 
   def write(self) -> None:
     """Append the latest step's values to metrics.jsonl and TensorBoard; refresh the ledger."""
@@ -153,7 +167,7 @@ class Recorder:
     ledger.write_ledger(
       self._workdir,
       [
-        phase_entry(self._cfg['phase'], t['tokens'], t['flops'], t['device_seconds']),
+        phase_entry(self._cfg.phase, t['tokens'], t['flops'], t['device_seconds']),
         phase_entry(
           'evaluate',
           t['eval_tokens'],
@@ -177,7 +191,7 @@ class Recorder:
   @property
   def exhausted(self) -> bool:
     """Say whether the held-out loss has not improved for `eval.patience` evaluations."""
-    patience = self._cfg['eval']['patience']
+    patience = self._cfg.eval.patience
     since = [step for step, _ in self._evals if step > (self.best_step or 0)]
     return bool(patience) and len(since) >= patience
 
@@ -189,6 +203,6 @@ class Recorder:
       'best_step': self.best_step,
       'best_loss': loss[self.best_step],
       # Of the weights that are served, see rundir.served_step.
-      'loss': loss.get(self.best_step if self._cfg['eval']['patience'] else steps),
+      'loss': loss.get(self.best_step if self._cfg.eval.patience else steps),
       **self._total,
     }

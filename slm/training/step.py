@@ -8,24 +8,61 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from slm import reparam
+from slm.objectives.losses import Batch, Sums
+from slm.objectives.setup import Objective
+from slm.weights import sharding, tree
 from slm.weights.axes import Params
-
-Batch = dict[str, jax.Array]
-Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
 class State:
-  """What training changes; donated to every step."""
+  """What training changes; donated to every step. `beside` is trained beside theta, {} mostly."""
 
   step: jax.Array
   theta: Params
+  beside: Params
   opt_state: Any
 
 
-def init_state(theta: Params, tx: optax.GradientTransformation) -> State:
+def trained(theta: Params, beside: Params) -> Params:
+  """Return what the optimiser sees: theta, or with parts beside it {'student': theta, **beside}."""
+  return {'student': theta, **beside} if beside else theta
+
+
+def apart(tree: Params, beside: Params) -> tuple[Params, Params]:
+  """Undo `trained`, for a tree that has parts beside theta if `beside` has."""
+  if not beside:
+    return tree, {}
+  return tree['student'], {name: x for name, x in tree.items() if name != 'student'}
+
+
+def init_state(theta: Params, tx: optax.GradientTransformation, beside: Params) -> State:
   """Start from weights."""
-  return State(jnp.zeros((), jnp.int32), theta, tx.init(theta))
+  return State(jnp.zeros((), jnp.int32), theta, beside, tx.init(trained(theta, beside)))
+
+
+def make_sums(
+  objective: Objective, rep: reparam.Reparam, dtype: str
+) -> Callable[[Params, Params, Batch], Sums]:
+  """Make sums(theta, frozen, batch [groups,rows,t]): materialise, cast, apply the objective.
+
+  The objective's student must be reparam.map_groups(rep, forward). Independent models have a loss
+  each, so the objective itself is mapped over groups and the sums are per group.
+  """
+
+  def sums(theta, frozen, batch):
+    rows = {name: x for name, x in batch.items() if name != 'condition'}
+    condition = batch['condition'] if rep.clusters else None
+    params = tree.cast(rep.materialize(theta, frozen, condition), jnp.dtype(dtype))
+    frozen = tree.cast(frozen, jnp.dtype(dtype))
+    if rep.independent:
+      in_axes = (reparam.group_axes(rep, params), None, 0)
+      return sharding.vmap_groups(objective, in_axes)(params, frozen, rows)
+    rows = jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), rows)
+    return objective(params, frozen, rows)
+
+  return sums
 
 
 def make_train_step(
@@ -36,28 +73,27 @@ def make_train_step(
   """Make step(state, frozen, batch) -> (state, metrics).
 
   `sums(theta, frozen, microbatch)` returns {name: (sum, weight)}, each a scalar or one value per
-  group. Batch leaves lead with the accumulation axis. The loss is sum / weight over everything;
-  with `independent` groups it is the sum over groups of their own sum / weight, so that each
-  group's gradient is what it would be if trained alone.
+  group; what is trained beside theta comes among the frozen weights. Batch leaves lead with the
+  accumulation axis. The loss is sum / weight over everything; with `independent` groups it is the
+  sum over groups of their own sum / weight, so that each group's gradient is what it would be if
+  trained alone.
   """
 
-  def gradient(theta, frozen, micro):
-    def loss(theta):
-      values = sums(theta, frozen, micro)
+  def gradient(state, frozen, micro):
+    def loss(weights):
+      theta, beside = apart(weights, state.beside)
+      values = sums(theta, frozen | beside, micro)
       return values['loss'][0].sum(), values
 
-    return jax.grad(loss, has_aux=True)(theta)
+    return jax.grad(loss, has_aux=True)(trained(state.theta, state.beside))
 
   def step(state: State, frozen: Params, batch: Batch):
     accum = jax.tree.leaves(batch)[0].shape[0]
     micro = lambda i: jax.tree.map(lambda x: x[i], batch)
-    grads, values = gradient(state.theta, frozen, micro(0))
+    grads, values = gradient(state, frozen, micro(0))
     if accum > 1:
       rest = jax.tree.map(lambda x: x[1:], batch)
-      add = lambda carry, m: (
-        jax.tree.map(jnp.add, carry, gradient(state.theta, frozen, m)),
-        None,
-      )
+      add = lambda carry, m: (jax.tree.map(jnp.add, carry, gradient(state, frozen, m)), None)
       (grads, values), _ = jax.lax.scan(add, (grads, values), rest)
     weight = values['loss'][1]
     if independent:
@@ -65,8 +101,9 @@ def make_train_step(
     else:
       over = lambda g: g / weight.sum()
     grads = jax.tree.map(over, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.theta)
-    theta = optax.apply_updates(state.theta, updates)
+    weights = trained(state.theta, state.beside)
+    updates, opt_state = tx.update(grads, state.opt_state, weights)
+    theta, beside = apart(optax.apply_updates(weights, updates), state.beside)
     norms = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
     metrics = {name: value.sum() / weight.sum() for name, (value, weight) in values.items()}
     metrics['tokens'] = weight.sum()
@@ -74,6 +111,6 @@ def make_train_step(
     # Index of the first leaf with a non-finite gradient, -1 if there is none.
     bad = ~jnp.isfinite(norms)
     metrics['bad_leaf'] = jnp.where(bad.any(), jnp.argmax(bad), -1)
-    return State(state.step + 1, theta, opt_state), metrics
+    return State(state.step + 1, theta, beside, opt_state), metrics
 
   return step

@@ -1,0 +1,111 @@
+"""Frozen dataclasses as the schema of a config: read at the door, with one-line refusals."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar('T')
+
+
+def read(kind: type[T], values: Mapping[str, Any], where: str = '') -> T:
+  """Make the dataclass `kind` of a mapping; keys that are left out take its defaults.
+
+  Lists become tuples and integers floats where the field says so. A field that is a union of
+  dataclasses is the one whose default `name` is the mapping's.
+
+  Raises:
+    ValueError: naming the key, if it is unknown, of another type, or its value is refused.
+  """
+  if not isinstance(values, Mapping):
+    raise ValueError(f'{where or kind.__name__}: expected a section of keys, found {values!r}')
+  hints = typing.get_type_hints(kind)
+  for key in values:
+    if key not in hints:
+      near = difflib.get_close_matches(str(key), hints, 1)
+      hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(hints)}'
+      raise ValueError(f'{where or "config"}: has no key {key!r}; {hint}')
+  dotted = lambda key: f'{where}.{key}' if where else key
+  return kind(**{key: convert(hints[key], value, dotted(key)) for key, value in values.items()})
+
+
+def defaults(kind: type) -> dict[str, Any]:
+  """Return the keys of `kind` with their defaults as nested dicts; of a union, its first member's.
+
+  Fields whose metadata say 'given': False are found out rather than given: they are left out.
+  """
+  hints, made = typing.get_type_hints(kind), {}
+  for field in dataclasses.fields(kind):
+    if not field.metadata.get('given', True):
+      continue
+    section = (_members(hints[field.name]) or [hints[field.name]])[0]
+    if dataclasses.is_dataclass(section):
+      made[field.name] = defaults(section)
+    elif field.default is dataclasses.MISSING:
+      made[field.name] = field.default_factory()
+    else:
+      made[field.name] = field.default
+  return made
+
+
+def plain(config: Any) -> dict[str, Any]:
+  """Return a config as nested dicts and lists, as JSON has them, without keys that are None."""
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  return {key: _plain(value) for key, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    return plain(value)
+  if isinstance(value, Mapping):
+    return {key: _plain(x) for key, x in value.items()}
+  return [_plain(x) for x in value] if isinstance(value, tuple | list) else value
+
+
+def _members(hint: Any) -> list[type]:
+  """Return the dataclasses of a union, in order."""
+  if not isinstance(hint, types.UnionType):
+    return []
+  return [member for member in typing.get_args(hint) if dataclasses.is_dataclass(member)]
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+  """Make a value what a field's type says; `where` is the field's name in refusals."""
+  if members := _members(hint):
+    if value is None and type(None) in typing.get_args(hint):
+      return None
+    hint = members[0] if len(members) == 1 else _named(members, value, where)
+  if dataclasses.is_dataclass(hint):
+    return value if isinstance(value, hint) else read(hint, value, where)
+  if typing.get_origin(hint) is typing.Literal:
+    if value not in typing.get_args(hint):
+      options = ', '.join(map(str, typing.get_args(hint)))
+      raise ValueError(f'{where}: expected one of {options}, found {value!r}')
+    return value
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, tuple | list):
+      raise ValueError(f'{where}: expected a list, found {value!r}')
+    return tuple(convert(typing.get_args(hint)[0], x, where) for x in value)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint in (int, float, str, bool) and (
+    not isinstance(value, hint) or hint is int and isinstance(value, bool)
+  ):
+    raise ValueError(f'{where}: expected {_NAMES[hint]}, found {value!r}')
+  return value
+
+
+_NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'True or False'}
+
+
+def _named(members: list[type], value: Any, where: str) -> type:
+  """Return the dataclass of a section by its `name`."""
+  if any(isinstance(value, member) for member in members):
+    return type(value)
+  table = {member.name: member for member in members}
+  name = value.get('name') if isinstance(value, Mapping) else value
+  if name not in table:
+    raise ValueError(f'{where}.name: expected one of {", ".join(table)}, found {name!r}')
+  return table[name]
