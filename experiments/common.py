@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from slm.data import prepare
+from slm.data import prepare, settings
 
 
 def config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,10 +18,12 @@ def config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_data(
-  sources: Mapping[str, Any], settings: Mapping[str, Any], sizes: Sequence[int], corpus: str,
+  sources: Mapping[str, Any], changes: Mapping[str, Any], sizes: Sequence[int], corpus: str,
   out: Path,
 ) -> None:  # fmt: skip
   """Prepare a scale's sets; a source is a name, or {split: files below the corpora's directory}.
+
+  `changes` are dotted keys of configs/data.py.
 
   Raises:
     ValueError: if files are named and the directory is not.
@@ -35,7 +37,7 @@ def prepare_data(
     else {settings.ALL: source}
     for name, source in sources.items()
   }
-  found.update_from_flattened_dict({**settings, 'sizes': sizes, 'out': str(out)})
+  found.update_from_flattened_dict({**changes, 'sizes': sizes, 'out': str(out)})
   prepare.prepare(settings.PrepareConfig.of(found))
 
 
