@@ -15,8 +15,7 @@ from slm.runs import rundir
 def main(_: list[str]) -> None:
   """Print a table: one line per run."""
   f = flags.FLAGS
-  if not f.run:
-    raise ValueError('--run: name at least one run directory')
+  console.required('run')
   shapes = {path: models.build(rundir.read_config(path)['model']).cfg for path in f.run}
   found = measure(shapes, f.dtype, f.batch, f.prompt, f.new_tokens, f.rounds)
   print(

@@ -7,6 +7,7 @@ from absl import flags
 
 from slm import __main__, __version__
 from slm.base import arguments
+from slm.data import loader
 
 COMMANDS = [name for name in __main__.commands() if name != 'harness']  # that one is lm-eval's own
 
@@ -72,6 +73,40 @@ def test_mistakes_are_named_before_any_work(argument, message):
   with pytest.raises(ValueError) as e:
     arguments.arrange(['slm', argument], 'data', {'old': '--new=NAME'})
   assert message in str(e.value) and '\n' not in str(e.value) and '\\' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('command', 'old', 'new'),
+  [
+    ('evaluate', '--split=test', '--on=SET/SPLIT'),
+    ('signals', '--teacher=RUN', '--run=RUN'),
+    ('signals', '--index=law-2000', '--on=SET/SPLIT@INDEX'),
+    ('specialise', '--domain=law', '--on=SET/train[@INDEX]'),
+    ('specialise', '--index=law-2000', '--on=SET/train[@INDEX]'),
+    ('prune', '--set=law', '--on=SET/SPLIT[@INDEX]'),
+    ('data.importance', '--domain=law', '--on=SET/train[@INDEX]'),
+    ('data.dsir', '--domain_index=law-2000', '--on=SET/train[@INDEX]'),
+  ],
+)
+def test_old_spellings_name_the_new_one(call, command, old, new):
+  code, out, err = call(command, old)
+  assert code == 1 and not out and new in err
+  assert err.startswith('error: --') and err.count('\n') == 1
+
+
+def test_rows_are_named_in_one_way(tiny_data):
+  parse = lambda on, split='': loader.parse_on(tiny_data, on, split)
+  assert parse('court/test') == ('court', 'test', '')
+  assert parse('court/train@court-2000', 'train') == ('court', 'train', 'court-2000')
+  for on in ('court', 'court/', 'court/tset', 'court/test@', 'court/test/a', 'x/test', ''):
+    with pytest.raises(ValueError) as e:
+      parse(on)
+    assert str(e.value).startswith(f'--on={on}: expected SET/SPLIT[@INDEX], such as ')
+    assert 'generic/train, generic/validation' in str(e.value)
+  with pytest.raises(ValueError, match='such as court/t'):
+    parse('court')
+  with pytest.raises(ValueError, match='expected court/train: what is held out chooses no data'):
+    parse('court/test', 'train')
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: the module is imported already

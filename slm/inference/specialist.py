@@ -83,7 +83,7 @@ def specialise(
   path = cfg['data']['path']
   load.same_clusters(loaded, path)
   if domain not in loader.manifest(path)['sets']:
-    raise ValueError(f'--domain: {path} has no set {domain!r}')
+    raise ValueError(f'{path} has no set {domain!r}')
   dense = {
     **cfg,
     'phase': 'select',
