@@ -5,17 +5,21 @@
 
 import dataclasses
 import math
+import os
+import statistics
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from slm import models, reparam
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder, active_params, forward_flops, num_params
-from slm.objectives import distill
+from slm.objectives import distill, losses
 from slm.runs import load, rundir
 from slm.weights import axes, sharding, tree
 
@@ -37,6 +41,10 @@ CHIPS = {
   'tpu-v5p': Chip(459e12, 95e9),
   'tpu-v6e': Chip(918e12, 32 * 2**30),
 }
+HERE = 'cpu'  # this machine, whose speed is measured
+NAMES = (*sorted(CHIPS), HERE)
+_MOST_TOKENS = 4096  # of the steps that measure it
+_MEASURED_SECONDS = 2.0
 
 
 def plan(
@@ -56,8 +64,8 @@ def plan(
     ValueError: if the chip is unknown, the vocabulary, context or teacher of a distillation is not
       known, or the mesh does not fit the devices or the weights.
   """
-  if chip not in CHIPS:
-    raise ValueError(f'--chip: expected one of {sorted(CHIPS)}, found {chip!r}')
+  if chip not in NAMES:
+    raise ValueError(f'--chip: expected one of {", ".join(NAMES)}, found {chip!r}')
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu: expected a share in (0, 1], found {mfu}')
   cfg = {**cfg, 'context': cfg.get('context', context)}
@@ -95,10 +103,15 @@ def plan(
   own = distill.own_share(cfg['objective'])  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
   step_flops += 3 * reparam.materialize_flops(rep, theta, groups)
-  steps, peak = cfg['steps'], CHIPS[chip].flops
-  # Experts that are computed and not chosen take time, though no FLOPs are counted for them.
+  steps = cfg['steps']
+  if chip == HERE:
+    about, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
+  else:
+    about = CHIPS[chip]
+  # Experts that are computed and not chosen take time, though no FLOPs are counted for them; a
+  # timed step has them already.
   idle = sum(num_params(model.cfg).values()) - sum(active_params(model.cfg).values())
-  idle_flops = 6.0 * tokens * idle * (model.cfg.dispatch == 'einsum')
+  idle_flops = 6.0 * tokens * idle * (model.cfg.dispatch == 'einsum' and chip != HERE)
   return {
     'served parameters': num_params(model.cfg),
     **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
@@ -113,10 +126,45 @@ def plan(
     'mesh': dict(zip(sharding.MESH_AXES, sizes, strict=True)),
     'bytes per device': memory,
     'chip': chip,
-    'chip bytes': CHIPS[chip].bytes,
+    'chip bytes': about.bytes,
+    'chip FLOP/s': about.flops,
     'assumed MFU': mfu,
-    'hours': (step_flops + idle_flops) * steps / (devices * peak * mfu) / 3600,
+    'hours': (step_flops + idle_flops) * steps / (devices * about.flops * mfu) / 3600,
   }
+
+
+def _measure(model: models.Model, cfg: Mapping[str, Any], devices: int, need: float) -> Chip:
+  """Time forward and backward passes of a model on some rows, and return this machine's rate.
+
+  Raises:
+    ValueError: if the mesh is of several devices, or the machine's memory is less than `need`.
+  """
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if devices > 1 or need > memory:
+    raise ValueError(
+      f'--chip={HERE} times a step on this machine, one device of {memory / 1e9:.3g} GB; this '
+      f'takes {devices} of {need / 1e9:.3g} GB: name another --chip'
+    )
+  context = cfg['context']
+  rows = min(cfg['data']['batch_size'] // cfg['data']['accum'], max(_MOST_TOKENS // context, 1))
+  ids = np.ones((rows, context), np.int32)
+  batch = {'inputs': ids, 'targets': ids, 'segments': ids, 'weights': ids.astype(np.float32)}
+  batch['positions'] = ids.cumsum(1, dtype=np.int32) - 1
+
+  def loss(params):
+    params = tree.cast(params, jnp.dtype(cfg['dtype']))
+    return losses.token_losses(model.forward, params, batch, cfg['objective']['chunk']).sum()
+
+  with jax.default_device(jax.devices('cpu')[0]):
+    params = jax.jit(model.init)(jax.random.key(0))
+    step, times = jax.jit(jax.grad(loss)), []
+    jax.block_until_ready(step(params))  # compiles
+    while sum(times) < _MEASURED_SECONDS:
+      began = time.monotonic()
+      jax.block_until_ready(step(params))
+      times.append(time.monotonic() - began)
+  flops = 3 * rows * context * forward_flops(model.cfg, context)
+  return Chip(flops / statistics.median(times), memory)
 
 
 def _trained(theta: dict[str, Any]) -> dict[str, int]:
@@ -235,14 +283,17 @@ def text(found: Mapping[str, Any]) -> str:
   lines.append(f'{"mesh":28} {mesh}')
   memory = found['bytes per device']
   total, chip = sum(memory.values()), found['chip']
-  share = f'{total / found["chip bytes"]:.0%} of one {chip}'
+  share = (
+    f'{total / found["chip bytes"]:.0%} of {"this machine" if chip == HERE else f"one {chip}"}'
+  )
   lines.append(f'{"memory per device":28} {total / 1e9:.3g} GB, {share}')
   lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in memory.items() if n]
   if total > found['chip bytes']:
     lines.append('does not fit: raise mesh.fsdp or data.accum, or set model.remat')
   devices, hours = math.prod(found['mesh'].values()), found['hours']
-  time = f'{hours:,.3g} hours' if hours >= 1 else f'{hours * 60:.2g} minutes'
-  lines.append(
-    f'{"time":28} {time} on {devices} {chip} at an assumed {found["assumed MFU"]:.0%} of peak'
-  )
+  took = f'{hours:,.3g} hours' if hours >= 1 else f'{hours * 60:.2g} minutes'
+  where = f'on {devices} {chip} at an assumed {found["assumed MFU"]:.0%} of peak'
+  if chip == HERE:
+    took, where = f'about {took}', f'here, at the {found["chip FLOP/s"]:.3g} FLOP/s of a timed step'
+  lines.append(f'{"time":28} {took} {where}')
   return '\n'.join(lines)
