@@ -1,6 +1,6 @@
 """Pretrain on the generic set resampled to a domain's cluster histogram (SLM-is, paper §2.2).
 
-Make the index first: `python -m slm.data.importance --data=DATA --domain=law --out=law-is ...`.
+Make the index first: `python -m slm.data.importance --data=DATA --on=law/train --out=law-is ...`.
 """
 
 from configs import base

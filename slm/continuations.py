@@ -18,8 +18,7 @@ from slm.inference.continuations import write
 def main(_: list[str]) -> None:
   """Write the continuations that the flags ask for."""
   f = flags.FLAGS
-  if not (f.run and f.out):
-    raise ValueError('expected --run and --out')
+  console.required('run', 'out')
   found = write(
     f.run, f.data, f.on, f.out, count=f.rows, prompt=f.prompt, max_tokens=f.max_tokens,
     temperature=f.temperature, seed=f.seed, batch_size=f.batch_size,
@@ -30,7 +29,7 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('run', '', 'Run (or RUN@STEP) of a dense model.')
   flags.DEFINE_string('data', '', "Data directory; default: the run's own.")
-  flags.DEFINE_string('on', 'generic/train', 'set/split whose rows are continued.')
+  flags.DEFINE_string('on', 'generic/train', 'SET/SPLIT[@INDEX] whose rows are continued.')
   flags.DEFINE_integer('rows', 1024, 'Rows, evenly spaced.')
   flags.DEFINE_integer('prompt', 16, 'Tokens at the start of a row that are kept.')
   flags.DEFINE_integer('max_tokens', 128, 'Tokens to generate.')

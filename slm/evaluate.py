@@ -1,7 +1,7 @@
 """Held-out losses, per row, so that models are compared on identical windows; and tasks.
 
 python -m slm.evaluate --run=RUN --on=generic/test --on=law/test
-python -m slm.evaluate --run=RUN --task=arc_easy.jsonl.gz [--shots=5] [--limit=200] [--split=test]
+python -m slm.evaluate --run=RUN --task=arc_easy.jsonl.gz [--shots=5] [--limit=200]
 """
 
 from absl import flags
@@ -9,42 +9,42 @@ from absl import flags
 from slm.base import console
 from slm.inference import scoring, tasks
 from slm.objectives.heldout import run
-from slm.runs import config
+from slm.runs import load
 from slm.weights import sharding
 
 
 def main(_: list[str]) -> None:
   """Print a table of losses, one line per run and split, and one of scores by run and task."""
   f = flags.FLAGS
-  if not f.run:
-    raise ValueError('--run: name at least one run directory')
+  console.required('run')
   mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
   if f['on'].present or not f.task:
-    print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
-    for path in f.run:
-      data_path = f.data or config.of(path).data.path
-      if not data_path:
-        raise ValueError(
-          f'{path}: was not trained on data here: name a directory of them by --data'
+    data = {path: load.data_path(path, f.data) for path in f.run}
+    for i, path in enumerate(f.run):
+      losses = run(path, data[path], f.on, mesh[path], f.batch_size)
+      if not i:
+        print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
+      for name in f.on:
+        r = losses[name]
+        bits = f'{r["bpb"]:9.4f}' if 'bpb' in r else ''  # an index's bytes are not counted
+        print(
+          f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
+          f'{r["ppl"]:9.3f} {bits}'
         )
-      for name, r in run(path, data_path, f.on, mesh[path], f.batch_size).items():
-        if name in f.on:
-          print(
-            f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
-            f'{r["ppl"]:9.3f} {r["bpb"]:9.4f}'
-          )
   if f.task:
-    print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
-    for path in f.run:
-      how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit, 'split': f.split}
-      for name, r in tasks.run(path, f.task, mesh[path], f.batch_size, **how).items():
+    how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit}
+    for i, path in enumerate(f.run):
+      scores = tasks.run(path, f.task, mesh[path], f.batch_size, split=f.task_split, **how)
+      if not i:
+        print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
+      for name, r in scores.items():
         print(f'{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
 
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'Run directory (or RUN@STEP); may be repeated.')
   flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
-  flags.DEFINE_multi_string('on', ['generic/test'], 'set/split to evaluate; may be repeated.')
+  flags.DEFINE_multi_string('on', ['generic/test'], 'SET/SPLIT[@INDEX] to evaluate; may repeat.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')
   flags.DEFINE_multi_string(
     'task', [], 'File of questions, see slm/inference/tasks.py; may be repeated.'
@@ -52,5 +52,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('shots', 0, 'Tasks: answered items of the file before each question.')
   flags.DEFINE_integer('seed', 0, 'Tasks: draws those items.')
   flags.DEFINE_integer('limit', 0, 'Tasks: the first so many items; 0: all.')
-  flags.DEFINE_string('split', '', 'Tasks: items of this split alone.')
-  console.run(main)
+  flags.DEFINE_string('task_split', '', 'Tasks: items whose `split` is this one alone.')
+  console.run(
+    main, renamed={'split': '--on=SET/SPLIT for rows, --task_split=SPLIT for the items of tasks'}
+  )

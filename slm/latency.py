@@ -14,8 +14,7 @@ from slm.weights.count import num_params
 def main(_: list[str]) -> None:
   """Print a table: one line per run."""
   f = flags.FLAGS
-  if not f.run:
-    raise ValueError('--run: name at least one run directory')
+  console.required('run')
   shapes = {path: config.of(path).model for path in f.run}
   found = measure(shapes, f.dtype, f.batch, f.prompt, f.new_tokens, f.rounds)
   print(

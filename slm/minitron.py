@@ -11,7 +11,6 @@ is also a command of its own. Started again it continues.
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from slm.base import console
 from slm.pruning.recipe import dry_run, minitron, table
@@ -24,16 +23,14 @@ def main(_: list[str]) -> None:
   if f.dry_run:
     print(dry_run(f.config.to_dict(), f.devices, f.chip, f.mfu)[-1])
     return
-  if not f.workdir:
-    raise ValueError('--workdir: name the directory to write')
+  console.required('workdir')
   print(table(minitron(f.config.to_dict(), Path(f.workdir))))
 
 
 if __name__ == '__main__':
-  config_flags.DEFINE_config_file('config', 'configs/minitron_quick.py', 'What to make of what.')
   flags.DEFINE_string('workdir', '', 'Directory to write; unfinished parts in it continue.')
   flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time; make nothing.')
   flags.DEFINE_integer('devices', 0, '--dry_run: how many chips; 0: as many as the mesh names.')
-  flags.DEFINE_enum('chip', 'h100', sorted(plan.CHIPS), '--dry_run: on what.')
+  flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: on what; cpu times this machine.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
-  console.run(main)
+  console.run(main, config='minitron_quick')

@@ -19,12 +19,12 @@ cut as it is, is what to recover from.
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from slm.base import console
+from slm.data import loader
 from slm.models import observe
 from slm.pruning import commands, search, slicing
-from slm.runs import config
+from slm.runs import config, load
 
 
 def _search(f: flags.FlagValues) -> None:
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
   """Run the command."""
   f = flags.FLAGS
   if argv[1:] == ['calibrate'] and f.run and f.out:
-    stats = commands.calibrate(f.run, f.data, f.out, f.set, f.split, f.index, f.rows, f.batch_size)
+    rows = loader.parse_on(load.data_path(f.run, f.data), f.on)
+    stats = commands.calibrate(f.run, f.data, f.out, *rows, f.rows, f.batch_size)
     print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
   elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
     wanted = slicing.read_sizes(f.sizes)
@@ -80,9 +81,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('run', '', 'Run (or RUN@STEP) of a dense model.')
   flags.DEFINE_string('data', '', "calibrate: data directory; default: the run's own.")
   flags.DEFINE_string('out', '', 'calibrate: directory to write.')
-  flags.DEFINE_string('set', 'generic', 'calibrate: set of the data.')
-  flags.DEFINE_string('split', 'train', 'calibrate: its split.')
-  flags.DEFINE_string('index', '', 'calibrate: an index of it; default: all rows.')
+  flags.DEFINE_string('on', 'generic/train', 'calibrate: SET/SPLIT[@INDEX] whose rows are read.')
   flags.DEFINE_integer('rows', 1024, 'calibrate: rows, evenly spaced.')
   flags.DEFINE_integer('batch_size', 16, 'calibrate: rows per forward pass.')
   flags.DEFINE_multi_string('stats', [], 'cut, compare, search: what calibrate wrote; two to mix.')
@@ -107,9 +106,6 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'align', 0, 'cut: what widths must be multiples of; 0: 128 of at least 1024, otherwise 8.'
   )
-  config_flags.DEFINE_config_file(
-    'config', 'configs/recover.py', 'search: how candidates are trained.'
-  )
   flags.DEFINE_string(
     'grid', '', 'search: axis=size:size,...; default: 60 % of widths, 80 % of depth up.'
   )
@@ -132,4 +128,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'rounds', 5, 'search: interleaved repeats of measuring speed.', lower_bound=1
   )
-  console.run(main, positional=True)
+  old = dict.fromkeys(('set', 'split', 'index'), '--on=SET/SPLIT[@INDEX]')
+  console.run(main, config='recover', positional=True, renamed=old)

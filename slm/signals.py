@@ -1,6 +1,6 @@
 r"""A teacher's predictions on disk: computed once, read by any run on the same rows.
 
-    python -m slm.signals --teacher=RUN --on=generic/train --mode=sampled --k=64 --out=DIR
+    python -m slm.signals --run=RUN --on=generic/train --mode=sampled --k=64 --out=DIR
     python -m slm.train --config=configs/recover.py --config.teacher_cache=DIR ...
 
 A row is found by the hash of its tokens: order, batch, mesh and the vocabulary's padding are free.
@@ -18,27 +18,24 @@ from slm.objectives.signals import MODES, verify, write
 def main(_: list[str]) -> None:
   """Write the signals, or verify them."""
   f = flags.FLAGS
-  if not f.out or not (f.verify or f.teacher):
-    raise ValueError('expected --teacher and --out, or --verify and --out')
+  console.required('out', *([] if f.verify else ['run']))
   if f.verify:
     print(verify(f.out))
     return
   about = write(
-    f.teacher, f.data, f.on, f.out, mode=f.mode, k=f.k, index=f.index, seed=f.seed,
-    batch_size=f.batch_size,
-  )  # fmt: skip
+    f.run, f.data, f.on, f.out, mode=f.mode, k=f.k, seed=f.seed, batch_size=f.batch_size
+  )
   print(f'{f.out}: {about["k"]} ids for each token of {about["rows"]:,} rows')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('teacher', '', 'Run (or RUN@STEP) of a dense model.')
+  flags.DEFINE_string('run', '', 'Teacher: a run (or RUN@STEP) of a dense model.')
   flags.DEFINE_string('data', '', "Data directory; default: the teacher's own.")
-  flags.DEFINE_string('on', 'generic/train', 'set/split whose rows are predicted.')
-  flags.DEFINE_string('index', '', 'An index of it; default: all rows.')
+  flags.DEFINE_string('on', 'generic/train', 'SET/SPLIT[@INDEX] whose rows are predicted.')
   flags.DEFINE_enum('mode', 'topk', MODES, 'The most probable ids, or drawn ones.')
   flags.DEFINE_integer('k', 64, 'Ids per token.')
   flags.DEFINE_integer('seed', 0, 'Of --mode=sampled.')
   flags.DEFINE_integer('batch_size', 16, 'Rows per forward pass.')
   flags.DEFINE_string('out', '', 'Directory to write.')
   flags.DEFINE_bool('verify', False, 'Compare --out with its teacher instead.')
-  console.run(main)
+  console.run(main, renamed={'teacher': '--run=RUN', 'index': '--on=SET/SPLIT@INDEX'})

@@ -1,6 +1,6 @@
 """Take one specialist out of a run that holds several, as an ordinary dense run.
 
-    python -m slm.specialise --run=RUN --domain=law --workdir=SPECIALIST [--rule=best]
+    python -m slm.specialise --run=RUN --on=law/train --workdir=SPECIALIST [--rule=best]
 
 The result has the class, size and speed of any dense model; fine-tune it with `slm.train` and
 `--config.init=SPECIALIST`. No pretraining data are read.
@@ -10,24 +10,24 @@ import jax
 from absl import flags
 
 from slm.base import console
+from slm.data import loader
 from slm.inference.specialist import RULES, specialise
+from slm.runs import load
 
 
 def main(_: list[str]) -> None:
   """Write the specialist and say which cluster it is."""
-  if not (flags.FLAGS.run and flags.FLAGS.domain and flags.FLAGS.workdir):
-    raise ValueError('expected --run, --domain and --workdir')
-  found = specialise(
-    flags.FLAGS.run, flags.FLAGS.domain, flags.FLAGS.workdir, flags.FLAGS.rule, flags.FLAGS.index
-  )
+  f = flags.FLAGS
+  console.required('run', 'on', 'workdir')
+  domain, _, index = loader.parse_on(load.data_path(f.run), f.on, split='train')
+  found = specialise(f.run, domain, f.workdir, f.rule, index)
   what = f'cluster {found}' if isinstance(found, int) else 'the histogram over clusters'
-  print(f'{flags.FLAGS.workdir}: specialist of {what} ({jax.device_count()} devices)')
+  print(f'{f.workdir}: specialist of {what} ({jax.device_count()} devices)')
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('run', '', 'Run (or RUN@STEP) that holds specialists.')
-  flags.DEFINE_string('domain', '', 'Set of the data directory to specialise to.')
+  flags.DEFINE_string('on', '', "SET/train[@INDEX]: the domain's rows in the run's data.")
   flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How it is chosen.')
-  flags.DEFINE_string('index', '', 'Specialisation set (an index of the data directory).')
   flags.DEFINE_string('workdir', '', 'Run directory to write.')
-  console.run(main)
+  console.run(main, renamed=dict.fromkeys(('domain', 'index'), '--on=SET/train[@INDEX]'))

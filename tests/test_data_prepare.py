@@ -226,6 +226,9 @@ def test_bad_corpora(tmp_path):
   expect("one must be named 'generic'", tmp_path, {'law': tiny})
   expect('give one source, or a train split', tmp_path, {'generic': {'test': 'x'}})
   expect('not usable as a folder name', tmp_path, {'generic': tiny, 'index': tiny})
+  for wrong, right in (('valid', 'validation'), ('val', 'validation'), ('tests', 'test')):
+    named = {'generic': tiny | {wrong: tiny['train']}}
+    expect(f'generic.{wrong}: did you mean generic.{right}', tmp_path, named)
   expect('python:nope: expected python:docs', tmp_path / 'e', {'generic': {'all': 'python:nope'}})
 
 

@@ -58,8 +58,8 @@ def test_gumbel_noise_draws_in_proportion_to_the_weights():
 
 def test_command_selects_the_domains_rows(tmp_path):
   path = toy.prepared()
-  command = [sys.executable, '-m', 'slm.data.dsir', f'--data={path}', '--domain=law']
-  command += ['--tokens=4000', '--out=law-dsir', '--domain_index=law-2000']
+  command = [sys.executable, '-m', 'slm.data.dsir', f'--data={path}', '--on=law/train@law-2000']
+  command += ['--tokens=4000', '--out=law-dsir']
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0 and 'law-dsir:' in done.stdout, done.stderr
   split = loader.Split(path, 'generic', 'train', 'law-dsir')

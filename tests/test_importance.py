@@ -117,8 +117,8 @@ def test_prepared_nested_sets_state_their_tokens():
 
 def test_entry_point_writes_an_index_the_loader_reads():
   path = toy.prepared()
-  command = [sys.executable, '-m', 'slm.data.importance', f'--data={path}', '--domain=law']
-  command += ['--level=8', '--tokens=200000', '--out=law-is', '--domain_index=law-2000']
+  command = [sys.executable, '-m', 'slm.data.importance', f'--data={path}']
+  command += ['--on=law/train@law-2000', '--level=8', '--tokens=200000', '--out=law-is']
   subprocess.run(command, check=True, capture_output=True)
   about = json.loads((pathlib.Path(path) / 'index/law-is.json').read_text())
   assert about['tokens'] == pytest.approx(200_000, rel=0.02)

@@ -306,6 +306,19 @@ def test_sizes_are_multiples_unless_told_otherwise():
     slicing.check_sizes(cfg, wanted, 4)
 
 
+def test_heads_share_the_key_value_heads():
+  grouped, alone = (DecoderConfig(64, 64, 2, 8, kv, 8, 64) for kv in (4, 8))
+  slicing.check_sizes(grouped, {'heads': 4}, 0)
+  slicing.check_sizes(alone, {'heads': 4, 'kv_heads': 4}, 0)
+  for cfg, heads, message in (
+    (alone, 4, 'heads=4: expected a multiple of the 8 key-value heads; with kv_heads=4 beside it'),
+    (grouped, 6, 'heads=6: expected a multiple of the 4 key-value heads; with kv_heads=3 beside'),
+    (grouped, 3, 'heads=3: expected a multiple of the 4 key-value heads$'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      slicing.check_sizes(cfg, {'heads': heads}, 0)
+
+
 def test_the_command_line(trained, tmp_path):
   run, _ = trained
   prune = lambda *a: subprocess.run(

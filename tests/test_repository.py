@@ -173,11 +173,11 @@ def test_study_keeps_the_papers_ratios(name):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['slm.train', '--config=configs/base.py', '--config.nope=1', '--workdir=x'], 'nope'),
+    (['slm.train', '--config=configs/base.py', '--config.nope=1', '--workdir=x'],
+     'error: --config.nope: configs/base.py has no such key'),
     (['slm.train', '--config=configs/base.py'], '--workdir'),
     (['slm.train', '--config=configs/base.py', '--config.model.tied', 'False', '--workdir=x'],
      "unexpected argument 'False'"),
-    (['slm.train', '--config=configs/none.py', '--workdir=x'], 'none.py'),
     (['slm.train', '--config=configs/base.py', '--config.data.path=/nowhere', '--workdir=x'],
      '/nowhere/manifest.json'),
     (['slm.data.prepare', '--config=configs/data.py:generic=/no/*.txt', '--out=x'], '/no/*.txt'),
@@ -198,30 +198,3 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
   assert done.stderr.strip().splitlines()[-1].startswith('error: ')
   assert message in done.stderr.strip().splitlines()[-1]
   assert not (tmp_path / 'x').exists()
-
-
-@pytest.mark.parametrize(
-  'module',
-  [
-    'train',
-    'evaluate',
-    'generate',
-    'specialise',
-    'hf',
-    'prune',
-    'signals',
-    'continuations',
-    'report',
-    'advise',
-    'minitron',
-    'latency',
-    'data.prepare',
-    'data.importance',
-    'data.dsir',
-  ],
-)
-def test_help(module):
-  done = subprocess.run(
-    [sys.executable, '-m', f'slm.{module}', '--help'], capture_output=True, text=True, cwd=ROOT
-  )
-  assert done.returncode == 0 and 'python -m slm' in done.stdout

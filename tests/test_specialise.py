@@ -128,6 +128,12 @@ def test_errors(trained, tmp_path, tiny_config):
     specialist.specialise(tmp_path / 'one', 'court', tmp_path / 'two')
   with pytest.raises(ValueError, match=r'expected a cluster in 0\.\.1, found 7'):
     load.load(trained, MESH()).params(7)
+  tiny_config.reparam = {'name': 'full'}
+  tiny_config.data.update(level=0, order='proportional', rows_per_group=1)
+  tiny_config.init = str(trained)
+  with pytest.raises(ValueError, match='run holds 2 models: take one out .* slm.specialise --run='):
+    loop.train(tiny_config.to_dict(), tmp_path / 'tuned')
+  assert not (tmp_path / 'tuned').exists()
 
 
 def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
@@ -150,6 +156,18 @@ def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
   assert found['bpb'] == pytest.approx(nll / math.log(2) / facts['bytes'], rel=1e-5)
   rows = np.load(tmp_path / 'run' / 'eval' / 'court-test.npy')
   assert rows.shape == (facts['rows'], 2)
+
+
+def test_an_index_is_evaluated_as_its_rows(tiny_config, tmp_path, tiny_data):
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  names = ['court/train', 'court/train@court-2000']
+  found = heldout.run(tmp_path / 'run', tiny_data, names, MESH(), 8)
+  every, some = (np.load(tmp_path / f'run/eval/{n.replace("/", "-")}.npy') for n in names)
+  ids = loader.Split(tiny_data, 'court', 'train', 'court-2000').ids
+  np.testing.assert_allclose(some, every[np.sort(ids)], rtol=1e-6)
+  assert 'bpb' in found[names[0]] and 'bpb' not in found[names[1]]
+  with pytest.raises(ValueError, match='no such index'):
+    heldout.run(tmp_path / 'run', tiny_data, ['court/train@none'], MESH(), 8)
 
 
 def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):

@@ -4,12 +4,15 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import rich.console
 import rich.progress
 from absl import app, flags, logging
+from ml_collections import config_flags
+
+from slm.base import arguments
 
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
 
@@ -18,8 +21,22 @@ class Interrupted(Exception):
   """Training was asked to stop and has saved its state: the same command continues."""
 
 
-def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
-  """Run an absl main; bad input becomes one line on stderr and exit status 1."""
+def run(
+  main: Callable[[list[str]], Any], *, config: str = '', positional: bool = False,
+  renamed: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+  """Run an absl main; bad input becomes one line on stderr and exit status 1.
+
+  A command with a `config`, the default, takes --config and --config.KEY. `renamed` maps the flags
+  that there were to what is written instead.
+  """
+  with one_line_errors():
+    if config:
+      config_flags.DEFINE_config_file('config')
+    sys.argv = arguments.arrange(sys.argv, config, renamed or {})
+    if arguments.wants_help(sys.argv):
+      print(arguments.help_text(sys.argv))
+      return
 
   def guarded(argv: list[str]) -> Any:
     if not flags.FLAGS['verbosity'].present:
@@ -37,14 +54,20 @@ def run(main: Callable[[list[str]], Any], positional: bool = False) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def required(*names: str) -> None:
+  """Refuse flags that were left out.
+
+  Raises:
+    ValueError: naming them.
+  """
+  missing = [f'--{name}' for name in names if flags.FLAGS[name].value in (None, '', [])]
+  if missing:
+    raise ValueError(f'expected {" and ".join(missing)} (see --help)')
+
+
 def _parse(argv: list[str]) -> list[str]:
   with one_line_errors():
-    try:
-      return flags.FLAGS(argv)
-    except SystemExit:  # after --help, for which absl exits with 1
-      raise SystemExit(0) from None
-    except (AttributeError, KeyError) as e:  # ml_collections, for a key the config lacks
-      raise ValueError(f'the config has no key {e.args[0]}') from None
+    return flags.FLAGS(argv)
 
 
 @contextlib.contextmanager

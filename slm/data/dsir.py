@@ -1,6 +1,6 @@
 """Data selection by importance resampling of single rows, by hashed n-grams (DSIR).
 
-Run as `python -m slm.data.dsir --data=DATA --domain=law --tokens=1e6 --out=NAME` to write
+Run as `python -m slm.data.dsir --data=DATA --on=law/train --tokens=1e6 --out=NAME` to write
 DATA/index/NAME.npy and .json: the generic rows whose words look most like the domain's.
 """
 
@@ -137,22 +137,24 @@ def sample(request: Request) -> dict[str, Any]:
 
 
 def _main(_: list[str]) -> None:
-  names = [field.name for field in dataclasses.fields(Request)]
-  values = {name: flags.FLAGS[name].value for name in names}
-  about = sample(Request(**values | {'tokens': importance.whole(values['tokens'])}))
+  f = flags.FLAGS
+  console.required('data', 'on', 'tokens', 'out')
+  domain, _, index = loader.parse_on(f.data, f.on, split='train')
+  names = {field.name for field in dataclasses.fields(Request)} - {'domain', 'domain_index'}
+  values = {name: f[name].value for name in names} | {'tokens': importance.whole(f.tokens)}
+  about = sample(Request(domain=domain, domain_index=index, **values))
   made = about['made']
   print(
-    f'{flags.FLAGS.out}: {about["rows"]:,} rows, {about["tokens"]:,} tokens; KL of the domain from '
+    f'{f.out}: {about["rows"]:,} rows, {about["tokens"]:,} tokens; KL of the domain from '
     f'the generic n-grams {made["kl_before"]:.3f} nats, from the selected {made["kl_after"]:.3f}'
   )
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('data', None, 'Prepared data directory.', required=True)
-  flags.DEFINE_string('domain', None, 'Set that selected rows should resemble.', required=True)
-  flags.DEFINE_float('tokens', None, 'Predicted tokens to select, about.', required=True)
-  flags.DEFINE_string('out', None, 'Name of the index to write.', required=True)
+  flags.DEFINE_string('data', None, 'Prepared data directory.')
+  flags.DEFINE_string('on', None, 'SET/train[@INDEX]: rows that the selected ones should resemble.')
+  flags.DEFINE_float('tokens', None, 'Predicted tokens to select, about.')
+  flags.DEFINE_string('out', None, 'Name of the index to write.')
   flags.DEFINE_integer('seed', 0, 'Seed of the draw.')
   flags.DEFINE_float('smoothing', 0.0, 'Added to each count of the domain; for small sets.')
-  flags.DEFINE_string('domain_index', '', 'Index of the domain to take the n-grams from.')
-  console.run(_main)
+  console.run(_main, renamed=dict.fromkeys(('domain', 'domain_index'), '--on=SET/train[@INDEX]'))

@@ -1,7 +1,7 @@
 """Importance sampling: resample generic rows to a domain's histogram over clusters.
 
-Run as `python -m slm.data.importance --data=DATA --domain=law --level=64 --tokens=1e6 --out=NAME`
-to write DATA/index/NAME.npy and .json.
+Run as `python -m slm.data.importance --data=DATA --on=law/train --level=64 --tokens=1e6
+--out=NAME` to write DATA/index/NAME.npy and .json.
 """
 
 import dataclasses
@@ -223,12 +223,15 @@ def sample(request: Request) -> dict[str, Any]:
 
 
 def _main(_: list[str]) -> None:
-  names = [field.name for field in dataclasses.fields(Request)]
-  values = {name: flags.FLAGS[name].value for name in names}
-  about = sample(Request(**values | {'tokens': whole(values['tokens'])}))
+  f = flags.FLAGS
+  console.required('data', 'on', 'level', 'tokens', 'out')
+  domain, _, index = loader.parse_on(f.data, f.on, split='train')
+  names = {field.name for field in dataclasses.fields(Request)} - {'domain', 'domain_index'}
+  values = {name: f[name].value for name in names} | {'tokens': whole(f.tokens)}
+  about = sample(Request(domain=domain, domain_index=index, **values))
   made = about['made']
   print(
-    f'{flags.FLAGS.out}: {about["rows"]:,} rows ({made["distinct_rows"]:,} distinct), '
+    f'{f.out}: {about["rows"]:,} rows ({made["distinct_rows"]:,} distinct), '
     f'{about["tokens"]:,} tokens, effective sample {made["ess_fraction"]:.3f} of the generic set, '
     f'{made["effective_clusters"]:.1f} effective clusters, '
     f'most repeated cluster {max(made["expected_repeats"]):.2f} times'
@@ -236,15 +239,16 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('data', None, 'Prepared data directory.', required=True)
-  flags.DEFINE_string('domain', None, 'Set whose histogram is matched.', required=True)
-  flags.DEFINE_integer('level', None, 'Number of clusters.', required=True)
-  flags.DEFINE_float('tokens', None, 'Predicted tokens to draw, about.', required=True)
-  flags.DEFINE_string('out', None, 'Name of the index to write.', required=True)
+  flags.DEFINE_string('data', None, 'Prepared data directory.')
+  flags.DEFINE_string(
+    'on', None, "SET/train[@INDEX]: the domain's rows, whose histogram is matched."
+  )
+  flags.DEFINE_integer('level', None, 'Number of clusters.')
+  flags.DEFINE_float('tokens', None, 'Predicted tokens to draw, about.')
+  flags.DEFINE_string('out', None, 'Name of the index to write.')
   flags.DEFINE_integer('seed', 0, 'Seed of the draw.')
   flags.DEFINE_float('smoothing', 0.0, 'Windows added to every cluster of the domain.')
   flags.DEFINE_float('interpolation', 0.0, 'Weight of the generic histogram, 0 to 1.')
   flags.DEFINE_float('repeat_cap', 0.0, 'Most times a cluster is repeated; 0: no cap.')
   flags.DEFINE_bool('top', False, "Take the domain's most frequent cluster alone.")
-  flags.DEFINE_string('domain_index', '', 'Index of the domain to take the histogram from.')
-  console.run(_main)
+  console.run(_main, renamed=dict.fromkeys(('domain', 'domain_index'), '--on=SET/train[@INDEX]'))

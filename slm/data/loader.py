@@ -6,6 +6,7 @@ Everything random is a function of (seed, step), so the loader's state is the ne
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,6 +89,31 @@ def manifest(path: str | Path) -> dict[str, Any]:
   if missing:
     raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
   return {'columns': rows.columns(found['context'])} | found  # version 2 had these alone
+
+
+def parse_on(path: str | Path, on: str, split: str = '') -> tuple[str, str, str]:
+  """Take SET/SPLIT[@INDEX], which names rows of a data directory, apart; no index is ''.
+
+  `split` is the only one that may be named, if only one may.
+
+  Raises:
+    ValueError: if `on` is not of that form, or the directory has no such set or split.
+  """
+  match = re.fullmatch(r'([^/@]+)/([^/@]+)(?:@([^/]+))?', on)
+  sets = manifest(path)['sets']
+  if not match or match[1] not in sets or match[2] not in sets[match[1]]:
+    named = on.partition('/')[0]
+    example = named if named in sets else next(iter(sets))
+    there = ', '.join(f'{name}/{part}' for name, parts in sets.items() for part in parts)
+    raise ValueError(
+      f'--on={on}: expected SET/SPLIT[@INDEX], such as {example}/{next(iter(sets[example]))}; '
+      f'{path} has {there}'
+    )
+  if split and match[2] != split:
+    raise ValueError(
+      f'--on={on}: expected {match[1]}/{split}: what is held out chooses no data and no model'
+    )
+  return match[1], match[2], match[3] or ''
 
 
 class Split:

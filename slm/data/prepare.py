@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from slm.base import console, files
 from slm.data import (
@@ -325,9 +324,5 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  with console.one_line_errors():  # the default file is read, and overridden, here
-    config_flags.DEFINE_config_file(
-      'config', 'configs/data.py', 'Sources and settings; configs/data.py explains every key.'
-    )
   flags.DEFINE_string('out', '', 'Directory to write to.')
-  console.run(_main)
+  console.run(_main, config='data')

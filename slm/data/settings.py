@@ -1,6 +1,7 @@
 """What `configs/data.py` describes, checked before any work."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,15 @@ class PrepareConfig:
     words = [name, *splits]
     if name in _RESERVED or not all(re.fullmatch(r'[A-Za-z0-9_-]+', word) for word in words):
       raise ValueError(f'sets: {name}.{"/".join(splits)}: not usable as a folder name')
+    for split in splits:
+      near = [whole for whole in documents.PLAIN if whole.startswith(split)]
+      near += difflib.get_close_matches(split, documents.PLAIN)
+      suffix = any(split.startswith(f'{whole}_') for whole in documents.PLAIN)
+      if near and split not in (ALL, *documents.PLAIN) and not suffix:
+        raise ValueError(
+          f'sets: {name}.{split}: did you mean {name}.{near[0]}? A further split has a suffix, '
+          'such as test_ood, or a name of its own'
+        )
     if ALL in splits and len(splits) > 1 or not {ALL, 'train'}.intersection(splits):
       raise ValueError(f'sets.{name}: give one source, or a train split and others')
 

@@ -34,7 +34,7 @@ def write(
   """
   mesh, folder = load.mesh_for(run), Path(out)
   loaded = load.load(run, mesh, finished=True)
-  path = path or loaded.cfg.data.path
+  path = load.data_path(run, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
   if not 1 <= prompt <= facts['context'] or min(count, max_tokens) < 1 or temperature <= 0:
@@ -42,7 +42,7 @@ def write(
       f'expected --prompt of 1 to {facts["context"]} tokens, --rows and --max_tokens of at least '
       '1 and --temperature above 0'
     )
-  split = loader.Split(path, *on.partition('/')[::2])
+  split = loader.Split(path, *loader.parse_on(path, on))
   about = {
     'run': str(Path(run).resolve()), 'step': loaded.step, 'on': on, 'rows_sha256': split.sha256,
     'rows': count, 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': temperature,

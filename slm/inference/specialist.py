@@ -81,7 +81,7 @@ def specialise(
   path = cfg.data.path
   load.same_clusters(loaded, path)
   if domain not in loader.manifest(path)['sets']:
-    raise ValueError(f'--domain: {path} has no set {domain!r}')
+    raise ValueError(f'{path} has no set {domain!r}')
   chosen = {'of': str(run), 'domain': domain, 'rule': rule, 'index': index}
   dense = config.derive(cfg, 'select', specialist=chosen)
   config.check_run(workdir, dense)

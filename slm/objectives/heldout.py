@@ -111,7 +111,7 @@ def run(
   workdir: str | Path, path: str, sets: list[str], mesh: jax.sharding.Mesh, batch_size: int,
   max_rows: int = 0,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-  """Evaluate a run on 'set/split' names; write eval.json and eval/<set>-<split>.npy.
+  """Evaluate a run on 'set/split[@index]' names; write eval.json and eval/<set>-<split>.npy.
 
   With `max_rows` on that many rows, evenly spaced, whose bytes nobody counted: no bits per byte.
   Those of RUN@STEP are eval-STEP.json and eval-STEP/. What is there for other names stays. A run
@@ -126,17 +126,18 @@ def run(
   row_losses = make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   results_path = folder.with_suffix('.json')
   results = files.read_json(results_path) if results_path.exists() else {}
+  splits = {name: loader.Split(path, *loader.parse_on(path, name)) for name in sets}
   with jax.set_mesh(mesh):
     for name in sets:
-      data_set, _, split = name.partition('/')
+      data_set, split, index = loader.parse_on(path, name)
       level = loaded.reparam.clusters
       specialist = lambda c, level=level: loaded.params(c if level else None)
       where = (path, data_set, split)
-      values = rows(row_losses, specialist, mesh, *where, batch_size, level, max_rows)
-      files.write_npy(folder / f'{data_set}-{split}.npy', values)
+      values = rows(row_losses, specialist, mesh, *where, batch_size, level, max_rows, index)
+      files.write_npy(folder / f'{name.replace("/", "-")}.npy', values)
       facts = manifest['sets'][data_set][split]
-      origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
-      whole = len(values) == facts['rows']
+      origin = {'step': loaded.step, 'rows_sha256': splits[name].sha256}
+      whole = len(values) == facts['rows'] and not index
       results[name] = summary(values, facts['bytes'] if whole else 0) | origin
       files.write_json(results_path, results)
   return results

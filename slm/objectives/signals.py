@@ -156,10 +156,12 @@ def _compute(signal, params, read, dtype, batch_size, mesh) -> np.ndarray:
 
 
 def write(
-  teacher: str, path: str, on: str, out: str, *, mode: str = 'topk', k: int = 64, index: str = '',
-  seed: int = 0, batch_size: int = 16, shard_rows: int = 1024,
+  teacher: str, path: str, on: str, out: str, *, mode: str = 'topk', k: int = 64, seed: int = 0,
+  batch_size: int = 16, shard_rows: int = 1024,
 ) -> dict[str, Any]:  # fmt: skip
-  """Write the signals of a split's rows; started again it continues. Returns what they are of.
+  """Write the signals of the rows of set/split[@index], and return what they are of.
+
+  Started again it continues.
 
   Raises:
     ValueError: if the run is unfinished or holds several models, its tokenizer is another, k does
@@ -169,19 +171,21 @@ def write(
   loaded = load.load(teacher, mesh, finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{teacher} holds several models: take one out with slm.specialise first')
-  path = path or loaded.cfg.data.path
+  path = load.data_path(teacher, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
   vocab, params = facts['tokenizer']['vocab'], loaded.params()
   if not 1 <= k <= vocab or mode not in MODES or shard_rows < 1:
     raise ValueError(f'--k={k}, --mode={mode}: expected 1 to {vocab}, one of {", ".join(MODES)}')
-  split = loader.Split(path, *on.partition('/')[::2], index)
+  data_set, part, index = loader.parse_on(path, on)
+  split = loader.Split(path, data_set, part, index)
   about = {
     'teacher': str(Path(teacher).resolve()), 'step': loaded.step,
     'weights': tree.weights_hash(params),
     'tokenizer': facts['tokenizer']['fingerprint'], 'vocab': vocab, 'context': facts['context'],
-    'data': str(Path(path).resolve()), 'on': on, 'index': index, 'rows_sha256': split.sha256,
-    'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed, 'shard_rows': shard_rows,
+    'data': str(Path(path).resolve()), 'on': split.name, 'index': index,
+    'rows_sha256': split.sha256, 'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed,
+    'shard_rows': shard_rows,
   }  # fmt: skip
   if (folder / ABOUT).exists():
     rundir.check_same(folder, files.read_json(folder / ABOUT), about, 'other signals')

@@ -76,6 +76,12 @@ def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
   for axis, size in wanted.items():
     if not 0 < size <= (whole := getattr(cfg, SIZES[axis])):
       raise ValueError(f'sizes: {axis}={size}: expected 1 to {whole}')
+  kv, per_kv = wanted.get('kv_heads', cfg.num_kv_heads), cfg.num_heads // cfg.num_kv_heads
+  if (heads := wanted.get('heads', kv)) % kv:
+    beside = f'; with kv_heads={heads // per_kv} beside it whole groups go' * (not heads % per_kv)
+    raise ValueError(
+      f'sizes: heads={heads}: expected a multiple of the {kv} key-value heads{beside}'
+    )
   for axis in wanted.keys() & {'vocab', 'embed', 'mlp', 'shared_mlp'}:
     by = align or (128 if getattr(cfg, SIZES[axis]) >= 1024 else 8)
     if wanted[axis] % by:

@@ -38,7 +38,12 @@ class Loaded:
     clusters = self.reparam.clusters
     if not clusters and condition is not None:
       raise ValueError(f'{self.path} holds one dense model: it has no cluster {condition}')
-    if clusters and not np.ndim(condition) and (condition is None or not 0 <= condition < clusters):
+    if clusters and condition is None:
+      raise ValueError(
+        f'{self.path} holds {clusters} models: take one out first with python -m slm.specialise '
+        f'--run={self.path} --on=SET/train --workdir=DIR'
+      )
+    if clusters and not np.ndim(condition) and not 0 <= condition < clusters:
       raise ValueError(f'{self.path}: expected a cluster in 0..{clusters - 1}, found {condition}')
     if np.ndim(condition) and np.shape(condition) != (clusters,):
       raise ValueError(
@@ -112,6 +117,18 @@ def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Lo
     theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))
   frozen = {'base': base(cfg, rep, mesh)} if rep.base else {}
   return Loaded(run, cfg, model, rep, theta, frozen, step)
+
+
+def data_path(run: str | Path, data: str = '') -> str:
+  """Return the data directory `data`, or else the one that a run was trained on.
+
+  Raises:
+    ValueError: if there is neither.
+  """
+  path = data or config.of(run).data.path
+  if not path:
+    raise ValueError(f'{run}: was not trained on data here: name a directory of them by --data')
+  return path
 
 
 def mesh_for(run: str | Path) -> jax.sharding.Mesh:

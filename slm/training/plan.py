@@ -5,17 +5,21 @@
 
 import dataclasses
 import math
+import os
+import statistics
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
-from slm import reparam
+from slm import models, reparam
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder
-from slm.objectives import distill
+from slm.objectives import distill, losses
 from slm.reparam.projection import CodeConfig
 from slm.runs import config, load
 from slm.runs.config import DistillConfig, RunConfig
@@ -40,6 +44,10 @@ CHIPS = {
   'tpu-v5p': Chip(459e12, 95e9),
   'tpu-v6e': Chip(918e12, 32 * 2**30),
 }
+HERE = 'cpu'  # this machine, whose speed is measured
+NAMES = (*sorted(CHIPS), HERE)
+_MOST_TOKENS = 4096  # of the steps that measure it
+_MEASURED_SECONDS = 2.0
 
 
 def plan(
@@ -83,7 +91,12 @@ def plan(
   own = getattr(cfg.objective, 'own_share', 0.0)  # the student writes these itself first
   step_flops = tokens * ((3 + own) * forward + teacher_flops)
   step_flops += 3 * reparam.materialize_flops(rep, theta, groups)
-  steps, peak = cfg.steps, CHIPS[chip].flops
+  if chip == HERE:
+    about, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
+  else:
+    about = CHIPS[chip]
+  # A timed step has idle experts already.
+  idle_flops = 0.0 if chip == HERE else _idle(model.cfg) * tokens
   return {
     'served parameters': num_params(model.cfg),
     **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
@@ -91,17 +104,52 @@ def plan(
     'forward FLOPs per token': forward,
     'training FLOPs per token': step_flops / tokens,
     'tokens per step': tokens,
-    'steps': steps,
-    'tokens': tokens * steps,
-    'tokens per served parameter': tokens * steps / sum(num_params(model.cfg).values()),
-    'FLOPs': step_flops * steps,
+    'steps': cfg.steps,
+    'tokens': tokens * cfg.steps,
+    'tokens per served parameter': tokens * cfg.steps / sum(num_params(model.cfg).values()),
+    'FLOPs': step_flops * cfg.steps,
     'mesh': dict(zip(sharding.MESH_AXES, sizes, strict=True)),
     'bytes per device': memory,
     'chip': chip,
-    'chip bytes': CHIPS[chip].bytes,
+    'chip bytes': about.bytes,
+    'chip FLOP/s': about.flops,
     'assumed MFU': mfu,
-    'hours': (step_flops + _idle(model.cfg) * tokens) * steps / (devices * peak * mfu) / 3600,
+    'hours': (step_flops + idle_flops) * cfg.steps / (devices * about.flops * mfu) / 3600,
   }
+
+
+def _measure(model: models.Model, cfg: RunConfig, devices: int, need: float) -> Chip:
+  """Time forward and backward passes of a model on some rows, and return this machine's rate.
+
+  Raises:
+    ValueError: if the mesh is of several devices, or the machine's memory is less than `need`.
+  """
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if devices > 1 or need > memory:
+    raise ValueError(
+      f'--chip={HERE} times a step on this machine, one device of {memory / 1e9:.3g} GB; this '
+      f'takes {devices} of {need / 1e9:.3g} GB: name another --chip'
+    )
+  context = cfg.context
+  rows = min(cfg.data.batch_size // cfg.data.accum, max(_MOST_TOKENS // context, 1))
+  ids = np.ones((rows, context), np.int32)
+  batch = {'inputs': ids, 'targets': ids, 'segments': ids, 'weights': ids.astype(np.float32)}
+  batch['positions'] = ids.cumsum(1, dtype=np.int32) - 1
+
+  def loss(params):
+    params = tree.cast(params, jnp.dtype(cfg.dtype))
+    return losses.token_losses(model.forward, params, batch, cfg.objective.chunk).sum()
+
+  with jax.default_device(jax.devices('cpu')[0]):
+    params = jax.jit(model.init)(jax.random.key(0))
+    step, times = jax.jit(jax.grad(loss)), []
+    jax.block_until_ready(step(params))  # compiles
+    while sum(times) < _MEASURED_SECONDS:
+      began = time.monotonic()
+      jax.block_until_ready(step(params))
+      times.append(time.monotonic() - began)
+  flops = 3 * rows * context * forward_flops(model.cfg, context)
+  return Chip(flops / statistics.median(times), memory)
 
 
 def _trained(theta: dict[str, Any]) -> dict[str, int]:
@@ -115,8 +163,8 @@ def _trained(theta: dict[str, Any]) -> dict[str, int]:
 
 
 def _check(chip: str, mfu: float) -> None:
-  if chip not in CHIPS:
-    raise ValueError(f'--chip: expected one of {sorted(CHIPS)}, found {chip!r}')
+  if chip not in NAMES:
+    raise ValueError(f'--chip: expected one of {", ".join(NAMES)}, found {chip!r}')
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu: expected a share in (0, 1], found {mfu}')
 
@@ -250,14 +298,17 @@ def text(found: Mapping[str, Any]) -> str:
   lines.append(f'{"mesh":28} {mesh}')
   memory = found['bytes per device']
   total, chip = sum(memory.values()), found['chip']
-  share = f'{total / found["chip bytes"]:.0%} of one {chip}'
+  share = (
+    f'{total / found["chip bytes"]:.0%} of {"this machine" if chip == HERE else f"one {chip}"}'
+  )
   lines.append(f'{"memory per device":28} {total / 1e9:.3g} GB, {share}')
   lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in memory.items() if n]
   if total > found['chip bytes']:
     lines.append('does not fit: raise mesh.fsdp or data.accum, or set model.remat')
   devices, hours = math.prod(found['mesh'].values()), found['hours']
-  time = f'{hours:,.3g} hours' if hours >= 1 else f'{hours * 60:.2g} minutes'
-  lines.append(
-    f'{"time":28} {time} on {devices} {chip} at an assumed {found["assumed MFU"]:.0%} of peak'
-  )
+  took = f'{hours:,.3g} hours' if hours >= 1 else f'{hours * 60:.2g} minutes'
+  where = f'on {devices} {chip} at an assumed {found["assumed MFU"]:.0%} of peak'
+  if chip == HERE:
+    took, where = f'about {took}', f'here, at the {found["chip FLOP/s"]:.3g} FLOP/s of a timed step'
+  lines.append(f'{"time":28} {took} {where}')
   return '\n'.join(lines)

@@ -1,0 +1,42 @@
+"""`slm COMMAND ...` is `python -m slm.COMMAND ...`; `slm` alone lists the commands."""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+import slm
+from slm.base import arguments
+
+ROOT = Path(__file__).parent
+
+
+def commands() -> dict[str, str]:
+  """Return the first line of each command's docstring, by its name."""
+  found = {}
+  for path in [*sorted(ROOT.glob('*.py')), *sorted(ROOT.glob('data/*.py'))]:
+    text = path.read_text()
+    if path != Path(__file__) and "if __name__ == '__main__':" in text:
+      name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+      found[name] = ast.get_docstring(ast.parse(text)).partition('\n')[0]
+  return found
+
+
+def main() -> None:
+  """Run the command that the first argument names."""
+  name, known = (sys.argv[1:] or ['--help'])[0], commands()
+  if name == '--version':
+    print(f'slm {slm.__version__}')
+  elif name in ('-h', '--help', 'help'):
+    lines = [f'{slm.__doc__}\n', 'slm COMMAND --help shows the flags of a command:\n']
+    print('\n'.join([*lines, *(f'  {name:18s} {line}' for name, line in known.items())]))
+  elif name in known:
+    del sys.argv[1]
+    runpy.run_module(f'slm.{name}', run_name='__main__', alter_sys=True)
+  else:
+    near = arguments.suggestion(name, known)
+    sys.exit(f'error: slm has no command {name!r}{near or "; slm --help lists them"}')
+
+
+if __name__ == '__main__':
+  main()
