@@ -10,11 +10,11 @@ import pytest
 import studies
 import toy
 
-from experiments.specialise import check
+from experiments.specialise import check, report
+from experiments.specialise.study import load_study
 from slm.data import histograms, loader
-from slm.reporting import advise, report
+from slm.reporting import advise
 from slm.reporting.points import Budget, Point, Want, read
-from slm.reporting.study import load_study
 
 SLM_PARAMS = 126_000_000
 UNIT = SLM_PARAMS * 1e7  # FLOPs of a token per parameter in the synthetic runs
@@ -191,7 +191,7 @@ def test_reads_what_a_report_wrote(tmp_path):
   assert not any('LLM' in line for line in lines)
   broken = tmp_path / 'results.csv'
   broken.write_text('a,b\n1,2\n')
-  with pytest.raises(ValueError, match='expected a results.csv of slm.report'):
+  with pytest.raises(ValueError, match='expected a results.csv of experiments.specialise'):
     read(broken)
 
 

@@ -21,7 +21,7 @@ from slm.models.config import DecoderConfig
 from slm.models.decoder import num_params
 from slm.pruning import recipe, slicing
 from slm.reporting import verdicts
-from slm.reporting.comparison import Loss
+from slm.reporting.stats import Loss
 from slm.runs import rundir
 from slm.training import loop, optim
 

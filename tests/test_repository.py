@@ -181,7 +181,7 @@ def test_study_keeps_the_papers_ratios(name):
     (['slm.data.prepare', '--config=configs/data.py:generic=/no/*.txt', '--out=x'], '/no/*.txt'),
     (['slm.data.prepare', '--config=configs/data.py:nonsense', '--out=x'], 'nonsense'),
     (['slm.evaluate', '--run=/nowhere'], '/nowhere'),
-    (['slm.report', '--study=/nowhere'], '/nowhere'),
+    (['experiments.specialise.report', '--study=/nowhere'], '/nowhere'),
     (['slm.specialise'], '--run'),
   ],
 )  # fmt: skip
@@ -209,7 +209,6 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
     'prune',
     'signals',
     'continuations',
-    'report',
     'advise',
     'minitron',
     'latency',

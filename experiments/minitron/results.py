@@ -17,8 +17,8 @@ from slm.base import files
 from slm.data import loader
 from slm.models.config import DecoderConfig
 from slm.models.decoder import forward_flops, num_params
-from slm.reporting import comparison
-from slm.reporting.comparison import Cost, Difference, Loss
+from slm.reporting import stats
+from slm.reporting.stats import Cost, Difference, Loss
 from slm.runs import rundir
 
 TEACHER = 'teacher'
@@ -55,7 +55,7 @@ class Found:
     if cut:  # a scored cut is the same whatever the seed
       seeds = pair[0].seeds | pair[1].seeds
       pair = [_repeated(x, seeds) if len(x.seeds) == 1 else x for x in pair]
-    return comparison.difference(*pair)
+    return stats.difference(*pair)
 
   def runs(self, name: str) -> list[Path]:
     """List the finished runs of a student or teacher."""
@@ -88,7 +88,7 @@ class Found:
 
   def training(self, name: str) -> Cost:
     """Return what a student's own training took, its teacher's forward passes included."""
-    costs = [comparison.training_cost(p) or Cost() for p in self.runs(name)]
+    costs = [stats.training_cost(p) or Cost() for p in self.runs(name)]
     return sum(costs, Cost()) * (1 / max(len(costs), 1))
 
   def total(self, name: str) -> Cost:
@@ -103,7 +103,7 @@ class Found:
       before.add(start)
       start = Path(rundir.read_config(self.root / 'runs' / start)['init']).name
     for run in before - {'', TEACHER}:
-      found += comparison.training_cost(self.root / 'runs' / run) or Cost()
+      found += stats.training_cost(self.root / 'runs' / run) or Cost()
     if student.shape == SEARCHED:
       found += search_cost(self.root / 'search')
     return found
@@ -124,7 +124,7 @@ def search_cost(folder: Path) -> Cost:
   """Return what a search took, its calibration apart."""
   found = files.read_json(folder / 'search.json')
   runs = [folder / f'{s}-{i}' for i, rung in enumerate(found['rungs'], 1) for s in rung['loss']]
-  spent = sum((comparison.training_cost(run) or Cost() for run in runs), Cost())
+  spent = sum((stats.training_cost(run) or Cost() for run in runs), Cost())
   return spent + Cost(flops=found['zero_shot_flops'])
 
 
@@ -169,7 +169,7 @@ def read(scale: Scale, root: Path) -> Found:
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
     documents = loader.spaced(documents, scale.test_rows)
     many = documents if len(np.unique(documents)) > 1 else ()
-    drawn = comparison.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
+    drawn = stats.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
     facts = loader.manifest(root / 'data')['sets'][on]['test']
     num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
     for i, (stage, name, seed) in enumerate(mine):

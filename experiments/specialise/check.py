@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from slm.reporting import advise, budgets, report
-from slm.reporting.comparison import Comparison
+from experiments.specialise import budgets, report
+from experiments.specialise.cells import Comparison
+from experiments.specialise.study import BASELINE, Study
+from slm.reporting import advise
 from slm.reporting.points import Point, Want, parse
-from slm.reporting.study import BASELINE, Study
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,16 +18,15 @@ import jax
 from absl import flags
 
 from experiments import common
-from experiments.specialise import check, claims, ensemble, runs
+from experiments.specialise import check, claims, ensemble, report, runs
 from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
+from experiments.specialise.study import load_study
 from slm import models
 from slm.base import console, files
 from slm.data import dsir, importance, loader
 from slm.inference import specialist
 from slm.objectives import heldout
-from slm.reporting import report
-from slm.reporting.study import load_study
 from slm.runs import rundir
 from slm.training import loop, plan
 from slm.weights import sharding
@@ -151,7 +150,7 @@ def study(scale_name: str, corpus: str, root: Path, seeds: tuple[int, ...] = ())
 
 
 def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
-  """Describe the finished study for slm.report."""
+  """Describe the finished study for the report."""
   scale = planned.scale
   methods = [m for m in METHODS if m.name in {row['method'] for row in planned.rows}]
   about = lambda m: {

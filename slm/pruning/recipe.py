@@ -19,7 +19,7 @@ from slm.models.config import DecoderConfig
 from slm.models.decoder import num_params
 from slm.objectives import heldout
 from slm.pruning import commands, slicing
-from slm.reporting import comparison
+from slm.reporting import stats
 from slm.runs import ledger, rundir
 from slm.training import loop, optim, plan
 from slm.weights import sharding
@@ -154,7 +154,7 @@ def _probe(cfg: Mapping[str, Any], teacher: Path, run: Path) -> dict[str, Any]:
   nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
   documents = files.read_npy(Path(cfg['data']) / name / 'validation' / 'documents.npy')
   many = documents if len(np.unique(documents)) > 1 else ()
-  drawn = comparison.resample(nll, tokens, 0, documents=many)
+  drawn = stats.resample(nll, tokens, 0, documents=many)
   low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975)).tolist()
   gain = float((nll[:, 0] - nll[:, 1]).sum() / tokens.sum())
   return {'gain': gain, 'interval': [low, high], 'pays': low > cfg['probe']['worth']}

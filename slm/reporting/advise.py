@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.reporting.advice import count, times
-from slm.reporting.points import Budget, Point, Want
-from slm.reporting.study import BASELINE
+from slm.reporting.points import BASELINE, Budget, Point, Want
+from slm.reporting.tables import count, times
 
 _RESULTS = Path(__file__).parents[2] / 'experiments' / 'specialise' / 'results'
 # The committed studies that are large enough to go by.

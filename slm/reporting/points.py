@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from slm.reporting.study import BASELINE
+BASELINE = 'slm'  # the method that every other is compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read(path: Path) -> list[Point]:
     ValueError: if there is no such file, or it is not such a table.
   """
   if not path.is_file():
-    raise ValueError(f'{path}: no such file; expected a results.csv of slm.report')
+    raise ValueError(f'{path}: no such file; expected a results.csv of experiments.specialise')
   with path.open(newline='') as f:
     return parse(list(csv.DictReader(f)), path)
 
@@ -85,7 +85,9 @@ def parse(lines: list[dict[str, str]], path: Path) -> list[Point]:
     'method', 'size', 'on', 'loss', 'params', 'generic_tokens', 'generic_flops', 'specialise_flops'
   }  # fmt: skip
   if not lines or not needed <= set(lines[0]):
-    raise ValueError(f'{path}: expected a results.csv of slm.report with columns {sorted(needed)}')
+    raise ValueError(
+      f'{path}: expected a results.csv of experiments.specialise with columns {sorted(needed)}'
+    )
   key = lambda x: (x['method'], x.get('budget'), x['size'])
   tests: dict[tuple, list[str]] = {}
   for x in lines:

@@ -1,12 +1,8 @@
 """Figures of a study: one colour and marker per method, drawn for light and dark pages."""
 
-import dataclasses
-import io
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,13 +11,13 @@ from matplotlib import lines, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.specialise.advice import NUM_DOMAINS
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE, Study
 from slm.base import files
-from slm.reporting.advice import NUM_DOMAINS, count, perplexity
-from slm.reporting.comparison import Cell, Comparison
-from slm.reporting.study import BASELINE, Study
-from slm.runs import rundir
+from slm.reporting.figures import INK, RC, Plot, curves, label_ends, save, window
+from slm.reporting.tables import count, perplexity
 
-INK = '#2a2d34'  # stands for the page's text colour
 # Okabe and Ito's palette, safe for colour-blind readers; ink and greys for the reference rows.
 _STYLE = {
   'slm': (INK, 'o'),
@@ -34,43 +30,6 @@ _STYLE = {
   'llm': ('#cc79a7', 'P'),
 }
 _FURTHER = (('#e69f00', 'h'), ('#b8a900', '*'), ('#8c6bb1', '<'), ('#8a5a3c', '>'))
-RC = {
-  'svg.fonttype': 'none',
-  'svg.hashsalt': 'slm',
-  'font.size': 9,
-  'axes.edgecolor': INK,
-  'axes.labelcolor': INK,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.titlesize': 9,
-  'text.color': INK,
-  'xtick.color': INK,
-  'ytick.color': INK,
-  'grid.color': '#8d93a0',
-  'grid.alpha': 0.25,
-  'grid.linewidth': 0.6,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-  """One figure: its name, a caption that says what to look at, and the SVG text."""
-
-  name: str
-  title: str
-  caption: str
-  svg: str
-
-  @property
-  def inline(self) -> str:
-    """Return the SVG for an HTML page: transparent, with the page's text colour."""
-    return re.sub(f'(?i){INK}', 'currentColor', self.svg[self.svg.index('<svg') :])
-
-  @property
-  def file(self) -> str:
-    """Return the SVG for a file, on white."""
-    end = self.svg.index('>', self.svg.index('<svg')) + 1
-    return self.svg[:end] + '<rect width="100%" height="100%" fill="#ffffff"/>' + self.svg[end:]
 
 
 def styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -86,30 +45,11 @@ def plots(c: Comparison) -> list[Plot]:
     return [p for make in makers for p in [make(c)] if p is not None]
 
 
-def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
-  """Make a plot of a figure: the same bytes each time."""
-  out = io.StringIO()
-  figure.savefig(out, format='svg', transparent=True, metadata={'Date': None})
-  svg = re.sub(r'(?s)<metadata>.*?</metadata>', '', out.getvalue())
-  svg = re.sub(r'<g id="[^"]*">', '<g>', svg)  # ids would repeat between figures of a page
-  svg = svg.replace('<svg ', f'<svg role="img" aria-label="{title}" ', 1)
-  return Plot(name, title, caption, svg)
-
-
 def _complete(c: Comparison) -> dict[str, dict[int, Cell]]:
   found = {
     m: {s: c.cells[m, s] for s in c.study.sizes if c.cells[m, s].complete} for m in c.study.methods
   }
   return {m: cells for m, cells in found.items() if cells}
-
-
-def window(values: Iterable[float]) -> tuple[float, float]:
-  """Choose loss limits that keep outliers (no pretraining, say) from hiding the rest."""
-  values = np.sort(list(values))
-  middle = np.median(values) - values[0]
-  top = max(v for v in values if v - values[0] <= max(3 * middle, 0.05))
-  margin = 0.08 * max(top - values[0], 0.02)
-  return float(values[0] - margin), float(top + margin)
 
 
 def _perplexity(c: Comparison) -> Plot | None:
@@ -204,7 +144,7 @@ def _loss_by_size(c: Comparison) -> Plot | None:
       ends.append((list(by_size)[-1], high, f'{c.study.label(name)}: {values[-1]:.2f} ↑', color))
   ax.set_xscale('log')
   ax.set_ylim(low, high)
-  _label_ends(ax, ends)
+  label_ends(ax, ends)
   ax.set_xticks(c.study.sizes, [count(s) for s in c.study.sizes])
   ax.minorticks_off()
   ax.set_xlabel('specialisation set, tokens per domain')
@@ -217,23 +157,6 @@ def _loss_by_size(c: Comparison) -> Plot | None:
     'Lower is better. Look at how the distance to the plain SLM shrinks or grows to the right, '
     'where there is more domain text.',
   )
-
-
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-  """Write labels right of their lines' ends, pushed apart until none overlap."""
-  low, high = ax.get_ylim()
-  gap = 0.055 * (high - low)
-  ends = sorted(ends, key=lambda e: e[1])
-  heights = [e[1] for e in ends]
-  for i in range(1, len(heights)):
-    heights[i] = max(heights[i], heights[i - 1] + gap)
-  over = max(heights[-1] - high, 0)
-  for i in reversed(range(len(heights))):
-    ceiling = heights[i + 1] - gap if i + 1 < len(heights) else high
-    heights[i] = min(heights[i], ceiling) if over else heights[i]
-  edge = ax.get_yaxis_transform()
-  for (_, _, text, color), y in zip(ends, heights, strict=True):
-    ax.text(1.015, y, text, transform=edge, color=color, va='center', fontsize=8.5)
 
 
 def _loss_by_cost(c: Comparison) -> Plot | None:
@@ -300,14 +223,14 @@ def _pretraining(c: Comparison) -> dict[str, str]:
 
 def _training(c: Comparison) -> Plot | None:
   style, runs = styles(c.study.methods), _pretraining(c)
-  curves = {n: _curves(c.study.path / n) for n in runs}
-  curves = {n: x for n, x in curves.items() if x}
-  if not curves:
+  drawn = {n: curves(c.study.path / n) for n in runs}
+  drawn = {n: x for n, x in drawn.items() if x}
+  if not drawn:
     return None
   figure = Figure((8.8, 3.5), layout='constrained')
   axes = figure.subplots(1, 2, sharex=True)
   for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
-    for name, curve in curves.items():
+    for name, curve in drawn.items():
       color, marker = style[runs[name]]
       tokens, losses = curve[key]
       ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
@@ -316,11 +239,11 @@ def _training(c: Comparison) -> Plot | None:
     ax.set_xlabel('tokens seen')
     ax.xaxis.set_major_formatter(lambda x, _: count(x))
     ax.grid(axis='y')
-    late = [y for curve in curves.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
+    late = [y for curve in drawn.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
     if late:
       margin = 0.05 * (max(late) - min(late)) + 0.01
       ax.set_ylim(min(late) - margin, max(late) + margin)
-  legend(figure, c.study, [m for m in c.study.methods if m in {runs[n] for n in curves}])
+  legend(figure, c.study, [m for m in c.study.methods if m in {runs[n] for n in drawn}])
   return save(
     figure,
     'training',
@@ -329,26 +252,6 @@ def _training(c: Comparison) -> Plot | None:
     'The training loss of importance sampling is of the text it selects, so its height does not '
     "compare; its held-out loss is of generic validation text, like the others'.",
   )
-
-
-def _curves(path: Path) -> dict[str, tuple[list[float], np.ndarray]] | None:
-  """Read {'loss', 'eval_loss'} as (tokens, values); training loss is a running mean."""
-  if not (path / 'metrics.jsonl').exists():
-    return None
-  metrics = rundir.read_metrics(path)
-  found = {}
-  for key in ('loss', 'eval_loss'):
-    points = [(m['tokens'], m[key]) for m in metrics if key in m and 'tokens' in m]
-    values = np.array([y for _, y in points])
-    found[key] = ([x for x, _ in points], _smooth(values) if key == 'loss' else values)
-  return found if found['loss'][0] else None
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-  width = max(len(values) // 40, 1)
-  padded = np.concatenate([np.zeros(1), np.cumsum(values)])
-  start = np.maximum(np.arange(len(values)) + 1 - width, 0)
-  return (padded[1:] - padded[start]) / (np.arange(len(values)) + 1 - start)
 
 
 def histograms(c: Comparison) -> dict[str, dict[str, dict[str, Any]]]:

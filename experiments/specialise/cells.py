@@ -5,57 +5,14 @@ import functools
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
+from experiments.specialise.study import TEST, Study
 from slm.base import files
-from slm.reporting.study import TEST, Study
-from slm.runs import ledger, rundir
-
-RESAMPLES = 2000
-_CHUNK = 1 << 22  # resampled row counts held at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """What training took; seconds count every device for the whole time."""
-
-  tokens: float = 0
-  flops: float = 0
-  seconds: float = 0
-
-  def __add__(self, other: 'Cost') -> 'Cost':
-    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-    return Cost(*(a + b for a, b in pairs))
-
-  def __mul__(self, n: float) -> 'Cost':
-    return Cost(*(n * a for a in dataclasses.astuple(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-  """One model's held-out loss on one set, by seed.
-
-  seeds are in nats per token, bits per byte of text; replicates [RESAMPLES] are the losses on
-  resampled documents, the same ones for every model of a set.
-  """
-
-  seeds: dict[int, float]
-  bits: dict[int, float]
-  replicates: dict[int, np.ndarray]
-
-  @property
-  def value(self) -> float:
-    """Average over seeds, in nats per token."""
-    return float(np.mean(list(self.seeds.values())))
-
-  @property
-  def bpb(self) -> float:
-    """Average over seeds, in bits per byte."""
-    return float(np.mean(list(self.bits.values())))
+from slm.reporting.stats import Cost, Difference, Loss, difference, resample, training_cost
+from slm.runs import rundir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,73 +57,11 @@ class Cell:
     return self.generic + self.specialise * num_domains
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-  """A difference in nats per token (negative: lower loss) with its 95 % interval.
-
-  The interval is of held-out text, and of training runs too where there are two seeds or more.
-  seeds: the difference of each seed both models have.
-  """
-
-  value: float
-  low: float
-  high: float
-  seeds: tuple[float, ...]
-
-  @property
-  def verdict(self) -> str:
-    """Say better or worse only if the interval excludes zero."""
-    return 'better' if self.high < 0 else 'worse' if self.low > 0 else 'within noise'
-
-
-def difference(a: Loss, b: Loss) -> Difference | None:
-  """Compare two models on the same text and the seeds both have, a minus b; None if none is."""
-  shared = sorted(a.seeds.keys() & b.seeds.keys())
-  if not shared:
-    return None
-  replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
-  seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
-  value, runs = float(np.mean(seeds)), _half_interval(seeds)
-  # Text and training runs vary independently: what they add to the interval adds in squares.
-  low, high = (math.hypot(x - value, runs) for x in np.percentile(replicates, [2.5, 97.5]))
-  return Difference(value, value - low, value + high, seeds)
-
-
-def _half_interval(seeds: tuple[float, ...]) -> float:
-  """Return half of Student's 95 % interval of a mean over training runs; 0 for a single one."""
-  n = len(seeds)
-  return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5) if n > 1 else 0.0
-
-
 def between(a: Cell, b: Cell) -> Difference | None:
   """Compare two cells on the test sets that both are averaged over, a minus b."""
   tests = [t for t in a.tests if t in b.tests]
   pair = a.over(tests), b.over(tests)
   return None if None in pair else difference(*pair)
-
-
-def resample(
-  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES,
-  documents: np.ndarray | tuple = (),
-) -> np.ndarray:  # fmt: skip
-  """Bootstrap documents: nll [rows,models], tokens [rows] -> losses [resamples,models].
-
-  A loss is a ratio of sums. What is drawn is shared by all models, so that differences are paired.
-  Rows of a document (documents [rows]; empty: each row by itself) are drawn together.
-  """
-  columns = np.column_stack([nll, tokens])
-  if len(documents):
-    _, row = np.unique(documents, return_inverse=True)
-    columns = np.stack([np.bincount(row, column) for column in columns.T], axis=1)
-  rng, n = np.random.default_rng(seed), len(columns)
-  chunk, sums = max(_CHUNK // n, 1), []
-  for start in range(0, resamples, chunk):
-    k = min(chunk, resamples - start)
-    drawn = rng.integers(n, size=(k, n)) + n * np.arange(k)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n)
-    sums.append(counts.astype(float) @ columns)
-  sums = np.concatenate(sums)
-  return sums[:, :-1] / sums[:, -1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,23 +198,6 @@ def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, 
   if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
     raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
   return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
-
-
-def training_cost(ref: Path) -> Cost | None:
-  """Add up the training phases of RUN, or of RUN@STEP up to that step. None: no ledger.
-
-  Held-out evaluations are not training.
-  """
-  path, step = rundir.split_ref(ref)
-  if step is not None:
-    lines = rundir.read_metrics(path) if (path / 'metrics.jsonl').exists() else []
-    line = next((x for x in lines if x['step'] == step), None)
-    return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
-  if not (path / 'ledger.json').exists():
-    return None
-  phases = [p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate']
-  costs = (Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases)
-  return sum(costs, Cost())
 
 
 def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost | None]:

@@ -2,9 +2,11 @@
 
 import math
 
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE
 from slm.base import files
-from slm.reporting.comparison import Cell, Comparison, Difference, Loss, difference
-from slm.reporting.study import BASELINE
+from slm.reporting.stats import Difference, difference
+from slm.reporting.tables import count, flops, perplexity, times
 
 NUM_DOMAINS = (1, 7, 50)
 _MATTERS = 0.02  # nats per token, the smallest effect the paper's table rests on
@@ -339,27 +341,3 @@ def _gap(d: Difference) -> str:
 
 def _listed(parts: list[str]) -> str:
   return parts[0] if len(parts) == 1 else f'{", ".join(parts[:-1])} and {parts[-1]}'
-
-
-def count(n: float) -> str:
-  """Format a count: 20k, 1.3M."""
-  for size, suffix in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-    if n >= size:
-      return f'{n / size:.3g}{suffix}'
-  return f'{n:.0f}'
-
-
-def perplexity(loss: Loss) -> str:
-  """Format a perplexity: 14.42, 227."""
-  value = math.exp(loss.value)
-  return f'{value:.2f}' if value < 100 else f'{value:.0f}'
-
-
-def flops(n: float) -> str:
-  """Format floating-point operations: 3.1e15 FLOPs."""
-  return f'{n:.1e} FLOPs'.replace('e+', 'e')
-
-
-def times(ratio: float) -> str:
-  """Format a ratio: 6.1×, 25×."""
-  return f'{ratio:.1f}×' if ratio < 10 else f'{ratio:.0f}×'

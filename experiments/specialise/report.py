@@ -1,4 +1,10 @@
-"""The report of a study: tables, plots and advice as HTML, Markdown and CSV."""
+"""The report of a study: tables, plots and advice as HTML, Markdown and CSV.
+
+    python -m experiments.specialise.report --study=STUDY
+
+reads STUDY/study.json and the run directories it lists; writes report.html, table.md, results.csv
+and plots/*.svg.
+"""
 
 import csv
 import io
@@ -9,15 +15,16 @@ from typing import Any
 import rich.box
 import rich.console
 import rich.table
+from absl import flags
 
-from slm.base import files
-from slm.reporting import budgets, comparison, page, plots, sweeps
-from slm.reporting.advice import NUM_DOMAINS, advise, count, listed_cells, perplexity, unfinished
-from slm.reporting.comparison import Cell, Comparison, Cost, Difference, Loss
-from slm.reporting.study import BASELINE, Study, load_study
-from slm.reporting.verdicts import interval
+from experiments.specialise import budgets, cells, page, plots, sweeps
+from experiments.specialise.advice import NUM_DOMAINS, advise, listed_cells, unfinished
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE, Study, load_study
+from slm.base import console, files
+from slm.reporting.stats import Cost, Difference, Loss
+from slm.reporting.tables import Table, count, duration, interval, markdown, number, perplexity
 
-Table = tuple[list[str], list[list[str]]]
 Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
 _CSV = (
@@ -29,24 +36,11 @@ _CSV = (
 )  # fmt: skip
 
 
-def duration(seconds: float) -> str:
-  """Format device-seconds: 12 s, 3.4 min, 2.1 h."""
-  for size, unit in ((3600, 'h'), (60, 'min')):
-    if seconds >= 2 * size:
-      return f'{seconds / size:.1f} {unit}'
-  return f'{seconds:.0f} s'
-
-
 def cost(value: Cost | None) -> list[str]:
   """Format a cost as tokens, FLOPs, device time."""
   if value is None:
     return [_NONE] * 3
   return [count(value.tokens), number(value.flops), duration(value.seconds)]
-
-
-def number(value: float) -> str:
-  """Format a large number: 3.1e15, or 0."""
-  return f'{value:.2e}'.replace('e+', 'e') if value else '0'
 
 
 def _average(cell: Cell) -> str:
@@ -152,14 +146,6 @@ def cluster_table(c: Comparison) -> Table:
   return [*head, 'share of the most frequent'], rows
 
 
-def markdown(table: Table) -> str:
-  """Format a table as Markdown, numbers to the right, sentences to the left."""
-  head, rows = table
-  side = '---' if page.kind(table) else '---:'
-  lines = [head, ['---', *[side] * (len(head) - 1)], *rows]
-  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
 def table_md(c: Comparison, advice: list[str], behind: list[Section]) -> str:
   """Write table.md: advice, every table with its notes, and what the methods are."""
   parts = [f'# {c.study.title}', *advice, '## Comparison', *notes(c)]
@@ -206,7 +192,7 @@ def _groups(further: list[Comparison]) -> list[Section]:
 def _budget_sections(found: dict[float, Comparison]) -> list[Section]:
   if len(found) < 2 or not budgets.sizes(found):
     return []
-  return [('As pretraining goes on', BUDGET_NOTE, budgets.table(found, interval))]
+  return [('As pretraining goes on', BUDGET_NOTE, budgets.table(found))]
 
 
 def sections(c: Comparison) -> list[Section]:
@@ -317,9 +303,9 @@ def _cost_keys(cell: Cell) -> dict[str, float]:
 
 def show(c: Comparison, advice: list[str]) -> None:
   """Print the comparison and the advice."""
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(width=120)
+  terminal = rich.console.Console()
+  if not terminal.is_terminal:
+    terminal = rich.console.Console(width=120)
   for size in c.study.sizes:
     head, rows = main_table(c, size)
     title = f'{c.study.title}: {count(size)} tokens of domain text'
@@ -329,8 +315,8 @@ def show(c: Comparison, advice: list[str]) -> None:
       table.add_column(name, justify='right' if i else 'left', no_wrap=i > 0)
     for row in rows:
       table.add_row(*(row[i] for i in _SHOWN), style=_RICH.get(row[4]))
-    console.print(table)
-  console.print(' '.join(advice), highlight=False, markup=False)
+    terminal.print(table)
+  terminal.print(' '.join(advice), highlight=False, markup=False)
 
 
 _SHOWN = (0, 1, 3, 4, 6, 7, 8)  # the columns that fit a terminal
@@ -345,9 +331,9 @@ def report(study_path: str | Path, out: str | Path = '') -> list[str]:
   """
   whole = load_study(Path(study_path))
   study, out = whole.only(), Path(out) if out else whole.path
-  c, found = comparison.compare(study), budgets.by_budget(whole)
+  c, found = cells.compare(study), budgets.by_budget(whole)
   advice, drawn = advise(c), plots.plots(c)
-  further = [comparison.compare(whole.only(group)) for group in whole.groups]
+  further = [cells.compare(whole.only(group)) for group in whole.groups]
   more = budgets.plot(found), sweeps.plot(whole, [c, *further])
   drawn[2:2] = [p for p in more if p is not None]
   behind = [*_written(whole.path), *_groups(further), *_budget_sections(found), *sections(c)]
@@ -378,3 +364,16 @@ CLUSTER_NOTE = (
   'of generic text that still counts when it is resampled to look like the set: small means that '
   'the same text is repeated.'
 )
+
+
+def main(_: list[str]) -> None:
+  """Write the report of --study."""
+  if not flags.FLAGS.study:
+    raise ValueError('--study: name the directory that holds study.json')
+  report(flags.FLAGS.study, flags.FLAGS.out)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('study', '', 'Directory that holds study.json.')
+  flags.DEFINE_string('out', '', 'Where the report is written; default: the study itself.')
+  console.run(main)
