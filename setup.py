@@ -15,6 +15,7 @@ setup(
   description='Small specialised language models in JAX',
   license='Apache-2.0',
   packages=find_packages(include=['slm', 'slm.*', 'configs']),
+  package_data={'slm.reporting': ['*.csv']},
   python_requires='>=3.11',
   install_requires=[line for line in LINES if line and not line.startswith('#')],
   extras_require={

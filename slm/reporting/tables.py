@@ -15,6 +15,17 @@ def markdown(table: Table) -> str:
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
+def text(table: Table) -> str:
+  """Format a table for a terminal, numbers to the right, sentences to the left."""
+  head, rows = table
+  widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+  last = len(head) - 1
+  side = ['<' if i == 0 or (i == last and kind(table)) else '>' for i in range(len(head))]
+  cell = lambda value, i: f'{value:{side[i]}{widths[i]}}'
+  lines = ('  '.join(cell(v, i) for i, v in enumerate(line)).rstrip() for line in (head, *rows))
+  return '\n'.join(lines)
+
+
 def kind(found: Table) -> str:
   """Say 'text' if a table holds sentences rather than numbers, '' if not."""
   return 'text' if any(len(cell) > 60 for row in found[1] for cell in row) else ''
