@@ -20,25 +20,31 @@ def main(_: list[str]) -> None:
     raise ValueError('--run: name at least one run directory')
   mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
   if f['on'].present or not f.task:
-    print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
+    data = {path: f.data or rundir.read_config(path)['data']['path'] for path in f.run}
+    if untrained := [path for path in f.run if not data[path]]:
+      raise ValueError(
+        f'{untrained[0]}: was not trained on data here: name a directory of them by --data'
+      )
+    head = f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}\n'
     for path in f.run:
-      data_path = f.data or rundir.read_config(path)['data']['path']
-      if not data_path:
-        raise ValueError(
-          f'{path}: was not trained on data here: name a directory of them by --data'
-        )
-      for name, r in run(path, data_path, f.on, mesh[path], f.batch_size).items():
+      for name, r in run(path, data[path], f.on, mesh[path], f.batch_size).items():
         if name in f.on:
           print(
-            f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
+            f'{head}{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
             f'{r["ppl"]:9.3f} {r["bpb"]:9.4f}'
           )
+          head = ''
+    print(
+      '± is the standard error of each loss by itself, over rows; what two runs differ by on the '
+      'same rows is known far better: python -m slm.compare --run=RUN --run=RUN'
+    )
   if f.task:
-    print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
+    head = f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error\n'
     for path in f.run:
       how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit, 'split': f.split}
       for name, r in tasks.run(path, f.task, mesh[path], f.batch_size, **how).items():
-        print(f'{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
+        print(f'{head}{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
+        head = ''
 
 
 if __name__ == '__main__':

@@ -115,14 +115,11 @@ def test_without_the_plain_slm_the_lowest_loss_that_fits():
 @pytest.mark.parametrize(
   ('asked', 'limit'),
   [
-    ({'params': 20 * P, 'tokens': 2e7},
-     '--params=2e+07: measured with 1M parameters, taken to speak for 100k to 10M'),
-    ({'tokens': 2e6},
-     '--domain_tokens=2e+06: at 1M parameters the measured sets stand for 10k to 1M tokens'),
+    ({'params': 20 * P, 'tokens': 2e7}, '--params=2e+07, measured: 1M.'),
+    ({'tokens': 2e6}, '--domain_tokens=2e+06, measured at 1M parameters: 10k to 1M.'),
     ({'tokens': 5e3}, '--domain_tokens=5000'),
     ({'pretrain': 1600},
-     '--pretrain_flops=9.6e+15: at 1M parameters the measured pretrainings stand for 6.00e13 to '
-     '6.00e15 FLOPs'),
+     '--pretrain_flops=9.6e+15, measured at 1M parameters: 6.00e13 to 6.00e15.'),
     ({'pretrain': 9}, '--pretrain_flops=5.4e+13'),
   ],
 )  # fmt: skip

@@ -510,7 +510,7 @@ def _rows_cut(study: Path) -> None:
     (lambda s: next(s.glob('runs/llm-law*/eval.json')).unlink(), 'not evaluated on law/test'),
     (_evaluated(step=80), 'evaluated on law/test at step 80 and serves 100'),
     (_evaluated(rows_sha256='def'), 'law/test was evaluated on other rows than'),
-    (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'missing or damaged'),
+    (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'truncated or damaged'),
     (_rows_cut, 'law/test was evaluated on other rows than'),
   ],
 )

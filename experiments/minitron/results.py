@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -165,18 +164,14 @@ def read(scale: Scale, root: Path) -> Found:
     for (_, name, seed), values in mine.items():
       if not np.array_equal(values[:, 1], tokens):
         raise ValueError(f'{root}/runs: {name}, seed {seed}, was tested on other rows of {on}')
-    nll = np.stack([x[:, 0] for x in mine.values()], axis=1)
+    facts = loader.manifest(root / 'data')['sets'][on]['test']
+    num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
     documents = loader.spaced(documents, scale.test_rows)
     many = documents if len(np.unique(documents)) > 1 else ()
-    drawn = stats.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
-    facts = loader.manifest(root / 'data')['sets'][on]['test']
-    num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
-    for i, (stage, name, seed) in enumerate(mine):
-      loss = found[stage].setdefault(name, Loss({}, {}, {}))
-      loss.seeds[seed] = float(nll[:, i].sum() / tokens.sum())
-      loss.bits[seed] = float(nll[:, i].sum()) / math.log(2) / num_bytes
-      loss.replicates[seed] = drawn[:, i]
+    by_stage = {((stage, name), seed): values for (stage, name, seed), values in mine.items()}
+    for (stage, name), loss in stats.losses(by_stage, num_bytes, on, many).items():
+      found[stage][name] = loss
   return Found(root, scale, found['cut'], found['trained'], curves)
 
 

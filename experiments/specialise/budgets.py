@@ -72,7 +72,7 @@ def plot(found: dict[float, Comparison]) -> figures.Plot | None:
         ax.plot(x, y, color=color, marker=marker, lw=1.3, **plots.marks(method))
       ax.set_xscale('log')
       if lines:
-        ax.set_ylim(*figures.window(y for points in lines.values() for _, y in points))
+        ax.set_ylim(*plots.window(y for points in lines.values() for _, y in points))
       ax.set_title(panel if isinstance(panel, str) else f'{count(panel)} tokens of domain text')
       what = 'pretraining' if isinstance(panel, str) else 'training cost for one domain'
       ax.set_xlabel(f'{what}, FLOPs')

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +9,9 @@ import numpy as np
 
 from experiments.specialise.study import TEST, Study
 from slm.base import files
-from slm.reporting.stats import Cost, Difference, Loss, difference, resample, training_cost
+from slm.objectives import heldout
+from slm.reporting import stats
+from slm.reporting.stats import Cost, Difference, Loss, difference, training_cost
 from slm.runs import rundir
 
 
@@ -117,7 +117,7 @@ def compare(study: Study) -> Comparison:
       cells[method, size] = Cell(method, size, losses, tests, generic, specialise)
   others = tuple(name for name in found if name not in tests)
   generic = {key[0]: v for key, v in _losses(study, None, f'{study.generic}/{TEST}').items()}
-  documents = {n: len(np.unique(_documents(study, n))) for n in found}
+  documents = {n: len(np.unique(stats.documents(study.data_path, n))) for n in found}
   rows = {m: [r for r in study.runs if (r['method'], r['domain']) == (m, None)] for m in generic}
   costs = {m: cost for m, runs in rows.items() if (cost := _costs(study, runs)[0]) is not None}
   return Comparison(study, tests, others, cells, generic, documents, costs)
@@ -134,70 +134,41 @@ def _sets(study: Study, domain: str) -> list[str]:
 
 def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
   """Load every run on one test set, by method and size; all are resampled alike."""
-  groups: dict[tuple, dict[int, tuple[np.ndarray, int, str]]] = {}
-  first: tuple[str, np.ndarray, str] | None = None
+  groups: dict[tuple, dict[int, np.ndarray]] = {}
+  first: tuple[str, np.ndarray, dict[str, Any]] | None = None
   for run in study.runs:
     loaded = _rows(study, run, name) if run['domain'] == domain else None
     if loaded is None:
       continue
-    rows, _, made = loaded
-    first = first or (run['run'], rows, made)
-    if (len(rows), made) != (len(first[1]), first[2]) or (rows[:, 1] != first[1][:, 1]).any():
+    rows, about = loaded
+    first = first or (run['run'], *loaded)
+    same = rows.shape == first[1].shape and about['rows_sha256'] == first[2]['rows_sha256']
+    if not same or (rows[:, 1] != first[1][:, 1]).any():
       raise ValueError(
         f'{study.path / run["run"]}: {name} was evaluated on other rows than in {first[0]} '
         f'({len(rows)} and {len(first[1])}); evaluate both on the same data'
       )
-    groups.setdefault((run['method'], run['size']), {})[run['seed']] = loaded
+    groups.setdefault((run['method'], run['size']), {})[run['seed']] = rows
   if first is None:
     return {}
-  tokens, documents = first[1][:, 1], _documents(study, name)
-  if len(documents) not in (0, len(tokens)):
-    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
-  flat = [(key, seed, *x) for key, group in groups.items() for seed, x in sorted(group.items())]
-  nll = np.stack([rows[:, 0] for _, _, rows, *_ in flat], axis=1)
-  replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
-  found = {key: Loss({}, {}, {}) for key in groups}
-  for i, (key, seed, _, num_bytes, _) in enumerate(flat):
-    nats = float(nll[:, i].sum())
-    found[key].seeds[seed] = nats / float(tokens.sum())
-    found[key].bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    found[key].replicates[seed] = replicates[:, i]
-  return found
+  rows = {(key, seed): x for key, group in groups.items() for seed, x in sorted(group.items())}
+  documents = stats.documents(study.data_path, name)
+  return stats.losses(rows, first[2].get('bytes', 0), name, documents)
 
 
-def _documents(study: Study, name: str) -> np.ndarray:
-  """Read the document of each row of a set; empty if it is unknown or one for all."""
-  file = study.data_path / name / 'documents.npy'
-  ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
-  return ids if len(np.unique(ids)) > 1 else ids[:0]
-
-
-def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int, str] | None:
-  """Load a run's rows [rows,2] of a test set, their bytes and hash; None if it was not run."""
+def _rows(
+  study: Study, run: Mapping[str, Any], name: str
+) -> tuple[np.ndarray, dict[str, Any]] | None:
+  """Load a run's rows [rows,2] of a test set and their summary; None if it was not run."""
   path = study.path / run['run']
-  step = rundir.served_step(path)
-  if step is None:
+  if rundir.served_step(path) is None:
     return None
-  again = f'python -m slm.evaluate --run={path} --on={name}'
-  folder = rundir.evaluations(path)
-  summary = folder.with_suffix('.json')
-  results = files.read_json(summary) if summary.exists() else {}
-  if name not in results:
-    if name.endswith(f'/{TEST}') and rundir.split_ref(path)[1] is None:  # a run is over with it
-      raise ValueError(f'{path}: finished but not evaluated on {name}; {again}')
+  # A run is over with its test set; other sets and checkpoints may be there.
+  needed = name.endswith(f'/{TEST}') and rundir.split_ref(path)[1] is None
+  summary = rundir.evaluations(path).with_suffix('.json')
+  if not needed and name not in (files.read_json(summary) if summary.exists() else {}):
     return None
-  if results[name]['step'] != step:
-    raise ValueError(
-      f'{path}: evaluated on {name} at step {results[name]["step"]} and serves {step}; {again}'
-    )
-  file = folder / f'{name.replace("/", "-")}.npy'
-  try:
-    rows = np.load(file, allow_pickle=False)
-  except (ValueError, EOFError, FileNotFoundError) as e:
-    raise ValueError(f'{file}: missing or damaged ({e})') from None
-  if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
-    raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
-  return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
+  return heldout.kept(path, name)
 
 
 def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost | None]:

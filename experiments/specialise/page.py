@@ -40,13 +40,15 @@ def render(
     f'<dt>{page.dot(keys[m["label"]])}{page.escape(m["label"])}</dt><dd>{page.escape(m["describe"])}</dd>'
     for m in study.methods.values()
   )
+  paid = ([*r['generic_runs'], *r['specialise_runs'], r['run']] for r in whole.planned)
+  environment = page.environment(whole.path / path for paths in paid for path in paths)
   behind = page.sections(sections, keys)
   body = (
     f'<p class="soft">{page.escape(_subtitle(c))}</p><h1>{page.escape(study.title)}</h1>'
     f'<div class="answer">{"".join(f"<p>{page.escape(line)}</p>" for line in advice)}</div>'
     f'<h2>Comparison</h2>{main}'
     f'<h2>Plots</h2>{figures}<h2>How each method works</h2><dl>{described}</dl>{behind}'
-    f'<h2>Environment</h2>{page.table(_environment(whole), {}, "text")}'
+    f'<h2>Environment</h2>{page.table(environment, {}, "text")}'
     f'<h2>What differs from the paper</h2>{page.bullets(study.notes)}'
     f'<h2>Runs</h2>{page.table(_runs(whole, out), {}, "text", raw=True)}'
   )
@@ -79,22 +81,6 @@ def cells(study: Study) -> dict[tuple[str, int | str, float], list[dict[str, Any
     on = study.generic if run['domain'] is None else run['size'] or ANY
     found.setdefault((run['method'], on, run.get('budget', 1)), []).append(run)
   return found
-
-
-def _environment(study: Study) -> Table:
-  """Show each distinct environment the runs were made in."""
-  found: dict[str, dict[str, Any]] = {}
-  paid = ([*r['generic_runs'], *r['specialise_runs'], r['run']] for r in study.planned)
-  for path in dict.fromkeys(path for paths in paid for path in paths):
-    for start in rundir.read_starts(rundir.split_ref(study.path / path)[0]):
-      environment = start['environment']
-      found[repr(sorted(environment.items()))] = environment
-  rows = []
-  for environment in found.values():
-    for key, value in environment.items():
-      shown = ', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value
-      rows.append([key.replace('_', ' '), str(shown)])
-  return ['what', 'value'], rows
 
 
 def _runs(study: Study, out: Path) -> Table:

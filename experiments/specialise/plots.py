@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import lines, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,7 +15,8 @@ from experiments.specialise.advice import NUM_DOMAINS
 from experiments.specialise.cells import Cell, Comparison
 from experiments.specialise.study import BASELINE, Study
 from slm.base import files
-from slm.reporting.figures import INK, RC, Plot, curves, label_ends, save, window
+from slm.reporting import figures
+from slm.reporting.figures import INK, RC, Plot, curves, save
 from slm.reporting.tables import count, perplexity
 
 # Okabe and Ito's palette, safe for colour-blind readers; ink and greys for the reference rows.
@@ -50,6 +51,15 @@ def _complete(c: Comparison) -> dict[str, dict[int, Cell]]:
     m: {s: c.cells[m, s] for s in c.study.sizes if c.cells[m, s].complete} for m in c.study.methods
   }
   return {m: cells for m, cells in found.items() if cells}
+
+
+def window(values: Iterable[float]) -> tuple[float, float]:
+  """Choose loss limits that keep outliers (no pretraining, say) from hiding the rest."""
+  values = np.sort(list(values))
+  middle = np.median(values) - values[0]
+  top = max(v for v in values if v - values[0] <= max(3 * middle, 0.05))
+  margin = 0.08 * max(top - values[0], 0.02)
+  return float(values[0] - margin), float(top + margin)
 
 
 def _perplexity(c: Comparison) -> Plot | None:
@@ -144,7 +154,7 @@ def _loss_by_size(c: Comparison) -> Plot | None:
       ends.append((list(by_size)[-1], high, f'{c.study.label(name)}: {values[-1]:.2f} ↑', color))
   ax.set_xscale('log')
   ax.set_ylim(low, high)
-  label_ends(ax, ends)
+  _label_ends(ax, ends)
   ax.set_xticks(c.study.sizes, [count(s) for s in c.study.sizes])
   ax.minorticks_off()
   ax.set_xlabel('specialisation set, tokens per domain')
@@ -157,6 +167,23 @@ def _loss_by_size(c: Comparison) -> Plot | None:
     'Lower is better. Look at how the distance to the plain SLM shrinks or grows to the right, '
     'where there is more domain text.',
   )
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+  """Write labels right of their lines' ends, pushed apart until none overlap."""
+  low, high = ax.get_ylim()
+  gap = 0.055 * (high - low)
+  ends = sorted(ends, key=lambda e: e[1])
+  heights = [e[1] for e in ends]
+  for i in range(1, len(heights)):
+    heights[i] = max(heights[i], heights[i - 1] + gap)
+  over = max(heights[-1] - high, 0)
+  for i in reversed(range(len(heights))):
+    ceiling = heights[i + 1] - gap if i + 1 < len(heights) else high
+    heights[i] = min(heights[i], ceiling) if over else heights[i]
+  edge = ax.get_yaxis_transform()
+  for (_, _, text, color), y in zip(ends, heights, strict=True):
+    ax.text(1.015, y, text, transform=edge, color=color, va='center', fontsize=8.5)
 
 
 def _loss_by_cost(c: Comparison) -> Plot | None:
@@ -200,13 +227,8 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
 def legend(figure: Figure, study: Study, names: list[str]) -> None:
   """Write the methods' colours and markers below a figure."""
   style = styles(study.methods)
-  handles = [
-    lines.Line2D([], [], color=style[n][0], marker=style[n][1], ls='', **marks(n)) for n in names
-  ]
-  labels = [study.label(n) for n in names]
-  columns = max(int(figure.get_figwidth() / 2.6), 1)
-  figure.legend(handles, labels, loc='outside lower center', ncols=min(len(names), columns),
-                frameon=False, fontsize=8.5)  # fmt: skip
+  shown = {study.label(n): style[n] for n in names}
+  figures.legend(figure, shown, {study.label(n): marks(n) for n in names})
 
 
 def _pretraining(c: Comparison) -> dict[str, str]:
@@ -227,22 +249,7 @@ def _training(c: Comparison) -> Plot | None:
   drawn = {n: x for n, x in drawn.items() if x}
   if not drawn:
     return None
-  figure = Figure((8.8, 3.5), layout='constrained')
-  axes = figure.subplots(1, 2, sharex=True)
-  for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
-    for name, curve in drawn.items():
-      color, marker = style[runs[name]]
-      tokens, losses = curve[key]
-      ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
-              ms=4)  # fmt: skip
-    ax.set_title(f'{title} loss, nats/token')
-    ax.set_xlabel('tokens seen')
-    ax.xaxis.set_major_formatter(lambda x, _: count(x))
-    ax.grid(axis='y')
-    late = [y for curve in drawn.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
-    if late:
-      margin = 0.05 * (max(late) - min(late)) + 0.01
-      ax.set_ylim(min(late) - margin, max(late) + margin)
+  figure = figures.training(drawn, {n: style[runs[n]] for n in drawn})
   legend(figure, c.study, [m for m in c.study.methods if m in {runs[n] for n in drawn}])
   return save(
     figure,

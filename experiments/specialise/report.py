@@ -22,8 +22,8 @@ from experiments.specialise.advice import NUM_DOMAINS, advise, listed_cells, unf
 from experiments.specialise.cells import Cell, Comparison
 from experiments.specialise.study import BASELINE, Study, load_study
 from slm.base import console, files
-from slm.reporting.stats import Cost, Difference, Loss
-from slm.reporting.tables import Table, count, duration, interval, markdown, number, perplexity
+from slm.reporting.stats import Difference, Loss
+from slm.reporting.tables import Table, cost, count, interval, markdown, number, perplexity
 
 Section = tuple[str, str, Table]  # title, note, table
 _NOT_RUN, _NONE = 'not run', '–'
@@ -34,13 +34,6 @@ _CSV = (
   'specialise_seconds',
   *(f'total_flops_{n}' for n in NUM_DOMAINS),
 )  # fmt: skip
-
-
-def cost(value: Cost | None) -> list[str]:
-  """Format a cost as tokens, FLOPs, device time."""
-  if value is None:
-    return [_NONE] * 3
-  return [count(value.tokens), number(value.flops), duration(value.seconds)]
 
 
 def _average(cell: Cell) -> str:

@@ -98,7 +98,7 @@ class Split:
 
   def __init__(self, path: str, set: str, split: str, index: str = '', level: int = 0):
     self.path, self.manifest, self.name = Path(path), manifest(path), f'{set}/{split}'
-    self.facts = _choose(_choose(self.manifest['sets'], set, 'set', path), split, 'split', path)
+    self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
@@ -139,10 +139,21 @@ class Split:
     return out
 
 
-def _choose(options: dict[str, Any], name: str, kind: str, path: str) -> Any:
-  if name not in options:
-    raise ValueError(f'{path}: no {kind} {name!r}; there are: {", ".join(options)}')
-  return options[name]
+def facts(path: str | Path, name: str) -> dict[str, Any]:
+  """Return what the manifest says of 'set/split'.
+
+  Raises:
+    ValueError: if the data have no such set or split, naming those there are.
+  """
+  options: dict[str, Any] = manifest(path)['sets']
+  data_set, slash, split = name.partition('/')
+  if not slash:
+    raise ValueError(f'{name!r}: expected set/split, such as {next(iter(options))}/test')
+  for kind, key in (('set', data_set), ('split', split)):
+    if key not in options:
+      raise ValueError(f'{path}: no {kind} {key!r}; there are: {", ".join(options)}')
+    options = options[key]
+  return options
 
 
 def clustering(path: str | Path) -> str:

@@ -180,27 +180,26 @@ def limits(cells: Iterable[Cell], q: Question) -> list[str]:
   """Name what of a question lies outside of what a study measured, in the question's units."""
   cells = _baseline(cells)
   own = cells[0].params
-  scaled = [c.scaled(q.params / own) for c in cells]
+  texts, paid = (
+    [getattr(c.scaled(q.params / own), key) for c in cells]
+    for key in ('domain_tokens', 'generic_flops')
+  )
+  most = max(q.pretrain_flops, q.specialise_flops)  # one of both pays for a pretraining
   hit = []
-  if not 1 / _SIZES <= q.params / own <= _SIZES:
-    low, high = own / _SIZES, own * _SIZES
-    hit.append(
-      f'--params={q.params:g}: measured with {count(own)} parameters, '
-      f'taken to speak for {count(low)} to {count(high)}'
-    )
-  low, high = (f(c.domain_tokens for c in scaled) for f in (min, max))
-  if not low / _BEYOND <= q.domain_tokens <= high * _BEYOND:
-    hit.append(
-      f'--domain_tokens={q.domain_tokens:g}: at {count(q.params)} parameters the measured sets '
-      f'stand for {count(low)} to {count(high)} tokens'
-    )
-  low, high = (f(c.generic_flops for c in scaled) for f in (min, max))
-  if max(q.pretrain_flops, q.specialise_flops) * _OVER < low or q.pretrain_flops > high * _BEYOND:
-    hit.append(
-      f'--pretrain_flops={q.pretrain_flops:g}: at {count(q.params)} parameters the measured '
-      f'pretrainings stand for {number(low)} to {number(high)} FLOPs'
-    )
+  for flag, reaches, exceeds, low, high, write in (
+    ('params', q.params * _SIZES, q.params / _SIZES, own, own, count),
+    ('domain_tokens', q.domain_tokens * _BEYOND, q.domain_tokens / _BEYOND, *_ends(texts), count),
+    ('pretrain_flops', most * _OVER, q.pretrain_flops / _BEYOND, *_ends(paid), number),
+  ):
+    if reaches < low or exceeds > high:
+      at = f' at {count(q.params)} parameters' * (flag != 'params')
+      span = write(low) if low == high else f'{write(low)} to {write(high)}'
+      hit.append(f'--{flag}={getattr(q, flag):g}, measured{at}: {span}')
   return hit
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+  return min(values), max(values)
 
 
 def nearest(studies: dict[str, list[Cell]], q: Question) -> str:

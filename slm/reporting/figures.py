@@ -3,14 +3,18 @@
 import dataclasses
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib import lines
 from matplotlib.figure import Figure
 
+from slm.reporting.tables import count
 from slm.runs import rundir
+
+Style = tuple[str, str]  # colour and marker
 
 INK = '#2a2d34'  # stands for the page's text colour
 RC = {
@@ -29,6 +33,18 @@ RC = {
   'grid.alpha': 0.25,
   'grid.linewidth': 0.6,
 }
+
+
+# Okabe and Ito's palette, safe for colour-blind readers; ink for the reference.
+_STYLES = (
+  (INK, 'o'), ('#d55e00', 's'), ('#0a7ac2', '^'), ('#009e73', 'D'), ('#cc79a7', 'P'),
+  ('#56b4e9', 'v'), ('#e69f00', 'h'), ('#8c6bb1', '<'),
+)  # fmt: skip
+
+
+def style(i: int) -> Style:
+  """Return the colour and marker of the i-th of several models; the first is the reference."""
+  return _STYLES[i % len(_STYLES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,32 +78,6 @@ def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
   return Plot(name, title, caption, svg)
 
 
-def window(values: Iterable[float]) -> tuple[float, float]:
-  """Choose loss limits that keep outliers (no pretraining, say) from hiding the rest."""
-  values = np.sort(list(values))
-  middle = np.median(values) - values[0]
-  top = max(v for v in values if v - values[0] <= max(3 * middle, 0.05))
-  margin = 0.08 * max(top - values[0], 0.02)
-  return float(values[0] - margin), float(top + margin)
-
-
-def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-  """Write labels right of their lines' ends, pushed apart until none overlap."""
-  low, high = ax.get_ylim()
-  gap = 0.055 * (high - low)
-  ends = sorted(ends, key=lambda e: e[1])
-  heights = [e[1] for e in ends]
-  for i in range(1, len(heights)):
-    heights[i] = max(heights[i], heights[i - 1] + gap)
-  over = max(heights[-1] - high, 0)
-  for i in reversed(range(len(heights))):
-    ceiling = heights[i + 1] - gap if i + 1 < len(heights) else high
-    heights[i] = min(heights[i], ceiling) if over else heights[i]
-  edge = ax.get_yaxis_transform()
-  for (_, _, text, color), y in zip(ends, heights, strict=True):
-    ax.text(1.015, y, text, transform=edge, color=color, va='center', fontsize=8.5)
-
-
 def curves(path: Path) -> dict[str, tuple[list[float], np.ndarray]] | None:
   """Read {'loss', 'eval_loss'} as (tokens, values); training loss is a running mean."""
   if not (path / 'metrics.jsonl').exists():
@@ -106,3 +96,40 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   padded = np.concatenate([np.zeros(1), np.cumsum(values)])
   start = np.maximum(np.arange(len(values)) + 1 - width, 0)
   return (padded[1:] - padded[start]) / (np.arange(len(values)) + 1 - start)
+
+
+def training(
+  drawn: Mapping[str, dict[str, tuple[list[float], np.ndarray]]], style: Mapping[str, Style]
+) -> Figure:
+  """Draw the `curves` of runs: training and held-out loss, side by side."""
+  figure = Figure((8.8, 3.5), layout='constrained')
+  axes = figure.subplots(1, 2, sharex=True)
+  for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
+    for name, curve in drawn.items():
+      color, marker = style[name]
+      tokens, losses = curve[key]
+      ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
+              ms=4)  # fmt: skip
+    ax.set_title(f'{title} loss, nats/token')
+    ax.set_xlabel('tokens seen')
+    ax.xaxis.set_major_formatter(lambda x, _: count(x))
+    ax.grid(axis='y')
+    late = [y for curve in drawn.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
+    if late:
+      margin = 0.05 * (max(late) - min(late)) + 0.01
+      ax.set_ylim(min(late) - margin, max(late) + margin)
+  return figure
+
+
+def legend(
+  figure: Figure, shown: Mapping[str, Style], marks: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+  """Write labels with their colours and markers below a figure; `marks` says how some are drawn."""
+  marks = marks or {}
+  handles = [
+    lines.Line2D([], [], color=color, marker=marker, ls='', **marks.get(label, {}))
+    for label, (color, marker) in shown.items()
+  ]
+  columns = max(int(figure.get_figwidth() / 2.6), 1)
+  figure.legend(handles, list(shown), loc='outside lower center', ncols=min(len(shown), columns),
+                frameon=False, fontsize=8.5)  # fmt: skip

@@ -3,9 +3,12 @@
 import html
 import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from slm.reporting.figures import INK, Plot
 from slm.reporting.tables import Table, kind
+from slm.runs import rundir
 
 _LINK = re.compile(r'\[([^][]+)\]\(report\.html(#[\w.-]+)\)')
 _VERDICTS = {'better': 'better', 'worse': 'worse', 'within noise': 'noise'}
@@ -126,3 +129,17 @@ def escape(value: str) -> str:
 def bullets(items: Iterable[str]) -> str:
   """Build a list of sentences."""
   return f'<ul>{"".join(f"<li>{escape(x)}</li>" for x in items)}</ul>'
+
+
+def environment(runs: Iterable[Path]) -> Table:
+  """Build a table of each distinct environment that runs were made in."""
+  known: dict[str, dict[str, Any]] = {}
+  for path in dict.fromkeys(runs):
+    for start in rundir.read_starts(rundir.split_ref(path)[0]):
+      known[repr(sorted(start['environment'].items()))] = start['environment']
+  rows = []
+  for value in known.values():
+    for key, x in value.items():
+      shown = ', '.join(f'{k} {v}' for k, v in x.items()) if isinstance(x, dict) else x
+      rows.append([key.replace('_', ' '), str(shown)])
+  return ['what', 'value'], rows

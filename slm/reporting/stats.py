@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import zlib
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
 
+from slm.base import files
 from slm.runs import ledger, rundir
 
 RESAMPLES = 2000
@@ -112,6 +115,35 @@ def resample(
     sums.append(counts.astype(float) @ columns)
   sums = np.concatenate(sums)
   return sums[:, :-1] / sums[:, -1:]
+
+
+def losses(
+  rows: Mapping[tuple[Hashable, int], np.ndarray], num_bytes: float, name: str,
+  documents: np.ndarray | tuple = (),
+) -> dict[Hashable, Loss]:  # fmt: skip
+  """Turn the rows [rows,2] of every (model, seed) on one set into losses, all resampled alike.
+
+  num_bytes: of the set's text; 0: not known. The set's name seeds what is drawn.
+  """
+  tokens = next(iter(rows.values()))[:, 1]
+  if len(documents) not in (0, len(tokens)):
+    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
+  nll = np.stack([values[:, 0] for values in rows.values()], axis=1)
+  replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
+  by_model: dict[Hashable, Loss] = {}
+  for i, (model, seed) in enumerate(rows):
+    nats, loss = float(nll[:, i].sum()), by_model.setdefault(model, Loss({}, {}, {}))
+    loss.seeds[seed] = nats / float(tokens.sum())
+    loss.bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
+    loss.replicates[seed] = replicates[:, i]
+  return by_model
+
+
+def documents(data: str | Path, name: str) -> np.ndarray:
+  """Read the document of each row of 'set/split'; empty if unknown or one for all."""
+  file = Path(data) / name / 'documents.npy'
+  ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
+  return ids if len(np.unique(ids)) > 1 else ids[:0]
 
 
 def training_cost(ref: Path) -> Cost | None:

@@ -2,7 +2,7 @@
 
 import math
 
-from slm.reporting.stats import Difference, Loss
+from slm.reporting.stats import Cost, Difference, Loss
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -51,6 +51,13 @@ def duration(seconds: float) -> str:
   return f'{seconds:.0f} s'
 
 
+def cost(value: Cost | None) -> list[str]:
+  """Format a cost as tokens, FLOPs, device time."""
+  if value is None:
+    return ['–'] * 3
+  return [count(value.tokens), number(value.flops), duration(value.seconds)]
+
+
 def count(n: float) -> str:
   """Format a count: 20k, 1.3M."""
   for size, suffix in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
@@ -63,11 +70,6 @@ def perplexity(loss: Loss) -> str:
   """Format a perplexity: 14.42, 227."""
   value = math.exp(loss.value)
   return f'{value:.2f}' if value < 100 else f'{value:.0f}'
-
-
-def flops(n: float) -> str:
-  """Format floating-point operations: 3.1e15 FLOPs."""
-  return f'{n:.1e} FLOPs'.replace('e+', 'e')
 
 
 def times(ratio: float) -> str:
