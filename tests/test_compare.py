@@ -77,7 +77,7 @@ def test_several_runs_add_how_much_training_varies(tmp_path):
   runs = scipy.stats.ttest_1samp(d.seeds, 0).confidence_interval(0.95)
   assert d.value - d.low == pytest.approx(math.hypot(d.value - text[0], d.value - runs.low))
   note = comparison.note(lines)
-  assert 'its rows, as no documents are known' in note and 'over 3 runs each' in note
+  assert 'its rows (too narrow' in note and 'over 3 runs each' in note
   (line, _) = csv.DictReader(comparison.results_csv(lines[::-1]).splitlines())
   assert float(line['low']) == d.low and line['loss_by_run'].count('.') == 3
 
@@ -92,6 +92,12 @@ def test_several_runs_add_how_much_training_varies(tmp_path):
 def test_runs_are_named_once_and_in_pairs(named, message):
   with pytest.raises(ValueError, match=message):
     comparison.models(named)
+
+
+def test_models_have_names_of_their_own():
+  labels = lambda *named: [m.label for m in comparison.models(named)]
+  assert labels('runs/a-0,runs/a-1', 'runs/b-0,runs/b-1') == ['runs/a-*', 'runs/b-*']
+  assert labels('a-0,a-1', 'a-2,a-3') == ['a-0,a-1', 'a-2,a-3']
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

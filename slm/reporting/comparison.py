@@ -61,8 +61,9 @@ def models(named: Sequence[str]) -> list[Model]:
         f'--run: expected as many runs of {",".join(group)!r} as of the first model, '
         f'{len(groups[0])}, found {len(group)}'
       )
-  label = lambda group: group[0] if len(group) == 1 else f'{os.path.commonprefix(group)}*'
-  return [Model(label(group), group) for group in groups]
+  short = [g[0] if len(g) == 1 else f'{os.path.commonprefix(g)}*' for g in groups]
+  unique = len(set(short)) == len(short)
+  return [Model(s if unique else ','.join(g), g) for s, g in zip(short, groups, strict=True)]
 
 
 def check_tokenizers(every: Iterable[Model]) -> None:
@@ -131,7 +132,7 @@ def note(lines: Sequence[Line]) -> str:
   """Say what the differences and intervals of a set's lines are."""
   first, seeds = lines[0], len(lines[0].loss.seeds)
   drawn = f'its {first.documents:,} documents' if first.documents else (
-    'its rows, as no documents are known, so that it may be too narrow'
+    'its rows (too narrow: no documents are known)'
   )  # fmt: skip
   runs = f", and Student's over {seeds} runs each, added in squares" if seeds > 1 else (
     '; with one run each it says nothing about how much training runs vary'
