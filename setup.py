@@ -16,7 +16,7 @@ setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   packages=find_packages(include=['slm', 'slm.*', 'configs']),
-  package_data={'slm': ['**/*.csv']},
+  package_data={'slm.reporting': ['*.csv']},
   entry_points={'console_scripts': ['slm = slm.__main__:main']},
   python_requires='>=3.11',
   # The oldest are those of requirements.txt, what every committed number was measured with. Seen

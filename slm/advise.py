@@ -1,11 +1,10 @@
-"""Which method for a budget: from measured studies, and beyond them from the paper's own table.
+"""Which method for a budget: every measured method, what it costs and whether it fits.
 
-    python -m slm.advise --params=126e6 --pretrain_flops=2e19 --specialise_flops=1e16 \
+    python -m slm.advise --params=126e6 --pretrain_flops=4e19 --specialise_flops=1e16 \
       --domain_tokens=1e6 --domains=7
 
-Studies of small models speak for larger ones, up to ten times, by what is counted per served
-parameter: tokens of domain text, and training FLOPs as the tokens per parameter that the plain SLM
-would see for them.
+goes by the nearest cells that the studies of experiments/specialise and the paper's own measured,
+scaled to the parameters asked about.
 """
 
 import math
@@ -15,8 +14,9 @@ from absl import flags
 
 from slm.base import console
 from slm.data import histograms
-from slm.reporting.advise import STUDIES, WINDOWS, advise
-from slm.reporting.points import Budget, read
+from slm.reporting import advise, tables
+
+_WINDOWS = 30  # of domain text, the fewest that say how widely it is spread
 
 
 def main(_: list[str]) -> None:
@@ -30,13 +30,9 @@ def main(_: list[str]) -> None:
     )
   if not 1e3 <= f.params <= 1e13:
     raise ValueError(f'--params={f.params:g}: expected from 1e3 to 1e13')
-  paths = [Path(p) for p in f.results] or list(STUDIES)
-  names = [p.parent.name for p in paths]
-  keys = [n if names.count(n) == 1 else str(p.parent) for n, p in zip(names, paths, strict=True)]
-  studies = {key: read(p) for key, p in zip(keys, paths, strict=True)}
-  budget = Budget(
-    f.params, f.pretrain_flops, f.specialise_flops, f.domain_tokens, f.domains, f.large_params
-  )
+  cells = [c for path in f.results or advise.FILES for c in advise.read(Path(path))]
+  budget = (f.params, f.pretrain_flops, f.specialise_flops, f.domain_tokens)
+  question = advise.Question(*budget, f.domains, f.large_params)
   effective = 0.0
   if f.domain_text:
     if not f.data:
@@ -46,11 +42,12 @@ def main(_: list[str]) -> None:
       f'The domain text, {windows:,} windows, lies in about {held:.1f} clusters; as many of '
       f'generic text lie in {generic:.1f}.'
     )
-    if windows >= WINDOWS:
+    if windows >= _WINDOWS:
       effective = held / generic
     else:
-      print(f'That is too little to say how widely it is spread: at least {WINDOWS} windows are.')
-  print('\n'.join(advise(studies, budget, effective)))
+      print(f'That is too little to say how widely it is spread: at least {_WINDOWS} windows are.')
+  advice, table = advise.advise(cells, question, effective)
+  print(f'{advice}\n\n{tables.text(table)}')
 
 
 if __name__ == '__main__':
@@ -62,5 +59,7 @@ if __name__ == '__main__':
   flags.DEFINE_float('large_params', 0.0, 'Parameters of a larger model that could be served.')
   flags.DEFINE_multi_string('domain_text', [], 'A .jsonl or .txt file of the domain; may repeat.')
   flags.DEFINE_string('data', '', 'Prepared directory whose clusters --domain_text is laid over.')
-  flags.DEFINE_multi_string('results', [], 'results.csv to go by; default: the committed ones.')
+  flags.DEFINE_multi_string(
+    'results', [], 'Measured cells to go by, as experiments.specialise.measured writes them.'
+  )
   console.run(main)

@@ -20,25 +20,29 @@ def main(_: list[str]) -> None:
   mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
   if f['on'].present or not f.task:
     data = {path: load.data_path(path, f.data) for path in f.run}
-    for i, path in enumerate(f.run):
+    head = f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}\n'
+    for path in f.run:
       losses = run(path, data[path], f.on, mesh[path], f.batch_size)
-      if not i:
-        print(f'{"run":40s} {"on":24s} {"loss":>8s}   error {"ppl":>9s} {"bits/byte":>9s}')
       for name in f.on:
         r = losses[name]
         bits = f'{r["bpb"]:9.4f}' if 'bpb' in r else ''  # an index's bytes are not counted
         print(
-          f'{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
+          f'{head}{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
           f'{r["ppl"]:9.3f} {bits}'
         )
+        head = ''
+    print(
+      '± is the standard error of each loss by itself, over rows; what two runs differ by on the '
+      'same rows is known far better: python -m slm.compare --run=RUN --run=RUN'
+    )
   if f.task:
+    head = f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error\n'
     how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit}
-    for i, path in enumerate(f.run):
+    for path in f.run:
       scores = tasks.run(path, f.task, mesh[path], f.batch_size, split=f.task_split, **how)
-      if not i:
-        print(f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error')
       for name, r in scores.items():
-        print(f'{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
+        print(f'{head}{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
+        head = ''
 
 
 if __name__ == '__main__':

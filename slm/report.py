@@ -1,25 +1,40 @@
-"""Turn a study's run directories into tables, plots, advice and one self-contained HTML file.
+"""The report of runs: losses and differences, training curves, costs and environments.
 
-    python -m slm.report --study=STUDY
+    python -m slm.report --run=RUN --run=RUN [--on=law/test] --out=DIR
 
-reads STUDY/study.json and the run directories it lists; writes report.html, table.md, results.csv
-and plots/*.svg.
+writes report.html (one file), table.md, results.csv and plots/*.svg from run directories alone. The
+first run is what the others are compared with; RUN,RUN,RUN are the seeds of one model.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from slm.base import console
-from slm.reporting.report import report
+from slm.reporting import comparison
+from slm.reporting.report import report, sentence
 
 
 def main(_: list[str]) -> None:
-  """Write the report of --study."""
-  if not flags.FLAGS.study:
-    raise ValueError('--study: name the directory that holds study.json')
-  report(flags.FLAGS.study, flags.FLAGS.out)
+  """Write the report of --run."""
+  f = flags.FLAGS
+  if f.study:
+    raise ValueError(
+      '--study: the report of a study is python -m experiments.specialise.report '
+      f'--study={f.study}; slm.report takes --run'
+    )
+  models = comparison.models(f.run)
+  if not models or not f.out:
+    raise ValueError('expected --run, at least one, and --out')
+  comparison.check_tokenizers(models)
+  by_set = report(models, f.on or comparison.shared_sets(models), Path(f.out))
+  print('\n'.join(map(sentence, by_set.values())))
+  print(f'wrote {Path(f.out) / "report.html"}, table.md, results.csv and plots/')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('study', '', 'Directory that holds study.json.')
-  flags.DEFINE_string('out', '', 'Where the report is written; default: the study itself.')
+  flags.DEFINE_multi_string('run', [], 'RUN or RUN@STEP, or the seeds of a model: RUN,RUN,RUN.')
+  flags.DEFINE_multi_string('on', [], 'set/split; default: those that all were evaluated on.')
+  flags.DEFINE_string('out', '', 'Directory to write the report to.')
+  flags.DEFINE_string('study', '', 'Moved: python -m experiments.specialise.report --study=STUDY.')
   console.run(main)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slm.reporting import comparison
-from slm.reporting.comparison import compare
-from slm.reporting.study import load_study
+from experiments.specialise.cells import Comparison, compare
+from experiments.specialise.study import load_study
 
 LABELS = {
   'slm': 'SLM',
@@ -173,13 +172,11 @@ def full_study(path: Path, **kwargs) -> Path:
 
 
 def run_main(study: Path, *flags: str) -> subprocess.CompletedProcess:
-  command = [sys.executable, '-m', 'slm.report', f'--study={study}', *flags]
+  command = [sys.executable, '-m', 'experiments.specialise.report', f'--study={study}', *flags]
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def one(
-  path: Path, offsets: dict[str, float], scale: str = 'cpu', **kwargs
-) -> comparison.Comparison:
+def one(path: Path, offsets: dict[str, float], scale: str = 'cpu', **kwargs) -> Comparison:
   maker = Maker(path, **kwargs)
   for method, offset in offsets.items():
     maker.add(method, offset)

@@ -5,11 +5,10 @@ import re
 import pytest
 import studies
 
-from experiments.specialise import claims
-from slm.reporting import budgets, report, sweeps
-from slm.reporting.comparison import compare
-from slm.reporting.study import load_study
-from slm.reporting.verdicts import NO, NOISE, UNTESTED, YES, interval
+from experiments.specialise import budgets, claims, report, sweeps
+from experiments.specialise.cells import compare
+from experiments.specialise.study import load_study
+from slm.reporting.verdicts import NO, NOISE, UNTESTED, YES
 
 # Loss above the plain SLM's, as the paper finds it; 'generic': before any specialisation.
 PAPER = {
@@ -161,7 +160,7 @@ def test_groups_and_budgets_have_their_own_tables(tmp_path):
   assert 'project_best' not in study.only().methods
   found = budgets.by_budget(study)
   assert budgets.gap(found, 'project', 10_000)[1].value == pytest.approx(-0.1, abs=0.01)
-  head, rows = budgets.table(found, interval)
+  head, rows = budgets.table(found)
   assert head[2:] == ['0.25 of the pretraining', '1 of the pretraining'] and len(rows) == 16
   report.report(path)
   text = (path / 'table.md').read_text()

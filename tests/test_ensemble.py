@@ -78,9 +78,9 @@ def test_ensemble_is_the_mixture_that_a_plain_loop_computes(trained, tiny_data, 
       start = np.flatnonzero(row[1] == row[1][t])[0]
       seen = start + (t - start) // 8 * 8  # chosen every 8 tokens, by the tokens up to there
       if seen not in shares:
-        begun = tok.decode(row[0, start : seen + 1])
+        begun = tok.decode(row[0][start : seen + 1])
         shares[seen] = ensemble.weights(model, [begun], 2, 2, 0.3)[0]
-      p = sum(s * np.exp(x[t, row[0, t + 1]]) for s, x in zip(shares[seen], logits, strict=True))
+      p = sum(s * np.exp(x[t, row[0][t + 1]]) for s, x in zip(shares[seen], logits, strict=True))
       total, tokens = total - np.log(p), tokens + 1
   assert found['court/test']['tokens'] == tokens
   assert found['court/test']['nll'] == pytest.approx(total, rel=1e-4)

@@ -15,14 +15,15 @@ from experiments.minitron import claims, report, results, run
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
-from slm.base import files
+from slm.base import files, schema
 from slm.data import prepare
+from slm.data.loader import DataConfig
 from slm.models.config import DecoderConfig
 from slm.pruning import recipe, slicing
 from slm.reporting import verdicts
-from slm.reporting.comparison import Loss
+from slm.reporting.stats import Loss
 from slm.runs import rundir
-from slm.runs.config import section
+from slm.runs.config import RunConfig, section
 from slm.training import loop, optim
 from slm.weights.count import num_params
 
@@ -173,7 +174,8 @@ def test_equal_within_noise_is_neither_reproduced_nor_refuted():
 
 def written(root, name, init='', teacher='', **spent):
   """Write a run's config and ledger: what it came from, and what its training took."""
-  studies.write(root / 'runs' / name / 'config.json', {'init': init, 'teacher': teacher})
+  made = {'init': init, 'teacher': teacher, 'model': DecoderConfig(vocab=5), 'data': DataConfig()}
+  studies.write(root / 'runs' / name / 'config.json', schema.plain(RunConfig(**made)))
   phases = [{'phase': 'train', 'device_seconds': 0.0, **spent}]
   phases.append({'phase': 'evaluate', 'tokens': 9e9, 'flops': 9e99, 'device_seconds': 0.0})
   studies.write(root / 'runs' / name / 'ledger.json', {'phases': phases, 'ancestors': []})

@@ -82,6 +82,16 @@ def test_packages_are_in_the_table_and_commands_say_how_they_are_called():
       assert "if __name__ == '__main__':" in text
 
 
+def test_what_is_not_python_ships_too():
+  call = next(n for n in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
+              if isinstance(n, ast.keyword) and n.arg == 'package_data')  # fmt: skip
+  patterns = ast.literal_eval(call.value)
+  shipped = {p for name, globs in patterns.items() for glob in globs
+             for p in (ROOT / name.replace('.', '/')).glob(glob)}  # fmt: skip
+  tracked = {p for p in (ROOT / 'slm').rglob('*.*') if p.suffix not in ('.py', '.pyc')}
+  assert shipped == tracked
+
+
 def test_no_pickle_and_no_swallowed_failures():
   for path in (ROOT / 'slm').rglob('*.py'):
     tree = ast.parse(path.read_text())
@@ -183,7 +193,9 @@ def test_study_keeps_the_papers_ratios(name):
     (['slm.data.prepare', '--config=configs/data.py:generic=/no/*.txt', '--out=x'], '/no/*.txt'),
     (['slm.data.prepare', '--config=configs/data.py:nonsense', '--out=x'], 'nonsense'),
     (['slm.evaluate', '--run=/nowhere'], '/nowhere'),
-    (['slm.report', '--study=/nowhere'], '/nowhere'),
+    (['experiments.specialise.report', '--study=/nowhere'], '/nowhere'),
+    (['slm.report', '--study=S'], 'experiments.specialise.report --study=S'),
+    (['slm.compare', '--run=A', '--on=law/test'], 'at least two runs'),
     (['slm.specialise'], '--run'),
   ],
 )  # fmt: skip

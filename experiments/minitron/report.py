@@ -15,10 +15,8 @@ from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
 from slm.base import files
 from slm.inference import latency
 from slm.pruning import commands, importance, slicing
-from slm.reporting import page, plots
-from slm.reporting.advice import count
-from slm.reporting.report import Table, duration, markdown, number
-from slm.reporting.verdicts import interval
+from slm.reporting import figures, page
+from slm.reporting.tables import Table, count, duration, interval, markdown, number
 from slm.runs import rundir
 
 COLOURS = {TEACHER: '#000000', 'width': '#0072b2', 'depth': '#d55e00', 'both': '#009e73'}
@@ -158,13 +156,13 @@ def search_table(f: Found) -> Table:
   return head, [*rows, ["Kendall's tau with the ranks before", '', '', *taus]]
 
 
-def figures(f: Found, speed: dict[str, Any]) -> list[plots.Plot]:
+def draw(f: Found, speed: dict[str, Any]) -> list[figures.Plot]:
   """Draw what the study has data for."""
-  with matplotlib.rc_context(plots.RC):
+  with matplotlib.rc_context(figures.RC):
     return [p for p in (_recovery(f), _tokens(f), _latency(f, speed)) if p is not None]
 
 
-def _recovery(f: Found) -> plots.Plot | None:
+def _recovery(f: Found) -> figures.Plot | None:
   """Draw held-out loss while students of equal size recover."""
   figure = Figure(figsize=(7.6, 4.2), layout='constrained')
   ax, drawn = figure.subplots(), 0
@@ -186,10 +184,10 @@ def _recovery(f: Found) -> plots.Plot | None:
     'Held-out loss while students of about equal size learn from the whole model: the mean and '
     'the range over seeds, on validation rows; as cut, at the left end, on test rows.'
   )
-  return plots.save(figure, 'recovery', 'Width, depth, both', caption)
+  return figures.save(figure, 'recovery', 'Width, depth, both', caption)
 
 
-def _tokens(f: Found) -> plots.Plot | None:
+def _tokens(f: Found) -> figures.Plot | None:
   """Draw the loss of the student's shape trained from nothing against tokens."""
   names = [n for n in ('scratch_lm', *(f'scratch_lm_{n}' for n in LENGTHS)) if n in f.trained]
   if len(names) < 2 or 'width' not in f.trained:
@@ -206,7 +204,7 @@ def _tokens(f: Found) -> plots.Plot | None:
   ax.set(xscale='log', xlabel='tokens', ylabel='held-out loss, nats per token')
   ax.legend(frameon=False)
   caption = _answer(f)
-  return plots.save(figure, 'tokens', 'Tokens to the same loss', caption)
+  return figures.save(figure, 'tokens', 'Tokens to the same loss', caption)
 
 
 def _answer(f: Found) -> str:
@@ -214,7 +212,7 @@ def _answer(f: Found) -> str:
   return f'Training from nothing to the loss of the cut and distilled model takes {parts}.'
 
 
-def _latency(f: Found, speed: dict[str, Any]) -> plots.Plot | None:
+def _latency(f: Found, speed: dict[str, Any]) -> figures.Plot | None:
   """Draw quality against measured time per token."""
   figure = Figure(figsize=(7.6, 4.2), layout='constrained')
   ax = figure.subplots()
@@ -225,7 +223,7 @@ def _latency(f: Found, speed: dict[str, Any]) -> plots.Plot | None:
     ax.annotate(f' {name}', (x, loss.value), va='bottom', color=COLOURS[name])
   ax.set(xlabel='milliseconds per token, one row', ylabel='held-out loss, nats per token')
   caption = 'Held-out loss against the measured time of a decoding step on this machine.'
-  return plots.save(figure, 'latency', 'Quality against speed', caption)
+  return figures.save(figure, 'latency', 'Quality against speed', caption)
 
 
 def write(scale: Scale, root: Path, rounds: int) -> None:
@@ -237,7 +235,7 @@ def write(scale: Scale, root: Path, rounds: int) -> None:
   if known.get('asked') != json.loads(json.dumps(asked)):
     files.write_json(speed_path, {'asked': asked, 'models': deployment(found, rounds)})
   speed = files.read_json(speed_path)
-  drawn = figures(found, speed)
+  drawn = draw(found, speed)
   sections = [
     ('The claims of the papers', claims.NOTE, claims.table(found)),
     ('Tokens to the same loss', _HEADLINE, headline(found)),

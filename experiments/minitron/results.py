@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from experiments.minitron.students import LENGTHS, SEARCHED, STUDENTS, cut_run
 from slm.base import files
 from slm.data import loader
 from slm.models.config import DecoderConfig
-from slm.reporting import comparison
-from slm.reporting.comparison import Cost, Difference, Loss
+from slm.reporting import stats
+from slm.reporting.stats import Cost, Difference, Loss
 from slm.runs import config, rundir
 from slm.weights.count import forward_flops, num_params
 
@@ -54,7 +53,7 @@ class Found:
     if cut:  # a scored cut is the same whatever the seed
       seeds = pair[0].seeds | pair[1].seeds
       pair = [_repeated(x, seeds) if len(x.seeds) == 1 else x for x in pair]
-    return comparison.difference(*pair)
+    return stats.difference(*pair)
 
   def runs(self, name: str) -> list[Path]:
     """List the finished runs of a student or teacher."""
@@ -87,7 +86,7 @@ class Found:
 
   def training(self, name: str) -> Cost:
     """Return what a student's own training took, its teacher's forward passes included."""
-    costs = [comparison.training_cost(p) or Cost() for p in self.runs(name)]
+    costs = [stats.training_cost(p) or Cost() for p in self.runs(name)]
     return sum(costs, Cost()) * (1 / max(len(costs), 1))
 
   def total(self, name: str) -> Cost:
@@ -102,7 +101,7 @@ class Found:
       before.add(start)
       start = Path(config.of(self.root / 'runs' / start).init).name
     for run in before - {'', TEACHER}:
-      found += comparison.training_cost(self.root / 'runs' / run) or Cost()
+      found += stats.training_cost(self.root / 'runs' / run) or Cost()
     if student.shape == SEARCHED:
       found += search_cost(self.root / 'search')
     return found
@@ -123,7 +122,7 @@ def search_cost(folder: Path) -> Cost:
   """Return what a search took, its calibration apart."""
   found = files.read_json(folder / 'search.json')
   runs = [folder / f'{s}-{i}' for i, rung in enumerate(found['rungs'], 1) for s in rung['loss']]
-  spent = sum((comparison.training_cost(run) or Cost() for run in runs), Cost())
+  spent = sum((stats.training_cost(run) or Cost() for run in runs), Cost())
   return spent + Cost(flops=found['zero_shot_flops'])
 
 
@@ -164,18 +163,14 @@ def read(scale: Scale, root: Path) -> Found:
     for (_, name, seed), values in mine.items():
       if not np.array_equal(values[:, 1], tokens):
         raise ValueError(f'{root}/runs: {name}, seed {seed}, was tested on other rows of {on}')
-    nll = np.stack([x[:, 0] for x in mine.values()], axis=1)
+    facts = loader.manifest(root / 'data')['sets'][on]['test']
+    num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
     documents = files.read_npy(root / 'data' / on / 'test' / 'documents.npy')
     documents = loader.spaced(documents, scale.test_rows)
     many = documents if len(np.unique(documents)) > 1 else ()
-    drawn = comparison.resample(nll, tokens, zlib.crc32(on.encode()), documents=many)
-    facts = loader.manifest(root / 'data')['sets'][on]['test']
-    num_bytes = tokens.sum() * facts['bytes_per_token']  # of the whole split: of rows nobody counts
-    for i, (stage, name, seed) in enumerate(mine):
-      loss = found[stage].setdefault(name, Loss({}, {}, {}))
-      loss.seeds[seed] = float(nll[:, i].sum() / tokens.sum())
-      loss.bits[seed] = float(nll[:, i].sum()) / math.log(2) / num_bytes
-      loss.replicates[seed] = drawn[:, i]
+    by_stage = {((stage, name), seed): values for (stage, name, seed), values in mine.items()}
+    for (stage, name), loss in stats.losses(by_stage, num_bytes, on, many).items():
+      found[stage][name] = loss
   return Found(root, scale, found['cut'], found['trained'], curves)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from slm.reporting import advise, budgets, report
-from slm.reporting.comparison import Comparison
-from slm.reporting.points import Point, Want, parse
-from slm.reporting.study import BASELINE, Study
+from experiments.specialise import budgets, measured, report
+from experiments.specialise.cells import Comparison
+from experiments.specialise.study import BASELINE, Study
+from slm.reporting import advise
+from slm.reporting.advise import Cell, Question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Case:
   """One question about one left-out domain: what was advised, and what fits the budget there."""
 
   domain: str
-  want: Want
+  question: Question
   chosen: str
-  options: dict[str, advise.Option]  # what the left-out domain itself measured for the same money
+  options: dict[str, Cell]  # what the left-out domain itself measured for the same money
 
   def regret(self, method: str) -> float:
     """Return how much higher a method's loss is than the best that fits, nats per token."""
@@ -42,17 +43,17 @@ def cases(study: Study) -> list[Case]:
     others = tuple(d for d in study.domains if d != domain)
     if not others:
       return []
-    known = budgets.by_budget(_on(study, others))
-    points = _points(known)
-    left_out = _points(budgets.by_budget(_on(study, (domain,))))
-    if not (points and left_out):
+    by_budget = budgets.by_budget(_on(study, others))
+    known = _cells(by_budget)
+    left_out = _cells(budgets.by_budget(_on(study, (domain,))))
+    if not (known and left_out):
       continue
-    for want in _wants(known, points):
-      _, chosen, _ = advise.measured(points, want)
-      there = {o.method: o for o in advise.options(left_out, want)}
-      there = {m: o for m, o in there.items() if not m.endswith('_noft')}
-      if chosen is not None and chosen.method in there and len(there) > 1:
-        found.append(Case(domain, want, chosen.method, there))
+    for question in _questions(by_budget, known):
+      chosen, _ = advise.choose(advise.place(known, question))
+      there = [p.cell for p in advise.place(left_out, question) if not p.out]
+      options = {c.method: c for c in there if not c.method.endswith('_noft')}
+      if chosen is not None and chosen.method in options and len(options) > 1:
+        found.append(Case(domain, question, chosen.method, options))
   return found
 
 
@@ -61,29 +62,29 @@ def _on(study: Study, domains: tuple[str, ...]) -> Study:
   return dataclasses.replace(study, domains=domains, planned=planned)
 
 
-def _points(found: dict[float, Comparison]) -> list[Point]:
+def _cells(by_budget: dict[float, Comparison]) -> list[Cell]:
   """Return what was measured, nothing where the plain SLM was not."""
-  if not any(c.complete for x in found.values() for (m, _), c in x.cells.items() if m == BASELINE):
+  cells = (pair for c in by_budget.values() for pair in c.cells.items())
+  if not any(cell.complete for (method, _), cell in cells if method == BASELINE):
     return []
-  lines = list(csv.DictReader(io.StringIO(report.results_csv(list(found.values())))))
-  return parse(lines, Path('left-out') / 'results.csv')
+  lines = list(csv.DictReader(io.StringIO(report.results_csv(list(by_budget.values())))))
+  return measured.cells(lines, Path('left-out') / 'results.csv')
 
 
-def _wants(known: dict[float, Comparison], points: list[Point]) -> Iterator[Want]:
+def _questions(by_budget: dict[float, Comparison], known: list[Cell]) -> Iterator[Question]:
   """List the budgets that the SLM was measured with, at every set size.
 
   What may be spent per domain is either enough for any fine-tuning, or a pretraining more.
   """
-  sizes = sorted({p.size for p in points})
-  for (_, c), size, much in itertools.product(known.items(), sizes, (False, True)):
-    mine = [p for p in points if p.method == BASELINE and p.size == size]
-    cell = c.cells[BASELINE, size]
+  plain = [c for c in known if c.method == BASELINE]
+  sizes = sorted({c.domain_tokens for c in known})
+  for comparison, size, much in itertools.product(by_budget.values(), sizes, (False, True)):
+    cell = comparison.cells[BASELINE, int(size)]
     if not cell.complete or cell.generic is None:
       continue
-    scale = max(p.pretrain for p in mine) / known[max(known)].cells[BASELINE, size].generic.flops
-    pretrain = cell.generic.flops * scale
-    tuning = 2 * max(p.specialise for p in mine)
-    yield Want(pretrain, tuning + 1.01 * pretrain * much, mine[0].text, 1)
+    pretrain = cell.generic.flops
+    tuning = 2 * max(c.specialise_flops for c in plain if c.domain_tokens == size)
+    yield Question(plain[0].params, pretrain, tuning + 1.01 * pretrain * much, size)
 
 
 def table(study: Study) -> dict[str, Any]:

@@ -6,20 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from experiments.specialise import budgets, page, plots
+from experiments.specialise.cells import Cell, Comparison, between, compare
 from experiments.specialise.methods import METHODS
-from slm.reporting import budgets, page, plots
-from slm.reporting.advice import count
-from slm.reporting.comparison import (
-  Cell,
-  Comparison,
-  Difference,
-  Loss,
-  between,
-  compare,
-  difference,
-)
-from slm.reporting.study import Study
-from slm.reporting.verdicts import Evidence, interval, judged, lower, not_run, verdict, with_seeds
+from experiments.specialise.study import Study
+from slm.reporting.stats import Difference, Loss, difference
+from slm.reporting.tables import count, interval
+from slm.reporting.verdicts import Evidence, judged, lower, not_run, verdict, with_seeds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,16 +18,14 @@ import jax
 from absl import flags
 
 from experiments import common
-from experiments.specialise import check, claims, ensemble, runs
+from experiments.specialise import check, claims, ensemble, report, runs
 from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
+from experiments.specialise.study import load_study
 from slm.base import console, files
 from slm.data import dsir, importance, loader
 from slm.inference import specialist
 from slm.objectives import heldout
-from slm.reporting import report
-from slm.reporting.study import load_study
-from slm.runs import rundir
 from slm.runs.config import section, without_data
 from slm.training import loop, plan
 from slm.weights import sharding
@@ -91,8 +89,9 @@ def do_specialise(job: dict[str, Any], root: Path) -> None:
 
 def do_ensemble(job: dict[str, Any], root: Path) -> None:
   """Evaluate several specialists together."""
-  if sets := _missing(job, root):
-    ensemble.ensemble(root / 'runs' / job['run'], sets, root / 'runs' / job['name'])
+  run = root / 'runs' / job['name']
+  if sets := heldout.missing(run, root / 'data', job['evaluate']):
+    ensemble.ensemble(root / 'runs' / job['run'], sets, run)
 
 
 DO = {
@@ -105,25 +104,10 @@ DO = {
 }
 
 
-def _missing(job: dict[str, Any], root: Path) -> list[str]:
-  """List what a job's run is to be evaluated on and was not, or on other rows or weights."""
-  run = root / 'runs' / job['name']
-  path = rundir.evaluations(run).with_suffix('.json')
-  known = files.read_json(path) if path.exists() else {}
-  sets = loader.manifest(root / 'data')['sets']
-
-  def current(name: str) -> bool:
-    data_set, _, split = name.partition('/')
-    now = {'step': rundir.served_step(run), 'rows_sha256': sets[data_set][split]['sha256']}
-    return now == {key: known.get(name, {}).get(key) for key in now}
-
-  return [name for name in job['evaluate'] if not current(name)]
-
-
 def do_evaluate(job: dict[str, Any], root: Path, mesh: jax.sharding.Mesh) -> None:
-  """Evaluate a finished run on what its job lists and eval.json lacks."""
-  if missing := _missing(job, root):
-    heldout.run(root / 'runs' / job['name'], str(root / 'data'), missing, mesh, batch_size=32)
+  """Evaluate a finished run on what its job lists, unless it was."""
+  run = root / 'runs' / job['name']
+  heldout.run(run, str(root / 'data'), job['evaluate'], mesh, batch_size=32)
 
 
 def study(scale_name: str, corpus: str, root: Path, seeds: tuple[int, ...] = ()) -> None:
@@ -151,7 +135,7 @@ def study(scale_name: str, corpus: str, root: Path, seeds: tuple[int, ...] = ())
 
 
 def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
-  """Describe the finished study for slm.report."""
+  """Describe the finished study for the report."""
   scale = planned.scale
   methods = [m for m in METHODS if m.name in {row['method'] for row in planned.rows}]
   about = lambda m: {

@@ -121,7 +121,7 @@ class Split:
 
   def __init__(self, path: str, set: str, split: str, index: str = '', level: int = 0):
     self.path, self.manifest, self.name = Path(path), manifest(path), f'{set}/{split}'
-    self.facts = _choose(_choose(self.manifest['sets'], set, 'set', path), split, 'split', path)
+    self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.record = rows.layout(self.manifest['columns'])
     self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
@@ -165,10 +165,18 @@ class Split:
     return out
 
 
-def _choose(options: dict[str, Any], name: str, kind: str, path: str) -> Any:
-  if name not in options:
-    raise ValueError(f'{path}: no {kind} {name!r}; there are: {", ".join(options)}')
-  return options[name]
+def facts(path: str | Path, on: str) -> dict[str, Any]:
+  """Return what the manifest says of SET/SPLIT, or of an index of it: whose bytes nobody counted.
+
+  Raises:
+    ValueError: as `parse_on` does, or if there is no such index.
+  """
+  data_set, split, index = parse_on(path, on)
+  whole = manifest(path)['sets'][data_set][split]
+  if not index:
+    return whole
+  part = Split(path, data_set, split, index)
+  return {**whole, 'rows': len(part.ids), 'sha256': part.sha256, 'bytes': 0}
 
 
 def clustering(path: str | Path) -> str:

@@ -18,7 +18,7 @@ from slm.interchange import card, convert, families, verify
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, slicing
-from slm.reporting import comparison
+from slm.reporting import stats
 from slm.runs import config, ledger, rundir
 from slm.runs.config import RunConfig
 from slm.training import loop, optim, plan
@@ -241,7 +241,7 @@ def _probe(
   nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
   documents = files.read_npy(Path(cfg.data) / name / 'validation' / 'documents.npy')
   many = documents if len(np.unique(documents)) > 1 else ()
-  drawn = comparison.resample(nll, tokens, 0, documents=many)
+  drawn = stats.resample(nll, tokens, 0, documents=many)
   low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975)).tolist()
   gain = float((nll[:, 0] - nll[:, 1]).sum() / tokens.sum())
   return {'gain': gain, 'interval': [low, high], 'pays': low > cfg.probe.worth}

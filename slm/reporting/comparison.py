@@ -1,347 +1,202 @@
-"""A study's runs side by side: held-out losses, paired bootstrap intervals, and what each cost."""
+"""Arbitrary runs side by side: held-out losses, and paired differences to the first."""
 
+import csv
 import dataclasses
-import functools
+import io
 import math
-import zlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scipy.stats
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from slm.base import files
-from slm.reporting.study import TEST, Study
-from slm.runs import ledger, rundir
+from slm.objectives import heldout
+from slm.reporting import figures, stats
+from slm.reporting.stats import Difference, Loss
+from slm.reporting.tables import Table, interval, perplexity
+from slm.runs import config, rundir
 
-RESAMPLES = 2000
-_CHUNK = 1 << 22  # resampled row counts held at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """What training took; seconds count every device for the whole time."""
-
-  tokens: float = 0
-  flops: float = 0
-  seconds: float = 0
-
-  def __add__(self, other: 'Cost') -> 'Cost':
-    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-    return Cost(*(a + b for a, b in pairs))
-
-  def __mul__(self, n: float) -> 'Cost':
-    return Cost(*(n * a for a in dataclasses.astuple(self)))
+_COLUMNS = (
+  'on', 'model', 'runs', 'loss', 'ppl', 'bpb', 'reference', 'difference', 'low', 'high', 'verdict',
+  'loss_by_run',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  """One model's held-out loss on one set, by seed.
+class Model:
+  """A run (RUN or RUN@STEP), or runs of several seeds that count as one model."""
 
-  seeds are in nats per token, bits per byte of text; replicates [RESAMPLES] are the losses on
-  resampled documents, the same ones for every model of a set.
-  """
-
-  seeds: dict[int, float]
-  bits: dict[int, float]
-  replicates: dict[int, np.ndarray]
-
-  @property
-  def value(self) -> float:
-    """Average over seeds, in nats per token."""
-    return float(np.mean(list(self.seeds.values())))
-
-  @property
-  def bpb(self) -> float:
-    """Average over seeds, in bits per byte."""
-    return float(np.mean(list(self.bits.values())))
+  label: str
+  refs: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-  """One method at one size of the specialisation set; a test set without a run is absent."""
+class Line:
+  """A model's loss on one set and its difference to the first model's, None for the first."""
 
-  method: str
-  size: int
-  losses: dict[str, Loss]  # by test set: law/test
-  tests: tuple[str, ...]  # one per domain: those that are averaged
-  generic: Cost | None  # paid once; None: a listed run is missing
-  specialise: Cost | None  # paid for every domain
-
-  @functools.cached_property
-  def complete(self) -> bool:
-    """Say whether some seed was run on every domain, so that averages mean the same."""
-    return self.over(self.tests) is not None
-
-  @functools.cached_property
-  def average(self) -> Loss:
-    """Average a complete cell over its domains: exp(value) is ppl_avg."""
-    return self.over(self.tests)
-
-  def over(self, tests: Iterable[str]) -> Loss | None:
-    """Average seeds run on all of some test sets, which weigh the same; None if none was."""
-    losses = [self.losses.get(t) for t in tests]
-    if not losses or None in losses:
-      return None
-    seeds = sorted(set.intersection(*(set(x.seeds) for x in losses)))
-    if not seeds:
-      return None
-    return Loss(
-      {s: float(np.mean([x.seeds[s] for x in losses])) for s in seeds},
-      {s: float(np.mean([x.bits[s] for x in losses])) for s in seeds},
-      {s: np.mean([x.replicates[s] for x in losses], axis=0) for s in seeds},
-    )
-
-  def total(self, num_domains: int) -> Cost | None:
-    """Return C_total(N) = C_generic + N C_specialise, arXiv 2402.01093 eq. 1."""
-    if self.generic is None or self.specialise is None:
-      return None
-    return self.generic + self.specialise * num_domains
+  on: str
+  model: Model
+  loss: Loss
+  difference: Difference | None
+  documents: int  # that were resampled; 0: rows were
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-  """A difference in nats per token (negative: lower loss) with its 95 % interval.
-
-  The interval is of held-out text, and of training runs too where there are two seeds or more.
-  seeds: the difference of each seed both models have.
-  """
-
-  value: float
-  low: float
-  high: float
-  seeds: tuple[float, ...]
-
-  @property
-  def verdict(self) -> str:
-    """Say better or worse only if the interval excludes zero."""
-    return 'better' if self.high < 0 else 'worse' if self.low > 0 else 'within noise'
-
-
-def difference(a: Loss, b: Loss) -> Difference | None:
-  """Compare two models on the same text and the seeds both have, a minus b; None if none is."""
-  shared = sorted(a.seeds.keys() & b.seeds.keys())
-  if not shared:
-    return None
-  replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
-  seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
-  value, runs = float(np.mean(seeds)), _half_interval(seeds)
-  # Text and training runs vary independently: what they add to the interval adds in squares.
-  low, high = (math.hypot(x - value, runs) for x in np.percentile(replicates, [2.5, 97.5]))
-  return Difference(value, value - low, value + high, seeds)
-
-
-def _half_interval(seeds: tuple[float, ...]) -> float:
-  """Return half of Student's 95 % interval of a mean over training runs; 0 for a single one."""
-  n = len(seeds)
-  return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5) if n > 1 else 0.0
-
-
-def between(a: Cell, b: Cell) -> Difference | None:
-  """Compare two cells on the test sets that both are averaged over, a minus b."""
-  tests = [t for t in a.tests if t in b.tests]
-  pair = a.over(tests), b.over(tests)
-  return None if None in pair else difference(*pair)
-
-
-def resample(
-  nll: np.ndarray, tokens: np.ndarray, seed: int, resamples: int = RESAMPLES,
-  documents: np.ndarray | tuple = (),
-) -> np.ndarray:  # fmt: skip
-  """Bootstrap documents: nll [rows,models], tokens [rows] -> losses [resamples,models].
-
-  A loss is a ratio of sums. What is drawn is shared by all models, so that differences are paired.
-  Rows of a document (documents [rows]; empty: each row by itself) are drawn together.
-  """
-  columns = np.column_stack([nll, tokens])
-  if len(documents):
-    _, row = np.unique(documents, return_inverse=True)
-    columns = np.stack([np.bincount(row, column) for column in columns.T], axis=1)
-  rng, n = np.random.default_rng(seed), len(columns)
-  chunk, sums = max(_CHUNK // n, 1), []
-  for start in range(0, resamples, chunk):
-    k = min(chunk, resamples - start)
-    drawn = rng.integers(n, size=(k, n)) + n * np.arange(k)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n)
-    sums.append(counts.astype(float) @ columns)
-  sums = np.concatenate(sums)
-  return sums[:, :-1] / sums[:, -1:]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-  """Every method at every size, on the domains that all are planned for and some was run on."""
-
-  study: Study
-  tests: tuple[str, ...]  # the averaged test sets, one per domain
-  others: tuple[str, ...]  # further sets of the domains, such as law/test_ood
-  cells: dict[tuple[str, int], Cell]
-  generic: dict[str, Loss]  # by method, on the generic test set, before specialisation
-  documents: dict[str, int]  # by set: how many are resampled; 0: its rows are
-  generic_costs: dict[str, Cost]  # of the runs that `generic` holds
-
-  def ranked(self, size: int, kind: str) -> list[Cell]:
-    """List the complete cells of a size and kind, lowest loss first."""
-    cells = [self.cells[m, size] for m in self.study.methods if self.study.kind(m) == kind]
-    return sorted((c for c in cells if c.complete), key=lambda c: c.average.value)
-
-  def to_baseline(self, cell: Cell, test: str | None = None) -> Difference | None:
-    """Compare a cell with the study's baseline at its size, on average or on one test set."""
-    base = self.cells.get((self.study.baseline, cell.size))
-    if base is None or cell.method == self.study.baseline:
-      return None
-    if test is None:
-      return between(cell, base)
-    both = test in cell.losses and test in base.losses
-    return difference(cell.losses[test], base.losses[test]) if both else None
-
-
-def compare(study: Study) -> Comparison:
-  """Read the runs' losses and ledgers.
-
-  A run without a size (no fine-tuning) stands at every size. Runs that are not there are absent.
+def models(named: Sequence[str]) -> list[Model]:
+  """Turn the values of --run into models; RUN,RUN,RUN are the seeds of one.
 
   Raises:
-    ValueError: if a finished run was not evaluated, or two runs were evaluated on different rows.
+    ValueError: if a run is named twice, or models have different numbers of runs: the first run of
+      one is paired with the first of another, and so on.
   """
-  found = {name: _losses(study, d, name) for d in study.domains for name in _sets(study, d)}
-  found = {name: losses for name, losses in found.items() if losses}
-  tests = tuple(f'{d}/{TEST}' for d in study.shared_domains if f'{d}/{TEST}' in found)
-  clustering, cells = _clustering(study), {}
-  for method in study.methods:
-    for size in study.sizes:
-      keys = {name: ((method, size), (method, None)) for name in found}
-      losses = {n: found[n][k] for n, both in keys.items() for k in both[::-1] if k in found[n]}
-      held = {name.partition('/')[0]: x.seeds for name, x in losses.items() if name in tests}
-      mine = (r for r in study.runs if r['method'] == method and r['size'] in (size, None))
-      runs = [r for r in mine if r['seed'] in held.get(r['domain'], ())]
-      generic, specialise = _costs(study, runs)
-      if generic is not None and study.clustered(method):
-        generic = generic + clustering
-      cells[method, size] = Cell(method, size, losses, tests, generic, specialise)
-  others = tuple(name for name in found if name not in tests)
-  generic = {key[0]: v for key, v in _losses(study, None, f'{study.generic}/{TEST}').items()}
-  documents = {n: len(np.unique(_documents(study, n))) for n in found}
-  rows = {m: [r for r in study.runs if (r['method'], r['domain']) == (m, None)] for m in generic}
-  costs = {m: cost for m, runs in rows.items() if (cost := _costs(study, runs)[0]) is not None}
-  return Comparison(study, tests, others, cells, generic, documents, costs)
-
-
-def _sets(study: Study, domain: str) -> list[str]:
-  """List the test set of a domain and whatever else of the domain its runs were evaluated on."""
-  runs = (study.path / r['run'] for r in study.runs if r['domain'] == domain)
-  found = {rundir.evaluations(run).with_suffix('.json') for run in runs}
-  names = {name for f in found if f.exists() for name in files.read_json(f)}
-  mine = {n for n in names if n.startswith(f'{domain}/')} - {f'{domain}/{TEST}'}
-  return [f'{domain}/{TEST}', *sorted(mine)]
-
-
-def _losses(study: Study, domain: str | None, name: str) -> dict[tuple[str, int | None], Loss]:
-  """Load every run on one test set, by method and size; all are resampled alike."""
-  groups: dict[tuple, dict[int, tuple[np.ndarray, int, str]]] = {}
-  first: tuple[str, np.ndarray, str] | None = None
-  for run in study.runs:
-    loaded = _rows(study, run, name) if run['domain'] == domain else None
-    if loaded is None:
-      continue
-    rows, _, made = loaded
-    first = first or (run['run'], rows, made)
-    if (len(rows), made) != (len(first[1]), first[2]) or (rows[:, 1] != first[1][:, 1]).any():
+  groups = [tuple(ref.rstrip('/') for ref in value.split(',') if ref) for value in named]
+  every = [ref for group in groups for ref in group]
+  if twice := next((ref for ref in every if every.count(ref) > 1), ''):
+    raise ValueError(f'--run: {twice} is named twice')
+  for group in groups:
+    if len(group) != len(groups[0]):
       raise ValueError(
-        f'{study.path / run["run"]}: {name} was evaluated on other rows than in {first[0]} '
-        f'({len(rows)} and {len(first[1])}); evaluate both on the same data'
+        f'--run: expected as many runs of {",".join(group)!r} as of the first model, '
+        f'{len(groups[0])}, found {len(group)}'
       )
-    groups.setdefault((run['method'], run['size']), {})[run['seed']] = loaded
-  if first is None:
-    return {}
-  tokens, documents = first[1][:, 1], _documents(study, name)
-  if len(documents) not in (0, len(tokens)):
-    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
-  flat = [(key, seed, *x) for key, group in groups.items() for seed, x in sorted(group.items())]
-  nll = np.stack([rows[:, 0] for _, _, rows, *_ in flat], axis=1)
-  replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
-  found = {key: Loss({}, {}, {}) for key in groups}
-  for i, (key, seed, _, num_bytes, _) in enumerate(flat):
-    nats = float(nll[:, i].sum())
-    found[key].seeds[seed] = nats / float(tokens.sum())
-    found[key].bits[seed] = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    found[key].replicates[seed] = replicates[:, i]
-  return found
+  short = [g[0] if len(g) == 1 else f'{os.path.commonprefix(g)}*' for g in groups]
+  unique = len(set(short)) == len(short)
+  return [Model(s if unique else ','.join(g), g) for s, g in zip(short, groups, strict=True)]
 
 
-def _documents(study: Study, name: str) -> np.ndarray:
-  """Read the document of each row of a set; empty if it is unknown or one for all."""
-  file = study.data_path / name / 'documents.npy'
-  ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
-  return ids if len(np.unique(ids)) > 1 else ids[:0]
+def check_tokenizers(every: Iterable[Model]) -> None:
+  """Refuse models whose losses per token do not compare.
 
-
-def _rows(study: Study, run: Mapping[str, Any], name: str) -> tuple[np.ndarray, int, str] | None:
-  """Load a run's rows [rows,2] of a test set, their bytes and hash; None if it was not run."""
-  path = study.path / run['run']
-  step = rundir.served_step(path)
-  if step is None:
-    return None
-  again = f'python -m slm.evaluate --run={path} --on={name}'
-  folder = rundir.evaluations(path)
-  summary = folder.with_suffix('.json')
-  results = files.read_json(summary) if summary.exists() else {}
-  if name not in results:
-    if name.endswith(f'/{TEST}') and rundir.split_ref(path)[1] is None:  # a run is over with it
-      raise ValueError(f'{path}: finished but not evaluated on {name}; {again}')
-    return None
-  if results[name]['step'] != step:
-    raise ValueError(
-      f'{path}: evaluated on {name} at step {results[name]["step"]} and serves {step}; {again}'
-    )
-  file = folder / f'{name.replace("/", "-")}.npy'
-  try:
-    rows = np.load(file, allow_pickle=False)
-  except (ValueError, EOFError, FileNotFoundError) as e:
-    raise ValueError(f'{file}: missing or damaged ({e})') from None
-  if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows) or rows[:, 1].sum() <= 0:
-    raise ValueError(f'{file}: expected [rows,2] of NLL and tokens, found {rows.shape}')
-  return rows, int(results[name].get('bytes', 0)), results[name]['rows_sha256']
-
-
-def training_cost(ref: Path) -> Cost | None:
-  """Add up the training phases of RUN, or of RUN@STEP up to that step. None: no ledger.
-
-  Held-out evaluations are not training.
+  Raises:
+    ValueError: if two runs have different tokenizers, naming them.
   """
-  path, step = rundir.split_ref(ref)
-  if step is not None:
-    lines = rundir.read_metrics(path) if (path / 'metrics.jsonl').exists() else []
-    line = next((x for x in lines if x['step'] == step), None)
-    return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
-  if not (path / 'ledger.json').exists():
-    return None
-  phases = [p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate']
-  costs = (Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases)
-  return sum(costs, Cost())
+  refs = [ref for model in every for ref in model.refs]
+  tokenizers = {ref: config.of(ref).tokenizer for ref in refs}
+  for ref, tokenizer in tokenizers.items():
+    if tokenizer != tokenizers[refs[0]]:
+      raise ValueError(
+        f'{refs[0]} and {ref} have different tokenizers, so their tokens differ: compare the bits '
+        'per byte that slm.evaluate prints for each on its own data of the same text'
+      )
 
 
-def _costs(study: Study, runs: list[dict[str, Any]]) -> tuple[Cost | None, Cost | None]:
-  """Return the generic cost (shared by domains, mean over seeds) and the mean cost of a domain."""
-  if not runs:
-    return None, None
-  seeds = sorted({r['seed'] for r in runs})
-  shared = [{p for r in runs if r['seed'] == s for p in r['generic_runs']} for s in seeds]
-  own = [set(r['specialise_runs']) for r in runs]
-  sums = [[_sum(study, paths) for paths in groups] for groups in (shared, own)]
-  return tuple(None if None in x else sum(x, Cost()) * (1 / len(x)) for x in sums)
+def shared_sets(every: Iterable[Model]) -> list[str]:
+  """List the sets that all runs were evaluated on.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  summaries = [rundir.evaluations(ref).with_suffix('.json') for m in every for ref in m.refs]
+  known = [files.read_json(path) if path.exists() else {} for path in summaries]
+  if not (shared := [name for name in known[0] if all(name in x for x in known)]):
+    raise ValueError(
+      'there is no set that all of these runs were evaluated on: slm.compare --on=set/split '
+      'evaluates them'
+    )
+  return shared
 
 
-def _sum(study: Study, paths: Iterable[str]) -> Cost | None:
-  costs = [training_cost(study.path / p) for p in sorted(paths)]
-  return None if None in costs else sum(costs, Cost())
+def compare(every: Sequence[Model], name: str, data: str | Path = '') -> list[Line]:
+  """Compare models on what their runs kept of 'set/split'.
+
+  data: the directory whose documents are resampled; default: the one the first run was trained on.
+
+  Raises:
+    ValueError: if a run was not evaluated on it, or two were on different rows.
+  """
+  first, rows = every[0].refs[0], {}
+  kept = {ref: heldout.kept(ref, name) for model in every for ref in model.refs}
+  values, about = kept[first]
+  for ref, (other, facts) in kept.items():
+    if facts['rows_sha256'] != about['rows_sha256'] or not np.array_equal(
+      other[:, 1], values[:, 1]
+    ):
+      raise ValueError(
+        f'{first} and {ref} were evaluated on different rows of {name} ({len(values)} and '
+        f'{len(other)}): slm.compare --data=DATA evaluates both on those of one directory'
+      )
+  for model in every:
+    rows |= {(model.label, i): kept[ref][0] for i, ref in enumerate(model.refs)}
+  data = data or config.of(first).data.path
+  documents = stats.documents(data, name) if data else ()
+  by_model = stats.losses(rows, about.get('bytes', 0), name, documents)
+  base = by_model[every[0].label]
+  apart = {m.label: stats.difference(by_model[m.label], base) for m in every[1:]}
+  many = len(np.unique(documents))
+  return [Line(name, m, by_model[m.label], apart.get(m.label), many) for m in every]
 
 
-def _clustering(study: Study) -> Cost:
-  """Read what clustering the generic set took; zero where the data directory is gone."""
-  path = study.data_path / 'manifest.json'
-  if not path.exists():
-    return Cost()
-  stage = files.read_json(path)['cost']['clusters']
-  return Cost(0, stage['flops'], stage['seconds'])
+def note(lines: Sequence[Line]) -> str:
+  """Say what the differences and intervals of a set's lines are."""
+  first, seeds = lines[0], len(lines[0].loss.seeds)
+  drawn = f'its {first.documents:,} documents' if first.documents else (
+    'its rows (too narrow: no documents are known)'
+  )  # fmt: skip
+  runs = f", and Student's over {seeds} runs each, added in squares" if seeds > 1 else (
+    '; with one run each it says nothing about how much training runs vary'
+  )  # fmt: skip
+  return (
+    f'{first.on}: differences to {first.model.label} in nats per token (negative: lower loss) with '
+    f'95 % intervals, a paired bootstrap over {drawn}{runs}.'
+  )
+
+
+def table(lines: Iterable[Line]) -> Table:
+  """Build a line per model."""
+  head = ['model', 'loss', 'perplexity', 'bits/byte', 'to the first', 'verdict', 'runs']
+  return head, [
+    [
+      x.model.label, f'{x.loss.value:.4f}', perplexity(x.loss),
+      '–' if math.isnan(x.loss.bpb) else f'{x.loss.bpb:.4f}', interval(x.difference),
+      x.difference.verdict if x.difference else 'reference', str(len(x.loss.seeds)),
+    ]
+    for x in lines
+  ]  # fmt: skip
+
+
+def results_csv(lines: Iterable[Line]) -> str:
+  """Write every number unrounded."""
+  out = io.StringIO()
+  writer = csv.DictWriter(out, _COLUMNS, restval='', lineterminator='\n')
+  writer.writeheader()
+  reference = ''
+  for x in lines:
+    value = {'on': x.on, 'model': x.model.label, 'runs': len(x.loss.seeds), 'loss': x.loss.value}
+    value |= {'ppl': math.exp(x.loss.value), 'bpb': x.loss.bpb}
+    value['loss_by_run'] = ' '.join(f'{loss:.6f}' for loss in x.loss.seeds.values())
+    if x.difference is None:
+      reference = x.model.label
+    else:
+      d = x.difference
+      value |= {'reference': reference, 'difference': d.value, 'low': d.low, 'high': d.high}
+      value['verdict'] = d.verdict
+    writer.writerow(value)
+  return out.getvalue()
+
+
+def plot(by_set: dict[str, list[Line]]) -> figures.Plot:
+  """Draw every difference to the first model with its interval, a panel per set."""
+  labels = [x.model.label for x in next(iter(by_set.values()))]
+  with rc_context(figures.RC):
+    size = (2.4 + 3.2 * len(by_set), 1.0 + 0.34 * len(labels))
+    figure = Figure(size, layout='constrained')
+    axes = figure.subplots(1, len(by_set), sharey=True, squeeze=False)[0]
+    for (name, lines), ax in zip(by_set.items(), axes, strict=True):
+      ax.axvline(0, color=figures.INK, lw=0.9, ls=(0, (4, 3)))
+      for y, x in enumerate(lines):
+        color, marker = figures.style(y)
+        d = x.difference
+        if d is not None:
+          ends = [[d.value - d.low], [d.high - d.value]]
+          ax.errorbar(d.value, y, xerr=ends, color=color, marker=marker, capsize=2)
+      ax.set(title=name, xlabel=f'nats/token above {labels[0]}')
+      ax.grid(axis='x')
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    return figures.save(
+      figure, 'differences', 'Differences to the first model',
+      'Left of the dashed line is a lower loss. Bars are 95 % intervals: those that stay clear of '
+      'the line tell two models apart.',
+    )  # fmt: skip

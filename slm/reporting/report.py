@@ -1,380 +1,97 @@
-"""The report of a study: tables, plots and advice as HTML, Markdown and CSV."""
+"""The report of arbitrary runs: losses, training curves, costs and environments on one page."""
 
-import csv
-import io
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
+from matplotlib import rc_context
 
 from slm.base import files
-from slm.reporting import budgets, comparison, page, plots, sweeps
-from slm.reporting.advice import NUM_DOMAINS, advise, count, listed_cells, perplexity, unfinished
-from slm.reporting.comparison import Cell, Comparison, Cost, Difference, Loss
-from slm.reporting.study import BASELINE, Study, load_study
-from slm.reporting.verdicts import interval
+from slm.reporting import comparison, figures, page
+from slm.reporting.comparison import Line, Model
+from slm.reporting.stats import Cost, training_cost
+from slm.reporting.tables import Table, cost, interval, markdown
+from slm.runs import ledger, rundir
 
-Table = tuple[list[str], list[list[str]]]
-Section = tuple[str, str, Table]  # title, note, table
-_NOT_RUN, _NONE = 'not run', '–'
-_CSV = (
-  'method', 'label', 'kind', 'budget', 'size', 'on', 'domains', 'status', 'loss', 'ppl', 'bpb',
-  'reference', 'difference', 'low', 'high', 'verdict', 'seeds', 'loss_by_seed', 'params',
-  'generic_tokens', 'generic_flops', 'generic_seconds', 'specialise_tokens', 'specialise_flops',
-  'specialise_seconds',
-  *(f'total_flops_{n}' for n in NUM_DOMAINS),
-)  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-  """Format device-seconds: 12 s, 3.4 min, 2.1 h."""
-  for size, unit in ((3600, 'h'), (60, 'min')):
-    if seconds >= 2 * size:
-      return f'{seconds / size:.1f} {unit}'
-  return f'{seconds:.0f} s'
-
-
-def cost(value: Cost | None) -> list[str]:
-  """Format a cost as tokens, FLOPs, device time."""
-  if value is None:
-    return [_NONE] * 3
-  return [count(value.tokens), number(value.flops), duration(value.seconds)]
-
-
-def number(value: float) -> str:
-  """Format a large number: 3.1e15, or 0."""
-  return f'{value:.2e}'.replace('e+', 'e') if value else '0'
-
-
-def _average(cell: Cell) -> str:
-  """Format a cell's average perplexity, or why there is none."""
-  if cell.complete:
-    return perplexity(cell.average)
-  done = sum(t in cell.losses for t in cell.tests)
-  if 0 < done == len(cell.tests):
-    return f'no seed on every domain: {_NOT_RUN}'
-  return f'{done} of {len(cell.tests)} domains run' if done else _NOT_RUN
-
-
-def _spread(loss: Loss) -> str:
-  values = loss.seeds.values()
-  return f'{len(values)}' if len(values) < 2 else f'{len(values)} (±{_half(values):.3f})'
-
-
-def _half(values: Any) -> float:
-  return (max(values) - min(values)) / 2
-
-
-def main_table(c: Comparison, size: int) -> Table:
-  """Build the comparison at one set size, one row per method."""
-  above = f'nats/token above {c.study.label(c.study.baseline)}'
-  head = ['method', 'perplexity', 'bits/byte', above, 'verdict', 'seeds']
-  head += ['served parameters', 'generic FLOPs', 'FLOPs/domain', 'time/domain']
-  rows, early = [], unfinished(c)
-  for method in c.study.methods:
-    cell = c.cells[method, size]
-    found, done = c.to_baseline(cell), cell.complete
-    bpb = f'{cell.average.bpb:.3f}' if done and not math.isnan(cell.average.bpb) else _NONE
-    verdict = 'reference' if method == c.study.baseline else found.verdict if found else _NONE
-    params = c.study.params
-    rows.append(
-      [c.study.label(method), _average(cell) + (' †' if done and (method, size) in early else '')]
-      + [bpb, interval(found), verdict if done else _NONE]
-      + [_spread(cell.average) if done else _NONE]
-      + [count(params[method]) if method in params else _NONE]
-      + [cost(cell.generic)[1], *cost(cell.specialise)[1:]]
-    )
-  return head, rows
-
-
-def domain_table(c: Comparison, size: int) -> Table | None:
-  """Build perplexity and bits per byte on every test set; None if that repeats the main table."""
-  names = [*c.tests, *c.others]
-  if len(names) < 2:
-    return None
-  rows = []
-  for method in c.study.methods:
-    cell, row = c.cells[method, size], [c.study.label(method)]
-    for name in names:
-      loss, found = cell.losses.get(name), c.to_baseline(cell, name)
-      row.append(
-        _NOT_RUN if loss is None else f'{perplexity(loss)} ({loss.bpb:.3f})' + _mark(found)
-      )
-    rows.append(row)
-  return ['method', *names], rows
-
-
-def _mark(d: Difference | None) -> str:
-  return '' if d is None else {'better': ' ▼', 'worse': ' ▲', 'within noise': ' ≈'}[d.verdict]
-
-
-def generic_table(c: Comparison) -> Table:
-  """Build the losses on generic text, before any specialisation."""
-  rows = [
-    [c.study.label(m), perplexity(loss), f'{loss.value:.4f}', f'{loss.bpb:.3f}', _spread(loss)]
-    for m, loss in c.generic.items()
-  ]
-  return ['method', 'perplexity', 'loss, nats/token', 'bits/byte', 'seeds'], rows
-
-
-def ledger_table(c: Comparison) -> Table:
-  """Build what every method cost: once, per domain, and for N domains."""
-  head = ['method', 'set size']
-  head += [f'{when}: {x}' for when in ('generic', 'per domain') for x in _COST]
-  head += [f'FLOPs for N = {n}' for n in NUM_DOMAINS]
-  rows = []
-  for method in c.study.methods:
-    for size in c.study.sizes:
-      cell = c.cells[method, size]
-      totals = [cell.total(n) for n in NUM_DOMAINS]
-      rows.append(
-        [c.study.label(method), count(size), *cost(cell.generic), *cost(cell.specialise)]
-        + [_NONE if t is None else number(t.flops) for t in totals]
-      )
-  return head, rows
-
-
-_COST = ('tokens', 'FLOPs', 'device time')
-
-
-def cluster_table(c: Comparison) -> Table:
-  """Build how concentrated each set is, from the data directory's histograms."""
-  head = ['clusters', 'set', 'windows', 'entropy, nats', 'effective clusters', 'effective sample']
-  rows = [
-    [level, name, count(sum(x['windows'])), f'{x["entropy"]:.2f}']
-    + [f'{x["effective_clusters"]:.1f}', f'{x["ess_fraction"]:.3f}', f'{x["top_cluster"]:.1%}']
-    for level, sets in plots.histograms(c).items()
-    for name, x in sets.items()
-  ]
-  return [*head, 'share of the most frequent'], rows
-
-
-def markdown(table: Table) -> str:
-  """Format a table as Markdown, numbers to the right, sentences to the left."""
-  head, rows = table
-  side = '---' if page.kind(table) else '---:'
-  lines = [head, ['---', *[side] * (len(head) - 1)], *rows]
-  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
-def table_md(c: Comparison, advice: list[str], behind: list[Section]) -> str:
-  """Write table.md: advice, every table with its notes, and what the methods are."""
-  parts = [f'# {c.study.title}', *advice, '## Comparison', *notes(c)]
-  for size in c.study.sizes:
-    parts += [f'### {count(size)} tokens of domain text', markdown(main_table(c, size))]
-    if (second := domain_table(c, size)) is not None:
-      parts += [DOMAIN_NOTE, markdown(second)]
-  parts += ['## How each method works']
-  parts += [''.join(f'- {m["label"]}: {m["describe"]}\n' for m in c.study.methods.values())]
-  for title, note, table in behind:
-    if table[1]:
-      parts += [f'## {title}', note, markdown(table)]
-  if c.study.notes:
-    parts += ['## What differs from the paper', ''.join(f'- {x}\n' for x in c.study.notes)]
-  return '\n\n'.join(part.rstrip() for part in parts) + '\n'
-
-
-def _written(path: Path) -> list[Section]:
-  """Read the tables that the experiment itself wrote to STUDY/sections, if it did."""
-  found = [files.read_json(file) for file in sorted((path / 'sections').glob('*.json'))]
-  return [(x['title'], x['note'], (x['head'], x['rows'])) for x in found]
-
-
-def _groups(further: list[Comparison]) -> list[Section]:
-  """Build the tables of methods beside the main ones."""
-  found = []
-  for c in further:
-    methods = [m for m in c.study.methods.values() if m.get('group')]
-    described = ' '.join(f'{m["label"]}: {m["describe"]}' for m in methods)
-    if len(c.tests) < len(c.study.domains):
-      described += f' Averages are over {", ".join(t.partition("/")[0] for t in c.tests)} alone.'
-    known: list[list[str]] = []
-    for size in c.study.sizes:
-      head, rows = main_table(c, size)
-      rows = [row for row in rows if row[1] != _NOT_RUN]
-      # More than the baseline; models that are not tuned are the same at every size.
-      if len(rows) > 1 and not all(row in known for row in rows):
-        on = f', {count(size)} tokens of domain text' * (c.study.baseline == BASELINE)
-        found.append((methods[0]['group'] + on, described, (head, rows)))
-        known += rows
-  return found
-
-
-def _budget_sections(found: dict[float, Comparison]) -> list[Section]:
-  if len(found) < 2 or not budgets.sizes(found):
-    return []
-  return [('As pretraining goes on', BUDGET_NOTE, budgets.table(found, interval))]
-
-
-def sections(c: Comparison) -> list[Section]:
-  """List the tables behind the comparison: title, note, table."""
-  return [
-    ('Cost ledger', LEDGER_NOTE, ledger_table(c)),
-    ('Generic text', 'Held-out generic text, before any specialisation.', generic_table(c)),
-    ('Clusters', CLUSTER_NOTE, cluster_table(c)),
-  ]
-
-
-def notes(c: Comparison) -> list[str]:
-  """Say how to read the main table, what was resampled, and which runs ended too early."""
-  found = [MAIN_NOTE, COST_NOTE]
-  by_document = [f'{name} {n:,} documents' for name, n in c.documents.items() if n]
-  by_row = [name for name, n in c.documents.items() if not n]
-  if by_document:
-    found.append(
-      f'Intervals resample whole documents, since rows of one are alike: {", ".join(by_document)}. '
-      'With fewer than about 20 documents they are too narrow.'
-    )
-  if by_row:
-    found.append(
-      f'Intervals resample single rows on {", ".join(by_row)}, where the data do not say which of '
-      'several documents a row is from: rows of one document are alike, so they are too narrow.'
-    )
-  if early := listed_cells(c, unfinished(c)):
-    found.append(f'† Still improving when it ended (its best step is its last): {early}.')
-  return found
-
-
-MAIN_NOTE = (
-  'SLM stands for small language model, the size that may be served, and the plain SLM is one '
-  'trained on generic text and fine-tuned; LLM is the larger model beside it. '
-  'Perplexity is exp of the loss averaged over domains with equal weight; lower is better. The '
-  'difference is to the plain SLM with the same domain text, in nats per token, over the seeds '
-  'both have, with its 95 % interval: a paired bootstrap over held-out text and, with two seeds or '
-  "more, Student's interval over training runs, added in squares. Better and worse mean that the "
-  'interval excludes zero; everything else is within noise. '
-  'Seeds: their number and half the range of their losses.'
-)
-COST_NOTE = (
-  'Served parameters are those of the one model that answers. Generic FLOPs are paid once, before '
-  'the domain is known; FLOPs/domain and time/domain (devices × time) again for every domain.'
-)
-DOMAIN_NOTE = (
-  'Perplexity (bits per byte) on each test set; ▼ better, ▲ worse, ≈ within noise of the plain SLM '
-  'at the same set size.'
+_LEDGER_NOTE = (
+  'What training took: of every run, of the runs it was made from, and of both together for a '
+  'model (the mean over its runs). Device time is devices × time; evaluations are left out.'
 )
 
 
-def results_csv(comparisons: list[Comparison]) -> str:
-  """Write every number unrounded: a line per method, size and test set, and for the average."""
-  out = io.StringIO()
-  writer = csv.DictWriter(out, _CSV, restval='', lineterminator='\n')
-  writer.writeheader()
-  for c in comparisons:
-    budget = {'budget': c.study.budget}
-    for cell in c.cells.values():
-      if _own(c.study, cell.method):
-        writer.writerows(budget | line for line in _lines(c, cell))
-    for method, loss in c.generic.items():
-      if _own(c.study, method):
-        line = _line(c.study, method, '', f'{c.study.generic}/test', loss, None)
-        writer.writerow(budget | line)
-  return out.getvalue()
-
-
-def _own(study: Study, method: str) -> bool:
-  """Say whether a method stands in a table of its own right, not as the reference of a group."""
-  return method != study.baseline or not study.groups
-
-
-def _lines(c: Comparison, cell: Cell) -> list[dict[str, Any]]:
-  """Return a cell's lines: the average, then every test set."""
-  average = cell.average if cell.complete else None
-  found = [('average', average, c.to_baseline(cell))]
-  found += [(t, cell.losses.get(t), c.to_baseline(cell, t)) for t in (*c.tests, *c.others)]
-  costs = _cost_keys(cell) | {'domains': len(c.tests)}
-  return [_line(c.study, cell.method, cell.size, *x) | costs for x in found]
-
-
-def _line(
-  study: Study, method: str, size: int | str, on: str, loss: Loss | None, d: Difference | None
-) -> dict[str, Any]:
-  line = {'method': method, 'label': study.label(method), 'kind': study.kind(method) or ''}
-  line |= {'size': size, 'on': on, 'status': _NOT_RUN if loss is None else 'run'}
-  line |= {'params': study.params[method]} if method in study.params else {}
-  if loss is not None:
-    line |= {'loss': loss.value, 'ppl': math.exp(loss.value), 'bpb': loss.bpb}
-    by_seed = ' '.join(f'{seed}:{x:.4f}' for seed, x in loss.seeds.items())
-    line |= {'seeds': len(loss.seeds), 'loss_by_seed': by_seed}
-  if d is not None:
-    line |= {'reference': study.baseline, 'difference': d.value, 'low': d.low, 'high': d.high}
-    line['verdict'] = d.verdict
-  return line
-
-
-def _cost_keys(cell: Cell) -> dict[str, float]:
-  found = {}
-  for name, value in (('generic', cell.generic), ('specialise', cell.specialise)):
-    if value is not None:
-      found |= {f'{name}_tokens': value.tokens, f'{name}_flops': value.flops}
-      found[f'{name}_seconds'] = value.seconds
-  totals = {n: cell.total(n) for n in NUM_DOMAINS}
-  return found | {f'total_flops_{n}': t.flops for n, t in totals.items() if t is not None}
-
-
-def show(c: Comparison, advice: list[str]) -> None:
-  """Print the comparison and the advice."""
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(width=120)
-  for size in c.study.sizes:
-    head, rows = main_table(c, size)
-    title = f'{c.study.title}: {count(size)} tokens of domain text'
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE, title_justify='left')
-    for i in _SHOWN:
-      name = head[i].replace('served ', 'served\n')
-      table.add_column(name, justify='right' if i else 'left', no_wrap=i > 0)
-    for row in rows:
-      table.add_row(*(row[i] for i in _SHOWN), style=_RICH.get(row[4]))
-    console.print(table)
-  console.print(' '.join(advice), highlight=False, markup=False)
-
-
-_SHOWN = (0, 1, 3, 4, 6, 7, 8)  # the columns that fit a terminal
-_RICH = {'better': 'green', 'worse': 'red', 'reference': 'bold'}
-
-
-def report(study_path: str | Path, out: str | Path = '') -> list[str]:
-  """Write and print the report of a study; returns the advice.
-
-  Raises:
-    ValueError: if study.json or a run it lists is broken, naming it.
-  """
-  whole = load_study(Path(study_path))
-  study, out = whole.only(), Path(out) if out else whole.path
-  c, found = comparison.compare(study), budgets.by_budget(whole)
-  advice, drawn = advise(c), plots.plots(c)
-  further = [comparison.compare(whole.only(group)) for group in whole.groups]
-  more = budgets.plot(found), sweeps.plot(whole, [c, *further])
-  drawn[2:2] = [p for p in more if p is not None]
-  behind = [*_written(whole.path), *_groups(further), *_budget_sections(found), *sections(c)]
+def report(models: Sequence[Model], sets: Sequence[str], out: Path) -> dict[str, list[Line]]:
+  """Write report.html, table.md, results.csv and plots/ from run directories; return the losses."""
+  by_set = {name: comparison.compare(models, name) for name in sets}
+  answer = [sentence(lines) for lines in by_set.values()]
+  sections = [
+    (f'Held-out loss on {name}', comparison.note(lines), comparison.table(lines))
+    for name, lines in by_set.items()
+  ]
+  sections += [('Cost ledger', _LEDGER_NOTE, ledger_table(models))]
+  where = page.environment(Path(ref) for model in models for ref in model.refs)
+  sections += [('Environment', 'Each distinct one of the runs.', where)]
+  drawn = [comparison.plot(by_set)] if len(models) > 1 else []
+  drawn += [p for p in [_training(models)] if p is not None]
+  title = ', '.join(m.label for m in models)
   for plot in drawn:
     files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
-  files.write_text(out / 'results.csv', results_csv([*found.values(), *further]))
-  files.write_text(out / 'table.md', table_md(c, advice, behind))
-  main_tables = [(count(s), main_table(c, s), domain_table(c, s)) for s in study.sizes]
-  html = page.render(c, whole, advice, notes(c), main_tables, DOMAIN_NOTE, drawn, behind, out)
-  files.write_text(out / 'report.html', html)
-  show(c, advice)
-  print(f'wrote {out / "report.html"}, table.md, results.csv and plots/')
-  return advice
+  every = [line for lines in by_set.values() for line in lines]
+  files.write_text(out / 'results.csv', comparison.results_csv(every))
+  parts = [f'# {title}', *answer]
+  parts += [f'## {name}\n\n{note}\n\n{markdown(table)}' for name, note, table in sections]
+  files.write_text(out / 'table.md', '\n\n'.join(part.rstrip() for part in parts) + '\n')
+  files.write_text(out / 'report.html', page.document(title, answer, sections, drawn))
+  return by_set
 
 
-BUDGET_NOTE = (
-  'Difference to the plain SLM at the same share of the pretraining, in nats per token with its '
-  '95 % interval: each checkpoint of the pretraining runs is specialised by itself.'
-)
-LEDGER_NOTE = (
-  'Generic costs are paid once, before the domain is known, and include the clustering of the '
-  'generic text for methods that use it; costs per domain are paid again for every domain. '
-  'C_total(N) = C_generic + N · C_specialise. Held-out evaluations (phase evaluate of ledger.json) '
-  'are left out of every cost.'
-)
-CLUSTER_NOTE = (
-  'How concentrated each set is. Effective clusters = exp(entropy). Effective sample = the share '
-  'of generic text that still counts when it is resampled to look like the set: small means that '
-  'the same text is repeated.'
-)
+def sentence(lines: Sequence[Line]) -> str:
+  """Say which models differ from the first on a set."""
+  first, *others = lines
+  start = f'On {first.on} {first.model.label} has a loss of {first.loss.value:.4f} nats/token'
+  parts = [f'{x.model.label} is {_SAYS[x.difference.verdict]} ({interval(x.difference)})'
+           for x in others]  # fmt: skip
+  return '; '.join([start, *parts]) + '.'
+
+
+_SAYS = {'better': 'better', 'worse': 'worse', 'within noise': 'within noise of it'}
+
+
+def lineage(ref: str | Path) -> list[Path]:
+  """List a run and, without repetition, the runs and folders that it was made from."""
+  refs, todo = [], [Path(ref)]
+  while todo:
+    refs.append(todo.pop(0))
+    ancestors = ledger.read_ledger(rundir.split_ref(refs[-1])[0])['ancestors']
+    todo += [p for p in map(Path, ancestors) if p not in refs and p not in todo]
+  return refs
+
+
+def ledger_table(models: Sequence[Model]) -> Table:
+  """Build the costs of every run and its ancestors, and of each model with them."""
+  rows = []
+  for model in models:
+    totals: list[Cost | None] = []
+    for ref in model.refs:
+      costs = {path: training_cost(path) for path in lineage(ref)}
+      for path, value in costs.items():
+        rows.append([str(path), 'run' if path == Path(ref) else f'made {ref}', *cost(value)])
+      totals.append(None if None in costs.values() else sum(costs.values(), Cost()))
+    mean = None if None in totals else sum(totals, Cost()) * (1 / len(totals))
+    rows.append([model.label, 'with what it was made from', *cost(mean)])
+  return ['run', 'what', 'tokens', 'FLOPs', 'device time'], rows
+
+
+def _training(models: Sequence[Model]) -> figures.Plot | None:
+  """Draw the training and held-out losses of every run that was trained here."""
+  style = {ref: figures.style(i) for i, m in enumerate(models) for ref in m.refs}
+  drawn = {ref: figures.curves(rundir.split_ref(ref)[0]) for ref in style}
+  drawn = {ref: curve for ref, curve in drawn.items() if curve}
+  if not drawn:
+    return None
+  with rc_context(figures.RC):
+    figure = figures.training(drawn, style)
+    shown = [m for m in models if any(ref in drawn for ref in m.refs)]
+    figures.legend(figure, {m.label: style[m.refs[0]] for m in shown})
+    return figures.save(
+      figure, 'training', 'Training curves',
+      'Look for curves that still fall at their end: those runs would gain from more tokens.',
+    )  # fmt: skip

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-from slm.reporting.comparison import Difference
+from slm.reporting.stats import Difference
+from slm.reporting.tables import interval
 
 YES, NO, NOISE, UNTESTED = 'reproduced', 'not reproduced', 'within noise', 'not tested'
 ONE_SEED = ', one seed'
@@ -29,13 +30,6 @@ class Evidence:
 def not_run(what: str) -> Evidence:
   """Say that a comparison lacks a run."""
   return Evidence(what, None, 'not run', run=False)
-
-
-def interval(d: Difference | None) -> str:
-  """Format a difference with its interval."""
-  if d is None:
-    return '–'
-  return f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'.replace('-', '−')
 
 
 def with_seeds(d: Difference) -> str:

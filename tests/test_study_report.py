@@ -1,4 +1,4 @@
-"""Reports: golden table, bootstrap, costs, advice, the page, and what broken studies say."""
+"""The report of a study: golden table, costs, advice, the page, and what broken studies say."""
 
 import csv
 import json
@@ -21,10 +21,12 @@ from studies import (
   write_run,
 )
 
-from slm.reporting import comparison, page, plots, report
-from slm.reporting.advice import advise, crossing, unfinished
-from slm.reporting.comparison import Cost, compare, resample
-from slm.reporting.study import load_study
+from experiments.specialise import cells, page, plots, report
+from experiments.specialise.advice import advise, crossing, unfinished
+from experiments.specialise.cells import compare
+from experiments.specialise.study import load_study
+from slm.reporting.stats import Cost
+from slm.reporting.tables import markdown
 
 
 def test_golden_table(tmp_path: Path):
@@ -38,7 +40,7 @@ def test_golden_table(tmp_path: Path):
     })  # fmt: skip
   c = compare(load_study(maker.save()))
   head, rows = report.main_table(c, 20_000)
-  assert report.markdown((head, rows[:1] + rows[3:5])) == (
+  assert markdown((head, rows[:1] + rows[3:5])) == (
     '| method | perplexity | bits/byte | nats/token above SLM | verdict | seeds | '
     'served parameters | generic FLOPs | FLOPs/domain | time/domain |\n'
     '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n'
@@ -60,38 +62,6 @@ def test_perplexity_is_macro_average(tmp_path: Path):
   losses = [r[:, 0].sum() / r[:, 1].sum() for r in rows.values()]
   np.testing.assert_allclose(math.exp(cell.average.value), math.exp(np.mean(losses)), rtol=1e-12)
   assert cell.average.bpb == pytest.approx(np.mean(losses) / math.log(2) / 4)
-
-
-def test_bootstrap_agrees_with_scipy():
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(20, 256, 200).astype(float)
-  a = (3 + rng.normal(0, 0.4, 200)) * tokens
-  b = a + rng.normal(0.02, 0.1, 200) * tokens
-  found = resample(np.stack([a, b], 1), tokens, seed=0, resamples=5000)
-  ours = np.percentile(found[:, 0] - found[:, 1], [2.5, 97.5])
-  theirs = scipy.stats.bootstrap(
-    (a, b, tokens),
-    lambda a, b, t, axis=-1: (a - b).sum(axis) / t.sum(axis),
-    paired=True, n_resamples=5000, method='percentile', vectorized=True, rng=1,
-  ).confidence_interval  # fmt: skip
-  np.testing.assert_allclose(ours, theirs, atol=0.1 * (theirs.high - theirs.low))
-  # Unpaired, the difficulty of the rows would hide the difference.
-  assert ours[1] - ours[0] < 0.4 * np.diff(np.percentile(found[:, 0], [2.5, 97.5]))[0]
-
-
-def test_bootstrap_of_documents_agrees_with_a_loop():
-  rng = np.random.default_rng(5)
-  documents = np.repeat([7, 3, 11, 2, 40], [4, 1, 6, 2, 3])
-  tokens = rng.integers(20, 256, len(documents)).astype(float)
-  nll = rng.normal(3, 0.4, (len(documents), 2)) * tokens[:, None]
-  draws, expected = np.random.default_rng(9).integers(5, size=(50, 5)), []
-  for draw in draws:
-    names = [sorted(set(documents))[i] for i in draw]
-    rows = [row for name in names for row in range(len(documents)) if documents[row] == name]
-    expected.append(nll[rows].sum(0) / tokens[rows].sum())
-  np.testing.assert_allclose(resample(nll, tokens, 9, 50, documents), expected, rtol=1e-12)
-  alone = resample(nll, tokens, 9, 50, np.arange(len(tokens)))
-  np.testing.assert_allclose(alone, resample(nll, tokens, 9, 50), rtol=1e-12)
 
 
 def test_intervals_resample_documents_where_the_data_name_them(tmp_path: Path):
@@ -119,25 +89,6 @@ def test_intervals_resample_documents_where_the_data_name_them(tmp_path: Path):
     compare(load_study(tmp_path))
   np.save(folder / 'documents.npy', np.zeros(400, np.int32))  # one document: nothing to resample
   assert compare(load_study(tmp_path)).documents['law/test'] == 0
-
-
-def test_bootstrap_covers_the_truth():
-  rng, inside, trials = np.random.default_rng(3), 0, 200
-  for trial in range(trials):
-    tokens = rng.integers(20, 256, 150).astype(float)
-    delta = rng.normal(0.05, 0.2, (150, 1)) * tokens[:, None]
-    low, high = np.percentile(resample(delta, tokens, trial, 500), [2.5, 97.5])
-    inside += low <= 0.05 <= high
-  assert 0.89 <= inside / trials <= 0.99
-
-
-def test_bootstrap_is_seeded_and_chunking_changes_nothing_but_speed():
-  tokens = np.full(5000, 10.0)
-  nll = np.random.default_rng(0).normal(30, 3, (5000, 2))
-  found = resample(nll, tokens, seed=4)
-  assert found.shape == (comparison.RESAMPLES, 2)
-  np.testing.assert_array_equal(found, resample(nll, tokens, seed=4))
-  np.testing.assert_allclose(found.std(0), nll.std(0) / 10 / 5000**0.5, rtol=0.1)
 
 
 def test_intervals_hold_text_and_training_runs(tmp_path: Path):
@@ -176,7 +127,7 @@ def test_methods_of_one_domain_are_compared_on_that_domain(tmp_path: Path):
   main = compare(study.only())
   assert main.tests == ('law/test', 'news/test')
   # And against a cell of the main table, on what both have.
-  apart = comparison.between(c.cells['distill', 20_000], main.cells['project', 20_000])
+  apart = cells.between(c.cells['distill', 20_000], main.cells['project', 20_000])
   assert apart.value == pytest.approx(-0.15, abs=0.01)
   report.report(study.path)
   assert 'Averages are over law alone.' in (study.path / 'table.md').read_text()
@@ -325,7 +276,7 @@ def test_runs_that_ended_while_improving_are_flagged(tmp_path: Path):
   c = compare(load_study(maker.save()))
   assert unfinished(c) == [('slm', 20_000)]
   assert [row[1].endswith(' †') for row in report.main_table(c, 20_000)[1]][:2] == [True, False]
-  assert '†' not in report.markdown(report.main_table(c, 160_000))
+  assert '†' not in markdown(report.main_table(c, 160_000))
   flag = '† Still improving when it ended (its best step is its last): SLM (20k tokens).'
   assert report.notes(c)[-1] == flag
   assert 'how they compare: SLM (20k tokens).' in ' '.join(advise(c))
@@ -559,7 +510,7 @@ def _rows_cut(study: Path) -> None:
     (lambda s: next(s.glob('runs/llm-law*/eval.json')).unlink(), 'not evaluated on law/test'),
     (_evaluated(step=80), 'evaluated on law/test at step 80 and serves 100'),
     (_evaluated(rows_sha256='def'), 'law/test was evaluated on other rows than'),
-    (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'missing or damaged'),
+    (lambda s: next(s.glob('runs/llm-law*/eval/*.npy')).write_bytes(b''), 'truncated or damaged'),
     (_rows_cut, 'law/test was evaluated on other rows than'),
   ],
 )

@@ -1,27 +1,24 @@
 """Figures of a study: one colour and marker per method, drawn for light and dark pages."""
 
-import dataclasses
-import io
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import lines, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.specialise.advice import NUM_DOMAINS
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE, Study
 from slm.base import files
-from slm.reporting.advice import NUM_DOMAINS, count, perplexity
-from slm.reporting.comparison import Cell, Comparison
-from slm.reporting.study import BASELINE, Study
-from slm.runs import rundir
+from slm.reporting import figures
+from slm.reporting.figures import INK, RC, Plot, curves, save
+from slm.reporting.tables import count, perplexity
 
-INK = '#2a2d34'  # stands for the page's text colour
 # Okabe and Ito's palette, safe for colour-blind readers; ink and greys for the reference rows.
 _STYLE = {
   'slm': (INK, 'o'),
@@ -34,43 +31,6 @@ _STYLE = {
   'llm': ('#cc79a7', 'P'),
 }
 _FURTHER = (('#e69f00', 'h'), ('#b8a900', '*'), ('#8c6bb1', '<'), ('#8a5a3c', '>'))
-RC = {
-  'svg.fonttype': 'none',
-  'svg.hashsalt': 'slm',
-  'font.size': 9,
-  'axes.edgecolor': INK,
-  'axes.labelcolor': INK,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.titlesize': 9,
-  'text.color': INK,
-  'xtick.color': INK,
-  'ytick.color': INK,
-  'grid.color': '#8d93a0',
-  'grid.alpha': 0.25,
-  'grid.linewidth': 0.6,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-  """One figure: its name, a caption that says what to look at, and the SVG text."""
-
-  name: str
-  title: str
-  caption: str
-  svg: str
-
-  @property
-  def inline(self) -> str:
-    """Return the SVG for an HTML page: transparent, with the page's text colour."""
-    return re.sub(f'(?i){INK}', 'currentColor', self.svg[self.svg.index('<svg') :])
-
-  @property
-  def file(self) -> str:
-    """Return the SVG for a file, on white."""
-    end = self.svg.index('>', self.svg.index('<svg')) + 1
-    return self.svg[:end] + '<rect width="100%" height="100%" fill="#ffffff"/>' + self.svg[end:]
 
 
 def styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -84,16 +44,6 @@ def plots(c: Comparison) -> list[Plot]:
   makers = (_perplexity, _loss_by_size, _loss_by_cost, _training, _clusters)
   with matplotlib.rc_context(RC):
     return [p for make in makers for p in [make(c)] if p is not None]
-
-
-def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
-  """Make a plot of a figure: the same bytes each time."""
-  out = io.StringIO()
-  figure.savefig(out, format='svg', transparent=True, metadata={'Date': None})
-  svg = re.sub(r'(?s)<metadata>.*?</metadata>', '', out.getvalue())
-  svg = re.sub(r'<g id="[^"]*">', '<g>', svg)  # ids would repeat between figures of a page
-  svg = svg.replace('<svg ', f'<svg role="img" aria-label="{title}" ', 1)
-  return Plot(name, title, caption, svg)
 
 
 def _complete(c: Comparison) -> dict[str, dict[int, Cell]]:
@@ -277,13 +227,8 @@ def _loss_by_cost(c: Comparison) -> Plot | None:
 def legend(figure: Figure, study: Study, names: list[str]) -> None:
   """Write the methods' colours and markers below a figure."""
   style = styles(study.methods)
-  handles = [
-    lines.Line2D([], [], color=style[n][0], marker=style[n][1], ls='', **marks(n)) for n in names
-  ]
-  labels = [study.label(n) for n in names]
-  columns = max(int(figure.get_figwidth() / 2.6), 1)
-  figure.legend(handles, labels, loc='outside lower center', ncols=min(len(names), columns),
-                frameon=False, fontsize=8.5)  # fmt: skip
+  shown = {study.label(n): style[n] for n in names}
+  figures.legend(figure, shown, {study.label(n): marks(n) for n in names})
 
 
 def _pretraining(c: Comparison) -> dict[str, str]:
@@ -300,27 +245,12 @@ def _pretraining(c: Comparison) -> dict[str, str]:
 
 def _training(c: Comparison) -> Plot | None:
   style, runs = styles(c.study.methods), _pretraining(c)
-  curves = {n: _curves(c.study.path / n) for n in runs}
-  curves = {n: x for n, x in curves.items() if x}
-  if not curves:
+  drawn = {n: curves(c.study.path / n) for n in runs}
+  drawn = {n: x for n, x in drawn.items() if x}
+  if not drawn:
     return None
-  figure = Figure((8.8, 3.5), layout='constrained')
-  axes = figure.subplots(1, 2, sharex=True)
-  for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
-    for name, curve in curves.items():
-      color, marker = style[runs[name]]
-      tokens, losses = curve[key]
-      ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
-              ms=4)  # fmt: skip
-    ax.set_title(f'{title} loss, nats/token')
-    ax.set_xlabel('tokens seen')
-    ax.xaxis.set_major_formatter(lambda x, _: count(x))
-    ax.grid(axis='y')
-    late = [y for curve in curves.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
-    if late:
-      margin = 0.05 * (max(late) - min(late)) + 0.01
-      ax.set_ylim(min(late) - margin, max(late) + margin)
-  legend(figure, c.study, [m for m in c.study.methods if m in {runs[n] for n in curves}])
+  figure = figures.training(drawn, {n: style[runs[n]] for n in drawn})
+  legend(figure, c.study, [m for m in c.study.methods if m in {runs[n] for n in drawn}])
   return save(
     figure,
     'training',
@@ -329,26 +259,6 @@ def _training(c: Comparison) -> Plot | None:
     'The training loss of importance sampling is of the text it selects, so its height does not '
     "compare; its held-out loss is of generic validation text, like the others'.",
   )
-
-
-def _curves(path: Path) -> dict[str, tuple[list[float], np.ndarray]] | None:
-  """Read {'loss', 'eval_loss'} as (tokens, values); training loss is a running mean."""
-  if not (path / 'metrics.jsonl').exists():
-    return None
-  metrics = rundir.read_metrics(path)
-  found = {}
-  for key in ('loss', 'eval_loss'):
-    points = [(m['tokens'], m[key]) for m in metrics if key in m and 'tokens' in m]
-    values = np.array([y for _, y in points])
-    found[key] = ([x for x, _ in points], _smooth(values) if key == 'loss' else values)
-  return found if found['loss'][0] else None
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-  width = max(len(values) // 40, 1)
-  padded = np.concatenate([np.zeros(1), np.cumsum(values)])
-  start = np.maximum(np.arange(len(values)) + 1 - width, 0)
-  return (padded[1:] - padded[start]) / (np.arange(len(values)) + 1 - start)
 
 
 def histograms(c: Comparison) -> dict[str, dict[str, dict[str, Any]]]:

@@ -2,9 +2,11 @@
 
 import math
 
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE
 from slm.base import files
-from slm.reporting.comparison import Cell, Comparison, Difference, Loss, difference
-from slm.reporting.study import BASELINE
+from slm.reporting.stats import Difference, difference
+from slm.reporting.tables import count, perplexity, times
 
 NUM_DOMAINS = (1, 7, 50)
 _MATTERS = 0.02  # nats per token, the smallest effect the paper's table rests on
@@ -117,7 +119,7 @@ def _size(c: Comparison, size: int, winner: Cell) -> str:
   one, plain = winner.total(1), base.total(1)
   if one and plain and plain.flops:
     text += (
-      f' Training it for one domain takes {flops(one.flops)}, '
+      f' Training it for one domain takes {_flops(one.flops)}, '
       f'{_times_plain(one.flops / plain.flops)}.'
     )
   ties = _ties(c, winner)
@@ -213,7 +215,7 @@ def _domains(c: Comparison, winners: dict[int, Cell]) -> list[str]:
     return []
   many = _listed([str(n) for n in NUM_DOMAINS])
   if not better:
-    costs = _listed([flops(base.total(n).flops) for n in NUM_DOMAINS])
+    costs = _listed([_flops(base.total(n).flops) for n in NUM_DOMAINS])
     return [
       f'For {many} domains ({count(size)} tokens each) the plain SLM costs {costs} to train, '
       'generic training included.'
@@ -341,25 +343,6 @@ def _listed(parts: list[str]) -> str:
   return parts[0] if len(parts) == 1 else f'{", ".join(parts[:-1])} and {parts[-1]}'
 
 
-def count(n: float) -> str:
-  """Format a count: 20k, 1.3M."""
-  for size, suffix in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-    if n >= size:
-      return f'{n / size:.3g}{suffix}'
-  return f'{n:.0f}'
-
-
-def perplexity(loss: Loss) -> str:
-  """Format a perplexity: 14.42, 227."""
-  value = math.exp(loss.value)
-  return f'{value:.2f}' if value < 100 else f'{value:.0f}'
-
-
-def flops(n: float) -> str:
+def _flops(n: float) -> str:
   """Format floating-point operations: 3.1e15 FLOPs."""
   return f'{n:.1e} FLOPs'.replace('e+', 'e')
-
-
-def times(ratio: float) -> str:
-  """Format a ratio: 6.1×, 25×."""
-  return f'{ratio:.1f}×' if ratio < 10 else f'{ratio:.0f}×'

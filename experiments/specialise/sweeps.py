@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from slm.reporting import plots
-from slm.reporting.advice import count
-from slm.reporting.comparison import Cell, Comparison, Difference, difference
-from slm.reporting.study import BASELINE, Study
+from experiments.specialise import plots
+from experiments.specialise.cells import Cell, Comparison
+from experiments.specialise.study import BASELINE, Study
+from slm.reporting import figures
+from slm.reporting.stats import Difference, difference
+from slm.reporting.tables import count
 
 
 def by_clusters(
@@ -39,13 +41,13 @@ def by_clusters(
   return drawn
 
 
-def plot(study: Study, found: list[Comparison]) -> plots.Plot | None:
+def plot(study: Study, found: list[Comparison]) -> figures.Plot | None:
   """Draw the difference to the plain SLM against the number of clusters, a panel per set size."""
   drawn = {s: x for s in study.sizes if (x := by_clusters(study, found, s))}
   if not drawn:
     return None
   style = plots.styles(study.methods)
-  with rc_context(plots.RC):
+  with rc_context(figures.RC):
     figure = Figure((1.0 + 3.0 * len(drawn), 3.5), layout='constrained')
     axes = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for (size, series), ax in zip(drawn.items(), axes, strict=True):
@@ -55,7 +57,7 @@ def plot(study: Study, found: list[Comparison]) -> plots.Plot | None:
         below, above = [x.value - x.low for x in d], [x.high - x.value for x in d]
         values = [x.value for x in d]
         ax.errorbar(list(points), values, (below, above), color=color, marker=marker, capsize=2)
-      ax.axhline(0, color=plots.INK, lw=0.9, ls=(0, (4, 3)))
+      ax.axhline(0, color=figures.INK, lw=0.9, ls=(0, (4, 3)))
       ax.set_xscale('log', base=2)
       ticks = sorted({k for _, points in series.values() for k in points})
       ax.set_xticks(ticks, [str(k) for k in ticks])
@@ -70,7 +72,7 @@ def plot(study: Study, found: list[Comparison]) -> plots.Plot | None:
       for name, tests in names.items()
       if len(tests) < len(study.domains)
     ]
-    return plots.save(
+    return figures.save(
       figure,
       'clusters-sweep',
       'Number of clusters',

@@ -3,12 +3,12 @@
 from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure
 
-from slm.reporting import plots
-from slm.reporting.advice import count
-from slm.reporting.comparison import Comparison, Difference, compare
-from slm.reporting.study import BASELINE, Study
-
-Table = tuple[list[str], list[list[str]]]
+from experiments.specialise import plots
+from experiments.specialise.cells import Comparison, compare
+from experiments.specialise.study import BASELINE, Study
+from slm.reporting import figures
+from slm.reporting.stats import Difference
+from slm.reporting.tables import Table, count, interval
 
 
 def by_budget(study: Study) -> dict[float, Comparison]:
@@ -23,8 +23,8 @@ def sizes(found: dict[float, Comparison]) -> list[int]:
   return [s for s in first.study.sizes if sum(held(c, s) for c in found.values()) > 1]
 
 
-def table(found: dict[float, Comparison], text) -> Table:
-  """Build the difference to the SLM at the same budget; `text` formats a Difference or None."""
+def table(found: dict[float, Comparison]) -> Table:
+  """Build the difference to the SLM at the same budget."""
   (last, *_) = reversed(found.values())
   head = ['method', 'tokens of domain text', *(f'{b:.3g} of the pretraining' for b in found)]
   rows = []
@@ -38,7 +38,7 @@ def table(found: dict[float, Comparison], text) -> Table:
         if method == BASELINE:
           row.append(f'loss {cell.average.value:.3f}' if cell.complete else '–')
         else:
-          row.append(text(c.to_baseline(cell)))
+          row.append(interval(c.to_baseline(cell)))
       rows.append(row)
   return head, rows
 
@@ -49,7 +49,7 @@ def gap(found: dict[float, Comparison], method: str, size: int) -> dict[float, D
   return {b: d for b, d in pairs.items() if d is not None}
 
 
-def plot(found: dict[float, Comparison]) -> plots.Plot | None:
+def plot(found: dict[float, Comparison]) -> figures.Plot | None:
   """Draw loss against the cost of pretraining: on generic text, and for each set size."""
   if len(found) < 2 or not sizes(found):
     return None
@@ -59,7 +59,7 @@ def plot(found: dict[float, Comparison]) -> plots.Plot | None:
     len(_points(found, m, '')) > 1 for m in last.study.methods
   ) else []  # fmt: skip
   panels += sizes(found)
-  with rc_context(plots.RC):
+  with rc_context(figures.RC):
     figure = Figure((0.8 + 3.0 * len(panels), 3.6), layout='constrained')
     drawn: dict[str, None] = {}
     for panel, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
@@ -80,7 +80,7 @@ def plot(found: dict[float, Comparison]) -> plots.Plot | None:
       ax.grid()
     figure.axes[0].set_ylabel('loss, nats/token')
     plots.legend(figure, last.study, list(drawn))
-    return plots.save(
+    return figures.save(
       figure,
       'loss-by-budget',
       'Loss against the pretraining budget',

@@ -1,0 +1,135 @@
+"""Figures: one look, the same bytes each time, drawn for light and dark pages."""
+
+import dataclasses
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import lines
+from matplotlib.figure import Figure
+
+from slm.reporting.tables import count
+from slm.runs import rundir
+
+Style = tuple[str, str]  # colour and marker
+
+INK = '#2a2d34'  # stands for the page's text colour
+RC = {
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'slm',
+  'font.size': 9,
+  'axes.edgecolor': INK,
+  'axes.labelcolor': INK,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.titlesize': 9,
+  'text.color': INK,
+  'xtick.color': INK,
+  'ytick.color': INK,
+  'grid.color': '#8d93a0',
+  'grid.alpha': 0.25,
+  'grid.linewidth': 0.6,
+}
+
+
+# Okabe and Ito's palette, safe for colour-blind readers; ink for the reference.
+_STYLES = (
+  (INK, 'o'), ('#d55e00', 's'), ('#0a7ac2', '^'), ('#009e73', 'D'), ('#cc79a7', 'P'),
+  ('#56b4e9', 'v'), ('#e69f00', 'h'), ('#8c6bb1', '<'),
+)  # fmt: skip
+
+
+def style(i: int) -> Style:
+  """Return the colour and marker of the i-th of several models; the first is the reference."""
+  return _STYLES[i % len(_STYLES)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """One figure: its name, a caption that says what to look at, and the SVG text."""
+
+  name: str
+  title: str
+  caption: str
+  svg: str
+
+  @property
+  def inline(self) -> str:
+    """Return the SVG for an HTML page: transparent, with the page's text colour."""
+    return re.sub(f'(?i){INK}', 'currentColor', self.svg[self.svg.index('<svg') :])
+
+  @property
+  def file(self) -> str:
+    """Return the SVG for a file, on white."""
+    end = self.svg.index('>', self.svg.index('<svg')) + 1
+    return self.svg[:end] + '<rect width="100%" height="100%" fill="#ffffff"/>' + self.svg[end:]
+
+
+def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
+  """Make a plot of a figure: the same bytes each time."""
+  out = io.StringIO()
+  figure.savefig(out, format='svg', transparent=True, metadata={'Date': None})
+  svg = re.sub(r'(?s)<metadata>.*?</metadata>', '', out.getvalue())
+  svg = re.sub(r'<g id="[^"]*">', '<g>', svg)  # ids would repeat between figures of a page
+  svg = svg.replace('<svg ', f'<svg role="img" aria-label="{title}" ', 1)
+  return Plot(name, title, caption, svg)
+
+
+def curves(path: Path) -> dict[str, tuple[list[float], np.ndarray]] | None:
+  """Read {'loss', 'eval_loss'} as (tokens, values); training loss is a running mean."""
+  if not (path / 'metrics.jsonl').exists():
+    return None
+  metrics = rundir.read_metrics(path)
+  found = {}
+  for key in ('loss', 'eval_loss'):
+    points = [(m['tokens'], m[key]) for m in metrics if key in m and 'tokens' in m]
+    values = np.array([y for _, y in points])
+    found[key] = ([x for x, _ in points], _smooth(values) if key == 'loss' else values)
+  return found if found['loss'][0] else None
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  width = max(len(values) // 40, 1)
+  padded = np.concatenate([np.zeros(1), np.cumsum(values)])
+  start = np.maximum(np.arange(len(values)) + 1 - width, 0)
+  return (padded[1:] - padded[start]) / (np.arange(len(values)) + 1 - start)
+
+
+def training(
+  drawn: Mapping[str, dict[str, tuple[list[float], np.ndarray]]], style: Mapping[str, Style]
+) -> Figure:
+  """Draw the `curves` of runs: training and held-out loss, side by side."""
+  figure = Figure((8.8, 3.5), layout='constrained')
+  axes = figure.subplots(1, 2, sharex=True)
+  for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
+    for name, curve in drawn.items():
+      color, marker = style[name]
+      tokens, losses = curve[key]
+      ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
+              ms=4)  # fmt: skip
+    ax.set_title(f'{title} loss, nats/token')
+    ax.set_xlabel('tokens seen')
+    ax.xaxis.set_major_formatter(lambda x, _: count(x))
+    ax.grid(axis='y')
+    late = [y for curve in drawn.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
+    if late:
+      margin = 0.05 * (max(late) - min(late)) + 0.01
+      ax.set_ylim(min(late) - margin, max(late) + margin)
+  return figure
+
+
+def legend(
+  figure: Figure, shown: Mapping[str, Style], marks: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+  """Write labels with their colours and markers below a figure; `marks` says how some are drawn."""
+  marks = marks or {}
+  handles = [
+    lines.Line2D([], [], color=color, marker=marker, ls='', **marks.get(label, {}))
+    for label, (color, marker) in shown.items()
+  ]
+  columns = max(int(figure.get_figwidth() / 2.6), 1)
+  figure.legend(handles, list(shown), loc='outside lower center', ncols=min(len(shown), columns),
+                frameon=False, fontsize=8.5)  # fmt: skip
