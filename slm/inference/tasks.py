@@ -153,10 +153,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   found: dict[str, dict[str, Any]] = {}
   for number, line in enumerate(sources.lines(str(path)), 1):
     where = f'{path}:{number}'
-    try:
+    with files.reading(where, 'valid JSON'):
       item = json.loads(line)
-    except ValueError as e:
-      raise ValueError(f'{where}: not valid JSON ({e})') from None
     if not isinstance(item, dict) or not isinstance(item.get('id'), str):
       raise ValueError(f'{where}: expected an object with an id')
     if item.get('type') not in KINDS and {'question', 'final'} <= set(item):
