@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import toy
 
 from slm.data import documents, loader, prepare, rows, tokenizer
 
-SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
+BEGIN = types.SimpleNamespace(begin=(1,), ids=tokenizer.Ids(pad=0, bos=1, eos=2))
+NONE = types.SimpleNamespace(begin=(), ids=BEGIN.ids)  # texts of many models begin with no token
 
 
 def cfg(**changes) -> loader.DataConfig:
@@ -29,9 +31,18 @@ def equal(a: loader.Batch, b: loader.Batch) -> bool:
 @pytest.mark.parametrize('n', [0, 1, 6, 7, 8, 14, 100])
 def test_windows_cover_the_text_exactly(n):
   ids = list(range(10, 10 + n))
-  windows = list(documents.windows(ids, 8, SPECIAL))
-  assert all(2 <= len(w) <= 8 and w[0] == SPECIAL.bos for w in windows)
-  assert np.concatenate([w[1:] for w in windows]).tolist() == [*ids, SPECIAL.eos]
+  windows = list(documents.windows(ids, 8, BEGIN))
+  assert all(2 <= len(w) <= 8 and w[0] == 1 and w.dtype == np.int32 for w in windows)
+  assert np.concatenate([w[1:] for w in windows]).tolist() == [*ids, 2]
+
+
+@pytest.mark.parametrize('n', [0, 1, 6, 7, 8, 14, 15, 100])
+def test_windows_without_a_begin_token_predict_all_but_the_first(n):
+  ids = list(range(10, 10 + n))
+  windows = list(documents.windows(ids, 8, NONE))
+  assert all(2 <= len(w) <= 8 and w.dtype == np.int32 for w in windows)
+  assert [i for w in windows for i in w[1:]] == [*ids, 2][1:]
+  assert [w[0] for w in windows] == [*ids, 2][:-1:7]  # the last of the one before
 
 
 def test_rows_hold_every_window_once_with_one_cluster():

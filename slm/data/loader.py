@@ -17,6 +17,7 @@ from grain.sources import ArrayRecordDataSource
 
 from slm.base import files
 from slm.data import rows
+from slm.data.tokenizer import load as load_tokenizer
 
 VERSION = 2
 ORDERS = ('proportional', 'every', 'histogram')
@@ -90,7 +91,18 @@ def manifest(path: str | Path) -> dict[str, Any]:
   missing = {'context', 'tokenizer', 'levels', 'sets'} - set(found)
   if missing:
     raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
+  _check_begins(path.parent, found['tokenizer'])
   return found
+
+
+def _check_begins(path: Path, about: dict[str, Any]) -> None:
+  """Refuse rows of before version 0.2, in which a begin token was put where texts have none."""
+  old = about['name'] == 'huggingface' and 'begins' not in about
+  if old and not load_tokenizer(path / 'tokenizer').begins:
+    raise ValueError(
+      f'{path}: its rows begin with a token that texts of its tokenizer do not begin with; prepare '
+      'it again'
+    )
 
 
 class Split:

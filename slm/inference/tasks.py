@@ -281,7 +281,7 @@ def asking(
   def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
     model, began = models.build({'name': 'decoder', **dataclasses.asdict(cfg)}), time.monotonic()
     scorer = scoring.make(
-      model, params, tok, mesh, context=context, begin=[tok.ids.bos], batch_size=batch_size
+      model, params, tok, mesh, context=context, begin=tok.begin, batch_size=batch_size
     )
     max_tokens = min(kind.max_tokens, context // 2)
     records = answer(scorer, items, [''] * len(items), max_tokens)
