@@ -296,7 +296,9 @@ def test_files_that_are_not_of_one_tokenizer(tmp_path):
   assert tokenizer.load(tmp_path / 'tokenizer.model').vocab == 400  # it is named
   (tmp_path / 'tokenizer.model').unlink()
   write(tmp_path, 'added_tokens.json', **{'<|im_end|>': 7})
-  with pytest.raises(ValueError, match=r"gives '<\|im_end\|>' the id 2, the files beside it .* 7"):
+  assert tokenizer.load(tmp_path).encode('<|im_end|>') == [2]
+  write(tmp_path, 'added_tokens.json', **{'<new>': 7})
+  with pytest.raises(ValueError, match=f"'<new>' would get the id {alone.vocab}, the files .* 7"):
     tokenizer.load(tmp_path)
 
 

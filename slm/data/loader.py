@@ -167,7 +167,8 @@ def parents(path: str | Path, level: int) -> np.ndarray:
   levels = manifest(path)['levels']
   if level not in levels:
     raise ValueError(f'{path}: no level {level}; there are: {", ".join(map(str, levels))}')
-  with safetensors.safe_open(Path(path) / 'clusters' / 'model.safetensors', 'np') as f:
+  file = Path(path) / 'clusters' / 'model.safetensors'
+  with files.reading(file), safetensors.safe_open(file, 'np') as f:
     return f.get_tensor(f'parents_{level}')
 
 

@@ -280,10 +280,11 @@ class HuggingFace(Tokenizer):
       whole = m.encode('a')
       masked = zip(whole.ids, whole.special_tokens_mask, strict=True)
       prefix = [i for i, _ in itertools.takewhile(lambda x: x[1], masked)]
-    for i, token in about.added:
-      if i is not None and i != (has := m.token_to_id(token.content)):
+    for i, token in about.added:  # of tokens that are in both the file has the say
+      got = m.token_to_id(token.content)
+      if token.content not in own and i not in (None, got):
         raise ValueError(
-          f'{path}: gives {token.content!r} the id {has}, the files beside it give it {i}'
+          f'{path}: {token.content!r} would get the id {got}, the files beside it give it {i}'
         )
     if len(prefix) > 1:
       raise ValueError(f'{path}: puts {len(prefix)} tokens before a text, expected one or none')
