@@ -20,9 +20,9 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.out = ''  # directory to write to (or --out)
   c.sets = _sets(arg or _PYTHON)  # set -> split -> source; split 'all' is split by hash
   c.tokenizer = dict(
-    name='sentencepiece',  # sentencepiece | bytes | huggingface
+    name='sentencepiece',  # sentencepiece | bytes | huggingface (the one at path)
     vocab=4096,  # pieces of a SentencePiece model trained on generic/train
-    path='',  # a .model or tokenizer.json to use instead of training
+    path='',  # a .model, a tokenizer.json or a folder with one to use, whatever the name
   )
   c.context = 256  # tokens in a row
   c.levels = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones

@@ -4,6 +4,7 @@ python -m slm.generate --run=RUN --prompt='The licence' [--run=OTHER] [--tempera
 """
 
 import functools
+import math
 import sys
 
 import jax
@@ -21,8 +22,8 @@ def main(_: list[str]) -> None:
   if not flags.FLAGS.run or not flags.FLAGS.prompt:
     raise ValueError('--run and --prompt: name at least one of each')
   sampler = greedy
-  if flags.FLAGS.temperature < 0 or not 0 < flags.FLAGS.top_p <= 1:
-    raise ValueError('expected --temperature >= 0 and 0 < --top_p <= 1')
+  if not 0 <= flags.FLAGS.temperature < math.inf or not 0 < flags.FLAGS.top_p <= 1:
+    raise ValueError('expected a --temperature of at least 0 and 0 < --top_p <= 1')
   if flags.FLAGS.temperature:
     sampler = functools.partial(
       sampled, temperature=flags.FLAGS.temperature, top_k=flags.FLAGS.top_k, top_p=flags.FLAGS.top_p
@@ -48,7 +49,7 @@ if __name__ == '__main__':
   flags.DEFINE_multi_string('prompt', [], 'Prompt; repeat for several.')
   flags.DEFINE_integer('max_tokens', 64, 'Tokens to generate.', lower_bound=1)
   flags.DEFINE_float('temperature', 0.0, '0 is greedy.')
-  flags.DEFINE_integer('top_k', 0, 'Sample among this many ids; 0: all.')
+  flags.DEFINE_integer('top_k', 0, 'Sample among this many ids; 0: all.', lower_bound=0)
   flags.DEFINE_float('top_p', 1.0, 'Sample within this probability mass.')
   flags.DEFINE_integer('seed', 0, 'Sampling seed.')
   console.run(main)

@@ -1,7 +1,7 @@
 """A model's own text: as a corpus, and in place of a batch's rows."""
 
+import functools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_generalised_divergence_beside_a_loop():
 
 
 def test_rewritten_rows_are_what_the_model_drew(tiny_config):
-  c, prompt, tok = tiny_config, 5, types.SimpleNamespace(vocab=259, ids=tokenizer.Ids(0, 1, 2))
+  c, prompt, tok = tiny_config, 5, tokenizer.load(f'{tiny_config.data.path}/tokenizer')
   c.model.vocab = 264  # padded
   model, rep = load.build(without_data(c.to_dict(), 32))
   params, key = rep.init(jax.random.key(0)), jax.random.key(1)
@@ -51,8 +51,9 @@ def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   }
   ids, mask = rollout.prompts(rows['inputs'], rows['segments'], prompt)
   assert mask[0].tolist() == [False] * 3 + [True] * 2 and not mask[1].any()
-  sampler = rollout.sampler_of(1.0, 259)
-  drawn = decode.generate(model, params, ids, mask, key, max_tokens=28, sampler=sampler, end=2)
+  sampler = functools.partial(decode.sampled, temperature=1.0, top_k=0, top_p=1.0)
+  how = {'sampler': sampler, 'end': frozenset([2]), 'known': tok.known}
+  drawn = decode.generate(model, params, ids, mask, key, max_tokens=28, **how)
   assert int(drawn.tokens.max()) < 259
   np.testing.assert_array_equal(made['inputs'][:, :prompt], ids)
   logits = jax.nn.log_softmax(unembed(params, model.forward(params, made)))

@@ -3,14 +3,17 @@
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
+import tokenizers
 import toy
 
-from slm.data import documents, loader, prepare, rows, tokenizer, work
+from slm.data import documents, loader, prepare, rows, settings, tokenizer, work
 
-SPECIAL = tokenizer.Ids(pad=0, bos=1, eos=2)
+BEGIN = types.SimpleNamespace(begin=(1,), ids=tokenizer.Ids(pad=0, bos=1, eos=2))
+NONE = types.SimpleNamespace(begin=(), ids=BEGIN.ids)  # texts of many models begin with no token
 
 
 def cfg(**changes) -> loader.DataConfig:
@@ -29,9 +32,18 @@ def equal(a: loader.Batch, b: loader.Batch) -> bool:
 @pytest.mark.parametrize('n', [0, 1, 6, 7, 8, 14, 100])
 def test_windows_cover_the_text_exactly(n):
   ids = list(range(10, 10 + n))
-  windows = list(documents.windows(ids, 8, SPECIAL))
-  assert all(2 <= len(w) <= 8 and w[0] == SPECIAL.bos for w in windows)
-  assert np.concatenate([w[1:] for w in windows]).tolist() == [*ids, SPECIAL.eos]
+  windows = list(documents.windows(ids, 8, BEGIN))
+  assert all(2 <= len(w) <= 8 and w[0] == 1 and w.dtype == np.int32 for w in windows)
+  assert np.concatenate([w[1:] for w in windows]).tolist() == [*ids, 2]
+
+
+@pytest.mark.parametrize('n', [0, 1, 6, 7, 8, 14, 15, 100])
+def test_windows_without_a_begin_token_predict_all_but_the_first(n):
+  ids = list(range(10, 10 + n))
+  windows = list(documents.windows(ids, 8, NONE))
+  assert all(2 <= len(w) <= 8 and w.dtype == np.int32 for w in windows)
+  assert [i for w in windows for i in w[1:]] == [*ids, 2][1:]
+  assert [w[0] for w in windows] == [*ids, 2][:-1:7]  # the last of the one before
 
 
 def test_rows_hold_every_window_once_with_one_cluster():
@@ -298,6 +310,39 @@ def test_text_comes_back():
         if '\ufffd' not in (text := tok.decode(window)):  # a character cut in two
           assert json.dumps(text)[1:-1] in texts
     assert ids.shape == (4,)
+
+
+def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path):
+  """Prepared from a folder of transformers whose tokenizer puts nothing before a text."""
+  words = sorted({w for t in toy.TOPICS.values() for w in t.split()})
+  vocab = {w: i for i, w in enumerate(['<s>', '</s>', '<unk>', *words])}
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '<unk>'))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  (tmp_path / 'hf').mkdir()
+  model.save(str(tmp_path / 'hf' / 'tokenizer.json'))
+  (tmp_path / 'hf' / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+  texts = toy.documents(['law', 'sea'], 40, 0)
+  source = toy.write_jsonl(tmp_path / 'a.jsonl', texts)
+  own = settings.TokenizerConfig('sentencepiece', 400, str(tmp_path / 'hf'))  # the path decides
+  cfg = toy.config(
+    tmp_path, {'generic': {'train': str(source)}}, tokenizer=own, levels=(1,), sizes=()
+  )
+  made = prepare.prepare(cfg)
+  assert made['tokenizer']['begins'] is False and made['tokenizer']['name'] == 'huggingface'
+  split, found = loader.Split(cfg.out, 'generic', 'train'), []
+  for tokens, segments in split.read(split.ids):
+    found += [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
+  want = [[vocab.get(w, 2) for w in t.split()] + [1] for t in texts]
+  assert sorted(found) == sorted(w[i : i + 64] for w in want for i in range(0, len(w) - 1, 63))
+  facts = made['sets']['generic']['train']
+  assert facts['tokens'] == sum(len(w) - 1 for w in want)
+  # Rows of before that was recorded begin with a token.
+  path = pathlib.Path(cfg.out) / 'manifest.json'
+  about = json.loads(path.read_text())
+  del about['tokenizer']['begins']
+  path.write_text(json.dumps(about))
+  with pytest.raises(ValueError, match='out: its rows begin with a token .*; prepare it again'):
+    loader.manifest(cfg.out)
 
 
 def copy(tmp_path) -> pathlib.Path:

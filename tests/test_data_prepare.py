@@ -1,5 +1,6 @@
 """Preparation: resuming, duplicates, splits, sources, bad input."""
 
+import codecs
 import gzip
 import hashlib
 import importlib.metadata
@@ -170,6 +171,24 @@ def test_formats_read_alike(tmp_path):
   assert list(sources.read(str(tmp_path / 'b.txt'), '', '')) == [('first\n\nstill first\n', '')]
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path):
+  for name, content in {'a.jsonl': b'{"text": "one"}\n', 'a.txt': b'one'}.items():
+    for suffix, pack in {'': bytes, '.gz': gzip.compress, '.zst': zstandard.compress}.items():
+      path = tmp_path / f'{name}{suffix}'
+      path.write_bytes(pack(codecs.BOM_UTF8 + content))
+      assert list(sources.read(str(path), 'text', '')) == [('one', '')]
+
+
+def test_zstd_frames_of_the_longest_window_are_read(tmp_path):
+  """As `zstd --long=31` writes them from a pipe, where the size is not known."""
+  settings = zstandard.ZstdCompressionParameters(window_log=31, compression_level=1)
+  frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+  content = frame.compress(b'{"text": "one"}\n') + frame.flush()
+  (tmp_path / 'a.jsonl.zst').write_bytes(content + zstandard.compress(b'{"text": "two"}\n'))
+  found = [text for text, _ in sources.read(str(tmp_path / 'a.jsonl.zst'), 'text', '')]
+  assert found == ['one', 'two']
+
+
 def test_text_without_blank_lines_or_lines_is_cut(tmp_path, monkeypatch):
   for name, value in {'_TEXT_DOCUMENT': 100, '_LONGEST': 200, '_PIECE': 64}.items():
     monkeypatch.setattr(sources, name, value)
@@ -197,6 +216,7 @@ def test_bad_sources(tmp_path):
 
   line = b'{"text": "words", "id": 1}\n' * 3000
   fails('a.jsonl', line[:54] + b'{"text": \n', r'a.jsonl:3: not valid JSON')
+  fails('a.jsonl', line[:27] + b'[' * 99_999, 'a.jsonl:2: not valid JSON .nested too deeply')
   fails('a.jsonl', line, r"a.jsonl:1: no field 'body'; the line has id, text", text_field='body')
   fails('a.jsonl', line, r"a.jsonl:1: no field 'key'", id_field='key')
   fails('a.jsonl', b'{"text": 3}', "a.jsonl:1: field 'text' is int, expected text")

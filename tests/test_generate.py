@@ -60,10 +60,35 @@ def test_a_row_stops_at_the_end_id():
   free = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8)
   tokens = free.tokens[0].tolist()
   end = tokens[3]
-  out = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, end=end)
   first = tokens.index(end)
-  assert out.lengths[0] == first + 1
-  assert out.tokens[0].tolist() == tokens[: first + 1] + [end] * (7 - first)
+  for ends in ({end}, {end, 28, max(set(range(28)) - set(tokens))}):
+    out = decode.generate(
+      MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, end=frozenset(ends)
+    )
+    assert out.lengths[0] == first + 1
+    assert out.tokens[0].tolist() == tokens[: first + 1] + [end] * (7 - first)
+
+
+def test_ids_without_a_token_are_never_chosen():
+  """Those beyond the tokenizer's, and gaps in it."""
+  prompt = jnp.array([[3, 1, 4], [9, 2, 6]])
+  free = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8)
+  known = np.ones(25, bool)
+  known[free.tokens[0, 0]] = False
+  for sampler in (
+    decode.greedy,
+    functools.partial(decode.sampled, temperature=9.0, top_k=28, top_p=1.0),
+  ):
+    out = decode.generate(
+      MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=40, sampler=sampler, known=known
+    )
+    assert set(np.unique(out.tokens)) <= set(np.flatnonzero(known))
+    assert np.isfinite(out.logprobs).all() and len(np.unique(out.tokens)) > 2
+  every = decode.generate(
+    MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=8, known=np.ones(40, bool)
+  )
+  np.testing.assert_array_equal(every.tokens, free.tokens)
+  np.testing.assert_allclose(every.logprobs, free.logprobs, atol=1e-6)
 
 
 def test_top_k_and_top_p_cut_the_distribution():
@@ -74,6 +99,9 @@ def test_top_k_and_top_p_cut_the_distribution():
   assert draw(temperature=1.0, top_k=0, top_p=0.4) == {0}
   assert draw(temperature=1.0, top_k=0, top_p=1.0) == {0, 1, 2, 3}
   assert draw(temperature=0.01, top_k=0, top_p=1.0) == {0}
+  for cold in (1e-6, 1e-40, 5e-324):
+    assert draw(temperature=cold, top_k=3, top_p=0.9) == {0}
+  assert draw(temperature=1.0, top_k=99, top_p=1.0) == {0, 1, 2, 3}
 
 
 def test_samples_follow_the_softmax():

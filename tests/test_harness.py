@@ -67,7 +67,7 @@ def requests(kind, arguments):
   return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
 
 
-@pytest.mark.parametrize('begin', [True, False])
+@pytest.mark.parametrize('begin', [None, False])  # None: as its tokenizer says, with one
 def test_answers_are_those_of_the_harness_on_the_exported_model(exported, begin):
   ours, theirs = both(exported, begin)
   got, want = (m.loglikelihood(requests('loglikelihood', PAIRS)) for m in (ours, theirs))
@@ -82,10 +82,9 @@ def test_answers_are_those_of_the_harness_on_the_exported_model(exported, begin)
   assert written[0] == written[1] and len(set(written[0])) > 1
   own = requests('loglikelihood', [(PROMPTS[1], written[0][1])])
   assert ours.loglikelihood(own)[0][1] == theirs.loglikelihood(own)[0][1] is True
-  if not begin:  # with a begin token theirs is predicted too
-    texts = [(p,) for p in (*PROMPTS, 2 * LONG)]
-    found = [m.loglikelihood_rolling(requests('rolling', texts)) for m in (ours, theirs)]
-    np.testing.assert_allclose(*found, atol=1e-3, rtol=1e-5)
+  texts = [(p,) for p in (*PROMPTS, 2 * LONG)]
+  found = [m.loglikelihood_rolling(requests('rolling', texts)) for m in (ours, theirs)]
+  np.testing.assert_allclose(*found, atol=1e-3, rtol=1e-5)
 
 
 def test_a_directory_of_transformers_answers_alike(exported):
@@ -93,6 +92,37 @@ def test_a_directory_of_transformers_answers_alike(exported):
                 for p in (toy.random_run(), exported))  # fmt: skip
   got, want = (m.loglikelihood(requests('loglikelihood', PAIRS)) for m in (other, run))
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_continuation_that_merges_into_the_context_is_scored_by_the_merged_token():
+  """The harness's own model has no token left of it, and fails."""
+  ours = harness.SLM(str(toy.random_run()))
+  before, after = ours.scorer.pair('the sh', 'ip')
+  whole = ours.scorer.encode('the ship')
+  assert before + after == whole and len(ours.scorer.encode('the sh')) >= len(whole)
+  (got,) = ours.loglikelihood(requests('loglikelihood', [('the sh', 'ip')]))
+  (want,) = ours._loglikelihood_tokens([(('the sh', 'ip'), before, after)])
+  assert got == want and got[0] < -0.1
+  with pytest.raises(ValueError, match='continuation: expected text with a token'):
+    ours.loglikelihood(requests('loglikelihood', [('the ship', '')]))
+
+
+def test_messages_are_written_by_the_models_own_template(exported, tmp_path):
+  template = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}"
+    '{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}'
+  )
+  path = shutil.copytree(exported, tmp_path / 'chat')
+  (path / 'chat_template.jinja').write_text(template)
+  ours, theirs = harness.SLM(str(path)), HFLM(pretrained=str(path), device='cpu')
+  messages = [{'role': 'user', 'content': 'ship sail'}, {'role': 'assistant', 'content': 'tide'}]
+  for prompt in (True, False):
+    text = ours.apply_chat_template(messages, add_generation_prompt=prompt)
+    assert text == theirs.apply_chat_template(messages, add_generation_prompt=prompt)
+    assert ours.tok_encode(text) == theirs.tok_encode(text)  # one begin token, not two
+  assert ours.chat_template(True) == template and ours.chat_template(False) is None
+  with pytest.raises(ValueError, match='the tokenizer has no chat template'):
+    harness.SLM(str(toy.random_run())).apply_chat_template(messages)
 
 
 @pytest.fixture

@@ -118,6 +118,12 @@ def test_likelihoods_that_are_no_numbers_are_refused(scorer):
     scoring.loglikelihoods(dataclasses.replace(scorer, params=params), [([5], [6]), ([7], [8, 9])])
 
 
+def test_nothing_to_score_is_refused(scorer):
+  for empty in (([5], []), ([], [5])):
+    with pytest.raises(ValueError, match='request 1 of 2: expected a context and a continuation'):
+      scoring.loglikelihoods(scorer, [([5], [6]), empty])
+
+
 def test_few_lengths_are_compiled(scorer):
   sizes = {size for size, _ in scoring.batches(range(1, 65), 8, 64)}
   assert sizes == {32, 64}
@@ -175,6 +181,11 @@ def test_the_begin_token_is_there_if_the_model_read_it(tmp_path):
   assert opened('without').pair('', 'sail') == ([1], [4])
   convert.import_model(tmp_path / 'without', tmp_path / 'run')
   assert opened('run').encode('ship') == [3] and opened('run').context == 64
+  about = files.read_json(tmp_path / 'without' / 'tokenizer_config.json')
+  files.write_json(tmp_path / 'without' / 'tokenizer_config.json', {**about, 'bos_token': None})
+  assert opened('without').pair('', 'sail') == ([2], [4])  # after the end of the text before
+  with pytest.raises(ValueError, match='without: its tokenizer has no begin token'):
+    opened('without', begin=True)
 
 
 def test_scores_by_hand():

@@ -1,12 +1,16 @@
 """Tokenizers: exact round trips, determinism, refusals."""
 
+import io
 import json
 import pathlib
 
+import numpy as np
 import pytest
+import sentencepiece as spm
 import tokenizers
 import toy
 
+from slm.base import files
 from slm.data import tokenizer
 
 TEXTS = [
@@ -65,6 +69,7 @@ def test_huggingface_ids_with_a_gap_fit_the_vocabulary(tmp_path):
   model.save(str(tmp_path / 'gap.json'))
   tok = tokenizer.load(tmp_path / 'gap.json')
   assert (tok.vocab, tok.ids.eos) == (11, 10)
+  assert np.flatnonzero(tok.known).tolist() == [0, 1, 10]
 
 
 def test_sentencepiece_properties(sentencepiece):
@@ -93,7 +98,7 @@ def test_refusals(tmp_path):
     tokenizer.train(['few words'], 100_000)
   with pytest.raises(ValueError, match='no text to train on'):
     tokenizer.train([], 400)
-  with pytest.raises(FileNotFoundError, match='expected one of tokenizer.model'):
+  with pytest.raises(FileNotFoundError, match='expected one of tokenizer.json'):
     tokenizer.load(tmp_path)
   (tmp_path / 'tokenizer.model').write_bytes(b'junk')
   with pytest.raises(ValueError, match='not a SentencePiece model'):
@@ -109,8 +114,8 @@ def test_refusals(tmp_path):
   ('settings', 'ends'),
   [
     (None, ('<|im_start|>', '<|im_end|>')),
-    ({'bos_token': None, 'eos_token': '<|endoftext|>'}, ('<|endoftext|>', '<|endoftext|>')),
-    ({'eos_token': {'content': '<|im_end|>'}}, ('<|im_end|>', '<|im_end|>')),
+    ({'bos_token': None, 'eos_token': '<|endoftext|>'}, (None, '<|endoftext|>')),
+    ({'eos_token': {'content': '<|im_end|>'}}, (None, '<|im_end|>')),
     (
       {'bos_token': '<|im_start|>', 'eos_token': '<|endoftext|>'},
       ('<|im_start|>', '<|endoftext|>'),
@@ -124,7 +129,229 @@ def test_the_settings_beside_a_tokenizer_say_how_texts_begin_and_end(tmp_path, s
     (tmp_path / tokenizer.SETTINGS).write_text(json.dumps(settings))
   built = tokenizer.build('huggingface', 0, str(source), [], tmp_path / 'out')
   for tok in (tokenizer.load(tmp_path), tokenizer.load(source), built):
-    assert (tok.special()['bos'], tok.special()['eos']) == ends
+    assert (tok.special().get('bos'), tok.special()['eos']) == ends
+    assert tok.start == tok.ids.eos if ends[0] is None else tok.ids.bos
   (tmp_path / tokenizer.SETTINGS).write_text('{"eos_token": "<gone>"}')
   with pytest.raises(ValueError, match='tokenizer_config.json: the vocabulary has none of'):
     tokenizer.load(tmp_path)
+
+
+CHAT = (
+  '<|im_start|>user\nred boat<|im_end|>', 'red boat', ' two  spaces', 'a<s>b</s> c', '<|im_end|>',
+  'né <|im_start|> x', '',
+)  # fmt: skip
+
+
+def llama(path: pathlib.Path, **settings) -> int:
+  """Write a tokenizer.model of Llama 2's kind, settings beside it; return its number of pieces."""
+  content = io.BytesIO()
+  spm.SentencePieceTrainer.train(
+    sentence_iterator=iter(toy.documents(list(toy.TOPICS), 200, 0)), model_writer=content,
+    model_type='bpe', vocab_size=400, byte_fallback=True, normalization_rule_name='identity',
+    remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+  )  # fmt: skip
+  (path / 'tokenizer.model').write_bytes(content.getvalue())
+  if settings:
+    write(path, tokenizer_class='LlamaTokenizer', unk_token='<unk>', **settings)
+  return 400
+
+
+def write(path: pathlib.Path, name: str = tokenizer.SETTINGS, **content) -> None:
+  (path / name).write_text(json.dumps(content))
+
+
+def flags(text: str) -> dict[str, object]:
+  return {'content': text, 'special': True, 'normalized': False}
+
+
+BESIDE = {
+  'none': lambda path, n: None,
+  'added_tokens': lambda path, n: [
+    write(path, 'added_tokens.json', **{'<|im_end|>': n + 1, '<|im_start|>': n}),
+    write(path, 'special_tokens_map.json', eos_token='<|im_end|>', bos_token={'content': '<s>'}),
+  ],
+  'decoder': lambda path, n: llama(
+    path, eos_token='<|im_end|>', bos_token='<s>', add_bos_token=True, legacy=True,
+    added_tokens_decoder={
+      str(n): flags('<|im_start|>'), str(n + 1): {**flags('<|im_end|>'), 'rstrip': True},
+    },
+  ),
+  'extra': lambda path, n: llama(
+    path, eos_token='</s>', bos_token='<s>', add_bos_token=True, add_prefix_space=False,
+    additional_special_tokens=['<|im_start|>', '<|im_end|>'],
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', BESIDE)
+@pytest.mark.parametrize('form', ['tokenizer.model', 'tokenizer.json', 'both'])
+def test_files_beside_a_tokenizer_are_read_as_transformers_reads_them(tmp_path, kind, form):
+  """Added tokens, how texts begin and end: from a model, from a tokenizer.json, from both."""
+  transformers = pytest.importorskip('transformers')
+  n = llama(tmp_path, eos_token='</s>', bos_token='<s>', add_bos_token=True)
+  BESIDE[kind](tmp_path, n)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  if form != 'tokenizer.model':
+    theirs.save_pretrained(tmp_path)
+  if form == 'tokenizer.json':
+    (tmp_path / 'tokenizer.model').unlink()
+  built = tokenizer.build('', 0, str(tmp_path), [], tmp_path / 'built')
+  for tok in (tokenizer.load(tmp_path), built):
+    for text in CHAT:
+      if not text.startswith(' '):  # SentencePiece keeps a first space that transformers drops
+        assert [*tok.begin, *tok.encode(text)] == theirs(text).input_ids, text
+      assert tok.decode(theirs(text).input_ids) == theirs.decode(
+        theirs(text).input_ids, skip_special_tokens=True
+      )
+    assert (tok.vocab, tok.ids.bos, tok.ids.eos) == (len(theirs), 1, theirs.eos_token_id)
+    assert tok.known.all() and tok.ids.pad is None
+  assert built.fingerprint == tokenizer.load(tmp_path).fingerprint
+
+
+def chatml(path: pathlib.Path, **settings) -> pathlib.Path:
+  path.mkdir(exist_ok=True)
+  huggingface_file(path / 'tokenizer.json', ['<|endoftext|>', '<|im_start|>', '<|im_end|>'])
+  if settings:
+    write(path, **settings)
+  return path
+
+
+@pytest.mark.parametrize('state', ['truncation', 'padding'])
+def test_state_saved_in_a_tokenizer_is_no_intent(tmp_path, state):
+  plain = tokenizer.load(chatml(tmp_path / 'plain'))
+  text = 'ship ' * 200
+  model = tokenizers.Tokenizer.from_file(str(tmp_path / 'plain' / 'tokenizer.json'))
+  if state == 'truncation':
+    model.enable_truncation(16)
+  else:
+    model.enable_padding(length=512, pad_id=0, pad_token='<|endoftext|>')
+  model.save(str(tmp_path / 'tokenizer.json'))
+  tok = tokenizer.load(tmp_path)
+  assert tok.encode(text) == plain.encode(text) and 16 < len(tok.encode(text)) < 512
+  assert tok.begins == plain.begins and tok.ids == plain.ids
+
+
+def test_absent_stays_absent(tmp_path):
+  """No id is padding or a begin token unless a file says so; id 0 may be text."""
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel({'!': 0, 'go': 1}, unk_token='!'))
+  model.add_special_tokens(['<|end_of_text|>'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  tok = tokenizer.load(tmp_path)
+  assert tok.ids == tokenizer.Ids(pad=None, bos=None, eos=2) and tok.begin == ()
+  assert tok.start == 2 and tok.special() == {'eos': '<|end_of_text|>'}
+  assert tok.decode([0, 1, 2]) == '! go' and tok.continued([1], [0, 2]) == ' !'
+  (tmp_path / 'm').mkdir()
+  llama(tmp_path / 'm', eos_token='</s>', bos_token='<s>')
+  assert tokenizer.load(tmp_path / 'm').ids == tokenizer.Ids(pad=None, bos=1, eos=2)
+
+
+def test_the_end_of_a_text_is_a_set_from_all_files(tmp_path):
+  path = chatml(tmp_path / 'a', eos_token='<|im_end|>')
+  tok = tokenizer.load(path)
+  assert (tok.ids.eos, tok.ends) == (2, {2})
+  write(path, 'config.json', eos_token_id=2, bos_token_id=1, pad_token_id=-1)
+  write(path, 'generation_config.json', eos_token_id=[2, 0])
+  built = tokenizer.build('', 0, str(path / 'tokenizer.json'), [], tmp_path / 'out')
+  for tok in (tokenizer.load(path), built):
+    assert (tok.ids.eos, tok.ends, tok.ids.bos, tok.ids.pad) == (2, {0, 2}, None, None)
+    assert tok.decode([*tok.encode('ship'), 2, 0]) == 'ship'
+  # Without settings of the tokenizer the model's configs say which token ends, before usual names.
+  (path / tokenizer.SETTINGS).unlink()
+  tok = tokenizer.load(path)
+  assert (tok.ids.eos, tok.ends, tok.ids.bos) == (2, {0, 2}, 1)
+  write(path, 'generation_config.json', eos_token_id=[[2]])
+  with pytest.raises(ValueError, match='generation_config.json: eos_token_id: expected an id'):
+    tokenizer.load(path)
+
+
+def test_special_tokens_are_not_printed(tmp_path):
+  tok = tokenizer.load(chatml(tmp_path, eos_token='<|endoftext|>'))
+  ids = tok.encode('<|im_start|>ship sail<|im_end|>')
+  assert (ids[0], ids[-1]) == (1, 2) and tok.decode(ids) == 'ship sail'
+  assert tok.decode([*ids, tok.vocab, tok.vocab + 9]) == 'ship sail'
+
+
+def test_a_continuation_keeps_its_first_space_and_whole_characters(tmp_path, sentencepiece):
+  llama(tmp_path, eos_token='</s>', bos_token='<s>', add_bos_token=True)
+  tok = tokenizer.load(tmp_path)
+  ids = tok.begun('the ship sail', tok.begin)
+  assert ids[0] == 1 and tok.prefix_space and tok.begun('<s>ship', tok.begin)[:2] != [1, 1]
+  before, more = ids[:-1], ids[-1:]
+  assert tok.decode(more) == 'sail' and tok.decode(before) + tok.continued(before, more) == (
+    'the ship sail'
+  )
+  ids = sentencepiece.encode('ship 漢')  # three byte pieces
+  assert sentencepiece.continued(ids[:-1], ids[-1:]) == '漢'
+
+
+def test_files_that_are_not_of_one_tokenizer(tmp_path):
+  """Another kind of tokenizer.model beside a good tokenizer.json is let be, a stale one is not."""
+  alone = tokenizer.load(chatml(tmp_path))
+  for content in (b'IQ== 0\nIg== 1\n', b''):  # as tiktoken writes it
+    (tmp_path / 'tokenizer.model').write_bytes(content)
+    assert tokenizer.load(tmp_path).fingerprint == alone.fingerprint
+  llama(tmp_path)
+  with pytest.raises(ValueError, match='tokenizer.json and tokenizer.model are of different'):
+    tokenizer.load(tmp_path)
+  assert tokenizer.load(tmp_path / 'tokenizer.model').vocab == 400  # it is named
+  (tmp_path / 'tokenizer.model').unlink()
+  write(tmp_path, 'added_tokens.json', **{'<|im_end|>': 7})
+  assert tokenizer.load(tmp_path).encode('<|im_end|>') == [2]
+  write(tmp_path, 'added_tokens.json', **{'<new>': 7})
+  with pytest.raises(ValueError, match=f"'<new>' would get the id {alone.vocab}, the files .* 7"):
+    tokenizer.load(tmp_path)
+
+
+def test_the_fingerprint_is_of_all_that_changes_what_is_read(tmp_path):
+  llama(tmp_path)
+  alone = tokenizer.load(tmp_path)
+  assert alone.begins and alone.fingerprint == files.sha256(tmp_path / 'tokenizer.model')
+  same = {'eos_token': '</s>', 'bos_token': '<s>', 'add_bos_token': True}
+  found = [alone.fingerprint]
+  for settings in (
+    same,
+    {**same, 'add_bos_token': False},
+    {**same, 'add_prefix_space': False},
+    {**same, 'additional_special_tokens': ['<|im_end|>']},
+  ):
+    llama(tmp_path, **settings)
+    found.append(tokenizer.load(tmp_path).fingerprint)
+  assert found[0] == found[1] and len(set(found)) == 4
+  path = chatml(tmp_path / 'json', eos_token='<|im_end|>')
+  before = tokenizer.load(path).fingerprint
+  assert before == files.sha256(path / 'tokenizer.json')
+  write(path, 'added_tokens.json', **{'<new>': tokenizer.load(path).vocab})
+  assert tokenizer.load(path).fingerprint != before
+
+
+def test_the_chat_template_is_kept_as_text(tmp_path):
+  chatml(tmp_path, eos_token='<|im_end|>', chat_template='{{ one }}')
+  assert tokenizer.load(tmp_path).chat_template == '{{ one }}'
+  several = [{'name': 'tool_use', 'template': 't'}, {'name': 'default', 'template': '{{ two }}'}]
+  write(tmp_path, eos_token='<|im_end|>', chat_template=several)
+  assert tokenizer.load(tmp_path).chat_template == '{{ two }}'
+  (tmp_path / 'chat_template.jinja').write_text('{{ three }}')
+  built = tokenizer.build('', 0, str(tmp_path), [], tmp_path / 'out')
+  assert tokenizer.load(tmp_path).chat_template == built.chat_template == '{{ three }}'
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('tokenizer.json', '{"model": {"type": "BPE"}}', 'tokenizer.json: not a tokenizer.json'),
+    ('tokenizer.json', '[' * 9999, 'tokenizer.json: not a tokenizer.json'),
+    ('tokenizer.json', b'\xff', 'tokenizer.json: not a tokenizer.json'),
+    ('tokenizer_config.json', '[' * 99999, 'config.json: truncated or damaged .nested too deeply'),
+    ('tokenizer_config.json', '[]', r'tokenizer_config.json: expected an object, found \[\]'),
+    ('tokenizer_config.json', '{"eos_token": {}}', 'not the settings of a tokenizer .lacks .cont'),
+    ('tokenizer_config.json', '{"added_tokens_decoder": {"x": {"content": "y"}}}', 'invalid lit'),
+    ('added_tokens.json', '{"<x>": null}', 'added_tokens.json: not a table of tokens and ids'),
+    ('config.json', '{"eos_token_id": "2"}', 'config.json: eos_token_id: expected an id'),
+  ],
+)
+def test_damaged_files_are_one_line(tmp_path, name, content, message):
+  chatml(tmp_path)
+  (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(ValueError, match=message) as caught:
+    tokenizer.load(tmp_path)
+  assert str(caught.value).startswith(f'{tmp_path / name}: ') and '\n' not in str(caught.value)

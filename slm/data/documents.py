@@ -180,8 +180,7 @@ def cut(task: Cut) -> dict[str, Any]:
 
   A window's document is counted within its split from the start of the shard.
 
-  A window is [BOS] and up to context - 1 tokens; EOS follows the last token of a document. So
-  every token of the text and every EOS is predicted exactly once.
+  EOS follows the last token of a document. `bytes` are those of the text that is predicted.
   """
   tok, columns = get_tokenizer(), task.num_splits
   tokens, lengths, splits, owners = [], [], [], []
@@ -190,14 +189,15 @@ def cut(task: Cut) -> dict[str, Any]:
   hashes = files.read_npy(task.folder / f'{task.shard}.npy', mmap='r')
   np.add.at(total, (hashes[:, 2] >> np.uint64(48)).astype(np.int64), 1)
   for text, split in kept(task):
-    for window in windows(tok.encode(text), task.context, tok.ids):
+    ids = tok.encode(text)
+    for window in windows(ids, task.context, tok):
       tokens.append(window)
       lengths.append(len(window))
       splits.append(split)
       owners.append(documents[split])
       targets[split] += len(window) - 1
     documents[split] += 1
-    size[split] += len(text.encode())
+    size[split] += len(text.encode()) - (0 if tok.begins else len(tok.decode(ids[:1]).encode()))
   with files.replacing(task.out / f'{task.shard}.npz') as temporary, temporary.open('wb') as f:
     np.savez(
       f,
@@ -216,11 +216,16 @@ def cut(task: Cut) -> dict[str, Any]:
   }
 
 
-def windows(ids: Sequence[int], context: int, special: tokenizer.Ids) -> Iterator[np.ndarray]:
-  """Cut one document's tokens into int32 windows of at most `context`."""
-  stream = np.array([*ids, special.eos], np.int32)
-  for start in range(0, len(stream), context - 1):
-    yield np.concatenate([[special.bos], stream[start : start + context - 1]], dtype=np.int32)
+def windows(ids: Sequence[int], context: int, tok: tokenizer.Tokenizer) -> Iterator[np.ndarray]:
+  """Cut one document's tokens, and EOS, into int32 windows of at most `context`.
+
+  A window begins as texts of the tokenizer do: with its begin token, so that every token is
+  predicted exactly once. Without one, every token but the document's first is: a window then begins
+  with the last token of the one before.
+  """
+  stream, first = np.array([*ids, tok.ids.eos], np.int32), np.array(tok.begin, np.int32)
+  for start in range(0, len(stream) - 1 + len(first), context - 1):
+    yield np.concatenate([first, stream[start : start + context - len(first)]])
 
 
 def load_windows(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ def spread(data: str, texts: list[Path]) -> tuple[int, float, float]:
     for path in texts
     for text, _ in sources.read(str(path), 'text', '')
     if text.strip()
-    for window in documents.windows(tok.encode(text), manifest['context'], tok.ids)
+    for window in documents.windows(tok.encode(text), manifest['context'], tok)
   ]
   if not windows:
     raise ValueError(f'--domain_text: {", ".join(map(str, texts))}: no text')

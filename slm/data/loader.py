@@ -18,6 +18,7 @@ from grain.sources import ArrayRecordDataSource
 
 from slm.base import files
 from slm.data import rows
+from slm.data.tokenizer import load as load_tokenizer
 
 VERSION = 3
 ORDERS = ('proportional', 'every', 'histogram')
@@ -88,6 +89,7 @@ def manifest(path: str | Path) -> dict[str, Any]:
   missing = {'context', 'tokenizer', 'levels', 'sets'} - set(found)
   if missing:
     raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
+  _check_begins(path.parent, found['tokenizer'])
   return {'columns': rows.columns(found['context'])} | found  # version 2 had these alone
 
 
@@ -114,6 +116,16 @@ def parse_on(path: str | Path, on: str, split: str = '') -> tuple[str, str, str]
       f'--on={on}: expected {match[1]}/{split}: what is held out chooses no data and no model'
     )
   return match[1], match[2], match[3] or ''
+
+
+def _check_begins(path: Path, about: dict[str, Any]) -> None:
+  """Refuse rows of before version 0.2, in which a begin token was put where texts have none."""
+  old = about['name'] == 'huggingface' and 'begins' not in about
+  if old and not load_tokenizer(path / 'tokenizer').begins:
+    raise ValueError(
+      f'{path}: its rows begin with a token that texts of its tokenizer do not begin with; prepare '
+      'it again'
+    )
 
 
 class Split:
@@ -189,7 +201,8 @@ def parents(path: str | Path, level: int) -> np.ndarray:
   levels = manifest(path)['levels']
   if level not in levels:
     raise ValueError(f'{path}: no level {level}; there are: {", ".join(map(str, levels))}')
-  with safetensors.safe_open(Path(path) / 'clusters' / 'model.safetensors', 'np') as f:
+  file = Path(path) / 'clusters' / 'model.safetensors'
+  with files.reading(file), safetensors.safe_open(file, 'np') as f:
     return f.get_tensor(f'parents_{level}')
 
 

@@ -113,7 +113,7 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool)
       'version': loader.VERSION,
       'columns': rows.columns(cfg.context),
       'context': cfg.context,
-      'tokenizer': {'name': tok.name, 'vocab': tok.vocab, 'fingerprint': tok.fingerprint},
+      'tokenizer': {key: getattr(tok, key) for key in ('name', 'vocab', 'fingerprint', 'begins')},
       'levels': sorted(cfg.levels),
       'seed': cfg.seed,
       'sets': facts,
@@ -206,7 +206,7 @@ def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list
   def build(c: TokenizerConfig) -> dict[str, Any]:
     sample = documents.sample(cuts, _SAMPLE, cfg.seed)
     tokenizer.build(c.name, c.vocab, c.path, sample, folder)
-    return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
+    return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.CARRIED]}
 
   return work.run(work.Pool(1), 'tokenizer', build, {folder / 'stage.json': cfg.tokenizer})
 

@@ -15,7 +15,7 @@ ALL = 'all'  # the split name of a source that is to be split by hash
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """Which tokenizer; see slm/data/tokenizer.py."""
+  """Which tokenizer to train, or the one at `path`; see slm/data/tokenizer.py."""
 
   name: str
   vocab: int
@@ -26,9 +26,11 @@ class TokenizerConfig:
     if self.name not in names:
       raise ValueError(f'tokenizer.name={self.name!r}: expected one of {", ".join(names)}')
     if self.name == 'huggingface' and not self.path:
-      raise ValueError('tokenizer.path: huggingface needs the path of a tokenizer.json')
-    if self.path and not Path(self.path).is_file():
-      raise FileNotFoundError(f'tokenizer.path={self.path}: no such file')
+      raise ValueError('tokenizer.path: huggingface needs a tokenizer.json, or a folder with one')
+    if self.name == 'bytes' and self.path:
+      raise ValueError(f"tokenizer.path={self.path}: tokenizer.name='bytes' reads no file")
+    if self.path and not Path(self.path).exists():
+      raise FileNotFoundError(f'tokenizer.path={self.path}: no such file or folder')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
+from slm.base import files
 from slm.data import tfds
 
 # A .txt file is one document, cut at the first blank line after _TEXT_DOCUMENT characters, or
@@ -57,7 +58,8 @@ def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]
 def lines(path: str, limit: int = -1) -> Iterator[str]:
   """Yield the lines of a file; those over `limit` bytes in pieces."""
   number, begins = 0, True
-  decoder = codecs.getincrementaldecoder('utf-8')()  # a piece may end inside a character
+  # A piece may end inside a character; a byte order mark at the start is not text.
+  decoder = codecs.getincrementaldecoder('utf-8-sig')()
   try:
     with _open(path) as f:
       # Text wrappers also end lines at \r; JSON lines end at \n only.
@@ -81,13 +83,18 @@ def _open(path: str) -> BinaryIO:
   return pathlib.Path(path).open('rb')
 
 
+def _frame() -> Any:
+  """Decompress one frame, of any window that the format's tools write (`zstd --long=31`)."""
+  return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
 class _Zstd(io.RawIOBase):
   """A zstd file of one or more frames that raises where it was cut short."""
 
   def __init__(self, path: str):
     super().__init__()
     self._file = pathlib.Path(path).open('rb')  # noqa: SIM115 (closed in close)
-    self._frame = zstandard.ZstdDecompressor().decompressobj()
+    self._frame = _frame()
     self._rest, self._ready, self._inside = b'', b'', False
 
   def readable(self) -> bool:
@@ -104,7 +111,7 @@ class _Zstd(io.RawIOBase):
       self._rest = b''
       if self._frame.eof:
         self._rest, self._inside = self._frame.unused_data, False
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = _frame()
     n = min(len(buffer), len(self._ready))
     buffer[:n], self._ready = self._ready[:n], self._ready[n:]
     return n
@@ -115,10 +122,8 @@ class _Zstd(io.RawIOBase):
 
 
 def _record(where: str, line: str, text_field: str, id_field: str) -> tuple[str, str]:
-  try:
+  with files.reading(where, 'valid JSON'):
     record = json.loads(line)
-  except ValueError as e:
-    raise ValueError(f'{where}: not valid JSON ({e})') from None
   if not isinstance(record, dict):
     raise ValueError(f'{where}: expected a JSON object, found {type(record).__name__}')
   for field in filter(None, (text_field, id_field)):

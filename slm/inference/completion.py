@@ -26,7 +26,7 @@ def complete(
   Raises:
     ValueError: if a prompt is empty for a model that reads no begin token.
   """
-  ids = [[*begin, *tok.encode(p)] for p in prompts]
+  ids = [tok.begun(p, begin) for p in prompts]
   longest = max(map(len, ids))
   if not all(ids):
     raise ValueError('--prompt: expected some text: this model reads no begin token')
@@ -41,7 +41,8 @@ def complete(
     jax.random.key(seed),
     max_tokens=max_tokens,
     sampler=sampler,
-    end=tok.ids.eos,
+    end=tok.ends,
+    known=tok.known,
   )
-  kept = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), out.lengths, strict=True)]
-  return [tok.decode([i for i in row if i != tok.ids.eos]) for row in kept]
+  rows = zip(ids, np.asarray(out.tokens), out.lengths, strict=True)
+  return [tok.continued(before, row[:n].tolist()) for before, row, n in rows]

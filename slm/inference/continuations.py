@@ -1,6 +1,8 @@
 """Text that a model goes on with itself, written as a corpus."""
 
+import functools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import numpy as np
 
 from slm.base import console, files
 from slm.data import loader, tokenizer
-from slm.models.decode import Completions, generate
-from slm.objectives.rollout import prompts, sampler_of
+from slm.models.decode import Completions, generate, sampled
+from slm.objectives.rollout import prompts
 from slm.runs import ledger, load, rundir
 from slm.weights import sharding, tree
 from slm.weights.count import forward_flops
@@ -37,7 +39,11 @@ def write(
   path = load.data_path(run, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
-  if not 1 <= prompt <= facts['context'] or min(count, max_tokens) < 1 or temperature <= 0:
+  if (
+    not 1 <= prompt <= facts['context']
+    or min(count, max_tokens) < 1
+    or not (0 < temperature < math.inf)
+  ):
     raise ValueError(
       f'expected --prompt of 1 to {facts["context"]} tokens, --rows and --max_tokens of at least '
       '1 and --temperature above 0'
@@ -53,6 +59,7 @@ def write(
   files.write_json(folder / _ABOUT, about)
   tok = tokenizer.load(f'{path}/tokenizer')
   params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg.dtype))
+  sampler = functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0)
   count = min(count, len(split.ids))
   ids = loader.spaced(split.ids, count)
   devices, written = sharding.batch_devices(mesh), 0
@@ -71,7 +78,7 @@ def write(
           place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
           found = generate(
             loaded.model, params, place(begun), place(mask), key, max_tokens=max_tokens,
-            sampler=sampler_of(temperature, tok.vocab), end=tok.ids.eos,
+            sampler=sampler, end=tok.ends, known=tok.known,
           )  # fmt: skip
           lines += _lines(tok, rows, begun, mask, found)
           made += int((np.asarray(found.lengths) * mask.any(1)).sum())
@@ -90,9 +97,9 @@ def _lines(
 ) -> list[str]:
   """Lay out a batch's texts, prompt and continuation, as lines of JSON."""
   texts = zip(rows.tolist(), begun, mask, np.asarray(out.tokens), out.lengths, strict=True)
-  special, lines = {tok.ids.bos, tok.ids.eos, tok.ids.pad}, []
+  lines = []
   for row, ids, own, more, length in texts:
     if own.any():
-      kept = [i for i in [*ids[own].tolist(), *more[:length].tolist()] if i not in special]
-      lines.append(json.dumps({'id': str(row), 'text': tok.decode(kept)}) + '\n')
+      text = tok.decode([*ids[own].tolist(), *more[:length].tolist()])
+      lines.append(json.dumps({'id': str(row), 'text': text}) + '\n')
   return lines

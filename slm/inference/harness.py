@@ -8,6 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from slm.data import chat
 from slm.inference import scoring
 from slm.weights import sharding
 
@@ -16,10 +17,14 @@ from slm.weights import sharding
 class SLM(TemplateLM):
   """A run (RUN or RUN@STEP) or a directory of transformers, as the harness wants it.
 
-  `add_bos_token` and `max_length` are those of the harness's `hf` model; what a model was trained
-  with is their default, which `hf` reads off the tokenizer. `data` holds the tokenizer, if neither
-  the run nor its data do. The harness passes `device` and `max_batch_size` to every model; here all
-  devices are used. Decoding is greedy.
+  `add_bos_token` and `max_length` are those of the harness's `hf` model; by default the tokenizer
+  says the one, and the other is what the model was trained with. `data` holds the tokenizer, if
+  neither the run nor its data do. The harness passes `device` and `max_batch_size` to every model;
+  here all devices are used. Decoding is greedy.
+
+  Answers are those of `hf` on the exported model, with two exceptions in which `hf` fails or loses
+  a space: a continuation that merges into the context's last token is scored by that token, and
+  generated text keeps the space it begins with.
   """
 
   max_gen_toks = 256
@@ -44,18 +49,48 @@ class SLM(TemplateLM):
   @property
   def prefix_token_id(self) -> int:
     """Return the id that an empty context stands for."""
-    return self.scorer.tok.ids.bos
+    return self.scorer.tok.start
 
   @property
   def tokenizer_name(self) -> str:
     """Return what keys the harness's cache of requests."""
     return self.scorer.tok.fingerprint
 
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """Return the model's chat template, which the harness records beside its results."""
+    return self.scorer.tok.chat_template if chat_template else None
+
+  def apply_chat_template(
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+  ) -> str:
+    """Write messages by the model's chat template; without a prompt the last one is left open.
+
+    Raises:
+      ValueError: if the model has no template, or it fails.
+    """
+    tok = self.scorer.tok
+    if not tok.chat_template:
+      raise ValueError('apply_chat_template: the tokenizer has no chat template')
+    named = {f'{name}_token': text for name, text in tok.special().items()}
+    text = chat.render(
+      chat_history, tok.chat_template, add_generation_prompt=add_generation_prompt, **named
+    )
+    if add_generation_prompt:
+      return text
+    before, last, _ = text.rpartition(chat_history[-1]['content'].strip())
+    if not last:
+      raise ValueError('apply_chat_template: the template does not write the last message as it is')
+    return before + last
+
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
     """Encode, with the begin token where the model expects it or the flag asks for it."""
     if add_special_tokens is None:
       return self.scorer.encode(string)
-    return [self.prefix_token_id] * add_special_tokens + self.scorer.tok.encode(string)
+    return [*self.scorer.tok.begin] * add_special_tokens + self.scorer.tok.encode(string)
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    head = context.rstrip()
+    return self.scorer.pair(head, context[len(head) :] + continuation)
 
   def _loglikelihood_tokens(
     self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -67,9 +102,12 @@ class SLM(TemplateLM):
     return found
 
   def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
-    """Score whole texts; the begin token is their context and never predicted."""
-    encode = self.scorer.tok.encode
-    pairs = [([self.prefix_token_id], encode(request.args[0])) for request in requests]
+    """Score whole texts after the token that stands for an empty context.
+
+    As with `hf`, the begin token is predicted too where texts begin with one: a run and its export
+    have the same likelihood.
+    """
+    pairs = [([self.prefix_token_id], self.scorer.encode(r.args[0])) for r in requests]
     found = [logprob for logprob, _ in scoring.loglikelihoods(self.scorer, pairs)]
     for request, answer in zip(requests, found, strict=True):
       self.cache_hook.add_partial('loglikelihood_rolling', request.args, answer)

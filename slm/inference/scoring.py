@@ -44,8 +44,7 @@ class Scorer:
 
   def encode(self, text: str) -> list[int]:
     """Encode a text as the model was trained to read it: with one begin token, or none."""
-    ids = self.tok.encode(text)
-    return ids if ids[:1] == [self.tok.ids.bos] else [*self.begin, *ids]
+    return self.tok.begun(text, self.begin)
 
   def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Encode both as one text, cut where the context alone ends; neither part is empty."""
@@ -53,7 +52,7 @@ class Scorer:
     if not continuation or not self.tok.encode(continuation):
       raise ValueError(f'continuation: expected text with a token, found {continuation!r}')
     cut = min(len(self.encode(context)), len(whole) - 1)
-    return whole[:cut] or [self.tok.ids.bos], whole[cut:]
+    return whole[:cut] or [self.tok.start], whole[cut:]
 
 
 def measures(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +77,7 @@ def make(
   # Whole on every device, so that every process can read them.
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   program = functools.partial(jax.jit, out_shardings=everywhere)
-  greedy = functools.partial(decode.generate, model, end=tok.ids.eos)
+  greedy = functools.partial(decode.generate, model, end=tok.ends, known=tok.known)
   devices = sharding.batch_devices(mesh)
   cast = jax.jit(lambda p: tree.cast(p, jnp.dtype(dtype)))
   return Scorer(
@@ -102,17 +101,18 @@ def open_model(
 ) -> Scorer:  # fmt: skip
   """Open RUN, RUN@STEP or a directory of transformers; `context` 0 is what it was trained with.
 
-  Models trained here read a begin token before every text, others if their tokenizer says so;
-  `begin` overrules. The tokenizer is in the data directory `data`, the run or the run's data.
+  Whether texts begin with a begin token is the tokenizer's matter; `begin` overrules. The tokenizer
+  is in the data directory `data`, the run or the run's data.
 
   Raises:
-    ValueError: if the run holds several specialists, or its tokenizer is another.
+    ValueError: if the run holds several specialists, its tokenizer is another, or the begin token
+      that is asked for does not exist.
   """
   path = rundir.split_ref(ref)[0]
   if rundir.of_transformers(path):
     model, params, hf, _ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
-    longest, first = hf.get('max_position_embeddings', 2048), [tok.ids.bos] if tok.begins else []
+    longest, first = hf.get('max_position_embeddings', 2048), tok.begin
   else:
     loaded = load.load(ref, mesh)
     if loaded.reparam.clusters:
@@ -122,6 +122,8 @@ def open_model(
     how = {'dtype': cfg.dtype, 'chunk': cfg.objective.chunk}
     longest = cfg.context
   if begin is not None:
+    if begin and tok.ids.bos is None:
+      raise ValueError(f'{ref}: its tokenizer has no begin token to put before texts')
     first = [tok.ids.bos] if begin else []
   return make(
     model, params, tok, mesh, context=context or longest, begin=first,
@@ -157,11 +159,18 @@ def loglikelihoods(
   """Score (context ids, continuation ids): log-probability in nats, and whether it is greedy.
 
   What does not fit is cut off the context's left; a continuation longer than the model reads is
-  predicted piece by piece, each id once. A context needs at least one id.
+  predicted piece by piece, each id once.
 
   Raises:
+    ValueError: if a context or continuation has no id: nothing to score is not probability 1.
     FloatingPointError: if a log-probability is not a finite number.
   """
+  for which, (before, after) in enumerate(requests):
+    if not (len(before) and len(after)):
+      raise ValueError(
+        f'request {which} of {len(requests)}: expected a context and a continuation of one token '
+        f'or more, found {len(before)} and {len(after)}'
+      )
   pieces = [
     (which, *piece)
     for which, (before, after) in enumerate(requests)
@@ -193,7 +202,7 @@ def loglikelihoods(
 def continuations(
   scorer: Scorer, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[str]
 ) -> list[str]:
-  """Continue prompts (ids) greedily, up to the end token or the first of the strings `until`.
+  """Continue prompts (ids) greedily, up to an end token or the first of the strings `until`.
 
   What does not fit beside max_tokens is cut off a prompt's left.
 
@@ -203,7 +212,7 @@ def continuations(
   room = scorer.context - max_tokens
   if room < 1 or max_tokens < 1:
     raise ValueError(f'max_tokens={max_tokens}: expected 1 to {scorer.context - 1} (context - 1)')
-  prompts = [list(p)[-room:] or [scorer.tok.ids.bos] for p in prompts]
+  prompts = [list(p)[-room:] or [scorer.tok.start] for p in prompts]
   texts = [''] * len(prompts)
   where = sharding.batch_sharding(scorer.mesh)
   with jax.set_mesh(scorer.mesh):
@@ -216,7 +225,7 @@ def continuations(
       out = scorer.generate(scorer.params, *jax.device_put((ids, mask), where), max_tokens)
       tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths)
       for i, row, n in zip(members, tokens, ends, strict=False):
-        text = scorer.tok.decode([x for x in row[:n].tolist() if x != scorer.tok.ids.eos])
+        text = scorer.tok.continued(prompts[i], row[:n].tolist())
         for stop in filter(None, until):
           text = text.split(stop)[0]
         texts[i] = text

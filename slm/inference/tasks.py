@@ -152,10 +152,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   found: dict[str, dict[str, Any]] = {}
   for number, line in enumerate(sources.lines(str(path)), 1):
     where = f'{path}:{number}'
-    try:
+    with files.reading(where, 'valid JSON'):
       item = json.loads(line)
-    except ValueError as e:
-      raise ValueError(f'{where}: not valid JSON ({e})') from None
     if not isinstance(item, dict) or not isinstance(item.get('id'), str):
       raise ValueError(f'{where}: expected an object with an id')
     if item.get('type') not in KINDS and {'question', 'final'} <= set(item):
@@ -282,7 +280,7 @@ def asking(
   def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
     model, began = models.build(cfg), time.monotonic()
     scorer = scoring.make(
-      model, params, tok, mesh, context=context, begin=[tok.ids.bos], batch_size=batch_size
+      model, params, tok, mesh, context=context, begin=tok.begin, batch_size=batch_size
     )
     max_tokens = min(kind.max_tokens, context // 2)
     records = answer(scorer, items, [''] * len(items), max_tokens)

@@ -110,7 +110,8 @@ def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
   with jax.set_mesh(mesh):
     _, params, _, own = read(path, mesh)
     config.write_run(workdir, cfg)
-    for name in _TOKENIZER:
+    # config.json too may name ids that end a text.
+    for name in (*_TOKENIZER, *(('config.json',) if cfg.tokenizer else ())):
       if (path / name).exists():
         with files.replacing(workdir / 'tokenizer' / name) as temporary:
           shutil.copyfile(path / name, temporary)
@@ -208,7 +209,7 @@ def carry_tokenizer(line: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -
   if not {'tokenizer.json', 'tokenizer.model'} & found.keys():
     return [*found]
   tok, settings = tokenizer.load(there), out / 'tokenizer_config.json'
-  ids = {'bos_token_id': tok.ids.bos, 'eos_token_id': tok.ids.eos, 'pad_token_id': tok.ids.pad}
+  ids = {f'{which}_token_id': i for which, i in vars(tok.ids).items() if i is not None}
   if settings.name in found:
     if renumbered:  # what these say of ids is of the whole vocabulary
       about = files.read_json(settings)
@@ -220,7 +221,7 @@ def carry_tokenizer(line: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -
   hf |= ids
   kind = 'LlamaTokenizer' if 'tokenizer.model' in found else 'PreTrainedTokenizerFast'
   # As the model was trained: every row begins with it, and no space is cleaned away.
-  about = {'tokenizer_class': kind, 'add_bos_token': True, 'add_eos_token': False}
+  about = {'tokenizer_class': kind, 'add_bos_token': tok.begins, 'add_eos_token': False}
   about |= {'add_prefix_space': tok.prefix_space, 'clean_up_tokenization_spaces': False}
   about |= {f'{name}_token': token for name, token in tok.special().items()}
   files.write_json(settings, about)

@@ -14,8 +14,11 @@ from slm.weights.axes import Params
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [b,v], key) -> ids [b]
 
 
+_COLDEST = 1e-6  # logits over a smaller temperature leave float32
+
+
 class Completions(NamedTuple):
-  """Generated ids [b,max_tokens], their log-probabilities, and lengths [b] up to the end id."""
+  """Generated ids [b,max_tokens], their log-probabilities, and lengths [b] up to an end id."""
 
   tokens: jax.Array
   logprobs: jax.Array
@@ -30,10 +33,13 @@ def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
 def sampled(
   logits: jax.Array, key: jax.Array, temperature: float, top_k: int, top_p: float
 ) -> jax.Array:
-  """Draw from the softmax at a temperature, cut to top_k ids (0: all) and to top_p mass."""
-  logits = logits / temperature
+  """Draw from the softmax at a temperature, cut to top_k ids (0: all) and to top_p mass.
+
+  A temperature below _COLDEST is that: the draw is then the most probable id.
+  """
+  logits = logits / max(temperature, _COLDEST)
   if top_k:
-    kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1:
     ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -43,6 +49,12 @@ def sampled(
     cut = jnp.take_along_axis(ordered, last, axis=-1)
     logits = jnp.where(logits < cut, -jnp.inf, logits)
   return jax.random.categorical(key, logits, axis=-1)
+
+
+def _fit(known: jax.Array, logits: jax.Array) -> jax.Array:
+  """Return known [1,v], false for embeddings beyond the tokenizer's."""
+  size = logits.shape[-1]
+  return jnp.pad(jnp.asarray(known), (0, max(size - len(known), 0)))[None, :size]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'sampler', 'end'))
@@ -55,11 +67,14 @@ def generate(
   *,
   max_tokens: int,
   sampler: Sampler = greedy,
-  end: int = -1,
+  end: frozenset[int] = frozenset(),
+  known: jax.Array | None = None,
 ) -> Completions:
   """Continue prompts [b,t], padded on the left where prompt_mask [b,t] is 0.
 
-  A row stops at the id `end` (-1: never); what follows it in tokens is `end` again.
+  A row stops at any id of `end`; what follows it in tokens is that id again. Only ids that a
+  tokenizer has are chosen, where known [tokenizer's vocab] is true: embeddings that no token has,
+  such as those that pad a vocabulary, mean nothing. Log-probabilities are the model's, over all.
   """
   b, t = prompts.shape
   mask = prompt_mask.astype(jnp.int32)
@@ -70,21 +85,23 @@ def generate(
   cache, logits = out.cache, unembed(params, out.replace(hidden=out.hidden[:, -1]))
   ones = jnp.ones((b, 1), jnp.int32)
 
-  def pick(logits, i, done):
-    ids = sampler(logits, jax.random.fold_in(key, i)).astype(jnp.int32)
-    ids = jnp.where(done, end, ids) if end >= 0 else ids
+  def pick(logits, i, last, done):
+    among = logits if known is None else jnp.where(_fit(known, logits), logits, -jnp.inf)
+    ids = sampler(among, jax.random.fold_in(key, i)).astype(jnp.int32)
+    ids = jnp.where(done, last, ids)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=-1)[:, 0]
-    return ids, jnp.where(done, 0.0, picked), done | (ids == end)
+    done_now = done | jnp.isin(ids, jnp.array(sorted(end), jnp.int32))
+    return ids, jnp.where(done, 0.0, picked), done_now
 
   def one(carry, i):
     ids, position, cache, done = carry
     batch = {'inputs': ids[:, None], 'positions': position[:, None], 'segments': ones}
     out = model.forward(params, batch, cache)
-    ids, logprob, now_done = pick(unembed(params, out)[:, -1], i, done)
+    ids, logprob, now_done = pick(unembed(params, out)[:, -1], i, ids, done)
     return (ids, position + 1, out.cache, now_done), (ids, logprob, done)
 
   start = jnp.zeros((b,), bool)
-  ids, logprob, done = pick(logits, 0, start)
+  ids, logprob, done = pick(logits, 0, prompts[:, -1].astype(jnp.int32), start)
   carry = (ids, positions[:, -1] + 1, cache, done)
   _, rest = jax.lax.scan(one, carry, jnp.arange(1, max_tokens))
   first = (ids, logprob, start)

@@ -15,11 +15,7 @@ from slm.runs.config import RunConfig
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
 
-
-@functools.lru_cache
-def sampler_of(temperature: float, vocab: int) -> Any:
-  """Draw of the ids that the tokenizer has: those that pad a vocabulary mean nothing."""
-  return lambda logits, key: sampled(logits[:, :vocab], key, temperature, 0, 1.0)
+_DRAW = functools.partial(sampled, temperature=1.0, top_k=0, top_p=1.0)
 
 
 def prompts(tokens: Any, segments: Any, length: int) -> tuple[Any, Any]:
@@ -42,8 +38,8 @@ def rewrite(
   t = batch['inputs'].shape[1]
   ids, mask = prompts(batch['inputs'], batch['segments'], prompt)
   out = generate(
-    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=sampler_of(1.0, tok.vocab),
-    end=tok.ids.eos,
+    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_DRAW, end=tok.ends,
+    known=tok.known,
   )  # fmt: skip
   whole = jnp.concatenate([ids, out.tokens], axis=1)
   real = mask[:, -1:]

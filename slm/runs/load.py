@@ -182,16 +182,19 @@ def same_clusters(loaded: Loaded, path: str | Path) -> None:
 def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, list[int]]:
   """Return a run's tokenizer, and the ids that every text begins with: a begin token, or none.
 
-  The tokenizer is in the data directory `path`, the run or the run's data. Models trained here read
-  a begin token before every text, imported ones if their tokenizer says so.
+  The tokenizer is in the data directory `path`, the run or the run's data.
 
   Raises:
-    ValueError: if there is none, or it is another than the weights were trained with.
+    ValueError: if there is none, it is another than the weights were trained with, or the run's
+      rows were prepared to begin otherwise.
   """
   own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg.data.path
-  tok = tokenizer.load(Path(path or own) / 'tokenizer')
+  folder = Path(path or own)
+  if (folder / 'manifest.json').exists():
+    loader.manifest(folder)
+  tok = tokenizer.load(folder / 'tokenizer')
   same_tokenizer(loaded, tok.fingerprint)
-  return tok, [tok.ids.bos] if tok.begins or loaded.cfg.phase != 'import' else []
+  return tok, [*tok.begin]
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
