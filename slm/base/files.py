@@ -25,6 +25,35 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, kind: str = '') -> Iterator[None]:
+  """Turn what a library raises while it reads `path` into one ValueError that names the file.
+
+  `kind` is what the file should be, such as 'a tokenizer.json'. Errors of the operating system and
+  those that name the file already pass unchanged.
+  """
+  try:
+    yield
+  except (OSError, MemoryError):
+    raise
+  except Exception as e:  # noqa: BLE001 (parsers raise KeyError, RecursionError and classes of their own)
+    if str(e).startswith(f'{path}:'):
+      raise
+    cause = _cause(e)
+    text = f'not {kind} ({cause})' if kind else f'truncated or damaged ({cause})'
+    raise ValueError(f'{path}: {text}') from None
+
+
+def _cause(error: Exception) -> str:
+  """Describe an error in one line; some classes put nothing but a key or a number in their text."""
+  if isinstance(error, RecursionError):
+    return 'nested too deeply'
+  if isinstance(error, KeyError):
+    return f'lacks {error}'
+  text = ' '.join(str(error).split())
+  return text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'
+
+
 def write_text(path: Path, text: str) -> None:
   """Write text whole or not at all."""
   with replacing(path) as temporary:
@@ -39,11 +68,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
   """Read JSON; a missing or damaged file is refused by name."""
   try:
-    return json.loads(path.read_text())
+    with reading(path):
+      return json.loads(path.read_text())
   except FileNotFoundError:
     raise FileNotFoundError(f'{path}: no such file') from None
-  except ValueError as e:
-    raise ValueError(f'{path}: truncated or damaged ({e})') from None
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
@@ -54,10 +82,8 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 
 def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
   """Read one array; a damaged file is refused by name."""
-  try:
+  with reading(path):
     return np.load(path, mmap_mode=mmap, allow_pickle=False)
-  except (ValueError, EOFError) as e:
-    raise ValueError(f'{path}: truncated or damaged ({e})') from None
 
 
 def sha256(path: Path) -> str:
