@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import re
@@ -214,6 +215,9 @@ def test_configs_of_transformers_4_mean_the_same(directories, tmp_path):
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope_type 'yarn'"),
     ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 1.0}}, "no key 'factor'"),
     ({'rope_parameters': None, 'rope_scaling': {'rope_type': 'linear'}}, "no key 'factor'"),
+    ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    ({'rope_parameters': {'rope_theta': None}}, 'rope_theta: expected a number, found None'),
+    ({'model_type': 'smollm3', 'no_rope_layers': [1]}, 'no_rope_layers: expected 3 of them'),
     ({'num_attention_heads': 3}, 'num_heads=3 is not a multiple'),
     ({'hidden_size': 32}, 'expected shape (48, 32), found (48, 48)'),
     ({'num_hidden_layers': 4}, 'model.layers.3'),
@@ -272,29 +276,107 @@ def test_damaged_directories_are_refused_by_name(directories, tmp_path):
     convert.import_model(tmp_path, tmp_path / 'run')
 
 
+def transformers_own(hf):
+  """Return config.json as transformers completes it; None where it refuses."""
+  hf = copy.deepcopy(hf)
+  family = type(transformers.AutoConfig.for_model(hf.pop('model_type')))
+  try:
+    return family.from_dict(hf).to_dict()
+  except Exception:  # noqa: BLE001 (its validators raise classes of their own)
+    return None
+
+
+def shape_of(hf):
+  """Return the shape that is read of a config, or why there is none."""
+  try:
+    return DecoderConfig(**families.read(hf))
+  except ValueError as e:
+    return str(e)
+
+
+def check_defaults(hf):
+  """Compare what is read of a config with what is read of the same one written in full."""
+  full = transformers_own(hf)
+  if full is None:
+    return False
+  assert shape_of(hf) == shape_of(full), hf
+  kept = (*families.TOKEN_IDS, 'max_position_embeddings', 'initializer_range')
+  ours = families.resolve(hf)
+  assert [ours[key] for key in kept] == [full[key] for key in kept], hf
+  return True
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_key_has_the_default_of_transformers(case):
+  """Of a config each key is left out in turn, and once more without what follows from others."""
+  name, changes = CASES[case]
+  hf = getattr(transformers, f'{name}Config')(**{**SMALL, **changes}).to_dict()
+  del hf['transformers_version']
+  compared = 0
+  for derived in ((), ('layer_types', 'no_rope_layers')):
+    left = {key: value for key, value in hf.items() if key not in derived}
+    for gone in left.keys() - {'model_type'}:
+      compared += check_defaults({key: value for key, value in left.items() if key != gone})
+  assert compared > 40  # the others have sizes that transformers itself refuses
+
+
+@pytest.mark.parametrize('family', families.FAMILIES)
+def test_a_family_is_that_of_transformers_without_any_key(family):
+  assert check_defaults({'model_type': family})
+  minimal = {k: v for k, v in SMALL.items() if k.endswith('_size') or k.startswith('num_')}
+  assert check_defaults({'model_type': family, **minimal})
+
+
+LLAMA3_SHORT = {
+  k: v for k, v in LLAMA3.items() if k not in ('rope_theta', 'original_max_position_embeddings')
+}
+
+
 @pytest.mark.parametrize(
-  ('case', 'keys'),
+  ('family', 'changes'),
   [
-    ('gemma2', ('attn_logit_softcapping', 'final_logit_softcapping')),
-    ('mistral', ('sliding_window',)),
-    ('llama2', ('rope_parameters',)),  # as the published Llama 2 does
+    ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_theta': 5.0}),
+    # Both dialects, and they differ.
+    ('llama', {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'rope_theta': 7.0,
+               'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}}),
+    ('llama', {'rope_scaling': LLAMA3_SHORT, 'rope_theta': 7.0}),
+    ('llama', {'rope_parameters': LLAMA3, 'original_max_position_embeddings': 32}),
+    ('gemma3_text', {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'rope_theta': 9.0,
+                     'rope_local_base_freq': 7.0, 'num_hidden_layers': 7}),
+    ('gemma3_text', {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0},
+                     'num_hidden_layers': 7}),
+    ('gemma3_text', {'sliding_window_pattern': 3, 'num_hidden_layers': 7}),
+    # Keys that transformers does not look at.
+    ('gemma2', {'sliding_window_pattern': 3, 'hidden_act': 'silu'}),
+    ('qwen3', {'sliding_window': 5, 'max_window_layers': 0}),
+    ('mixtral', {'num_experts': 3}),
+    ('qwen3_moe', {'num_local_experts': 3, 'use_sliding_window': True}),
+    ('qwen2', {'use_sliding_window': True, 'max_window_layers': 1}),
+    ('smollm3', {'no_rope_layers': [1, 0, 1, 1]}),
+    ('gemma2', {'attn_logit_softcapping': None}),
+    ('llama', {'num_key_value_heads': None, 'head_dim': None}),
   ],
-)
-def test_what_a_config_leaves_out_is_what_transformers_takes(case, keys, directories, tmp_path):
-  shutil.copytree(directories(case), tmp_path / 'model')
-  config = json.loads((tmp_path / 'model' / 'config.json').read_text())
-  (tmp_path / 'model' / 'config.json').write_text(
-    json.dumps({key: value for key, value in config.items() if key not in keys})
+)  # fmt: skip
+def test_either_dialect_means_what_transformers_takes_it_for(family, changes):
+  sizes = {key: value for key, value in SMALL.items() if key != 'head_dim'}
+  assert check_defaults({'model_type': family, **sizes, **changes})
+
+
+def test_an_absent_token_id_stays_absent():
+  shape = DecoderConfig(
+    vocab=100, embed=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp=64
   )
-  shape = convert.read_config(tmp_path / 'model')[1]
-  default = getattr(transformers, f'{CASES[case][0]}Config')()
-  ours = {'attn_logit_softcapping': 'attention_cap', 'final_logit_softcapping': 'logit_cap'}
-  for key in keys:
-    if key == 'rope_parameters':
-      assert shape.rope_theta == default.rope_parameters['rope_theta']
-    else:
-      assert getattr(shape, ours.get(key, 'window')) == getattr(default, key)
-  assert verify.verify([tmp_path / 'model'], 1e-4) < 1e-4
+  own = {'max_position_embeddings': 64, 'bos_token_id': 3, 'eos_token_id': [4, 5]}
+  written = families.write(shape, 'llama', own)
+  assert 'pad_token_id' not in written and written['eos_token_id'] == [4, 5]
+  # Families that have one of their own are told that there is none.
+  other = dataclasses.replace(shape, norms='post', qk_norm='all')
+  assert families.write(other, 'olmo2', own)['pad_token_id'] is None
+  # What another family left out is what that family takes.
+  written = families.write(shape, 'mistral', {'model_type': 'gemma2'})
+  assert [written[key] for key in families.TOKEN_IDS] == [2, 1, 0]
+  written = families.write(shape, 'llama', {'model_type': 'llama', 'pad_token_id': None})
+  assert 'bos_token_id' not in written and written['pad_token_id'] is None
 
 
 def test_a_mixture_whose_heads_are_narrower_than_its_stream_is_of_no_family(directories):

@@ -16,7 +16,7 @@ import numpy as np
 
 from slm import models
 from slm.data import tokenizer
-from slm.interchange import convert
+from slm.interchange import convert, families
 from slm.models import decode
 from slm.models.config import DecoderConfig
 from slm.objectives import losses
@@ -109,7 +109,8 @@ def open_model(
   if rundir.of_transformers(path):
     model, params, hf, _ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
-    longest, first = hf.get('max_position_embeddings', 2048), [tok.ids.bos] if tok.begins else []
+    longest = families.resolve(hf)['max_position_embeddings']
+    first = [tok.ids.bos] if tok.begins else []
   else:
     loaded = load.load(ref, mesh)
     if loaded.reparam.clusters:

@@ -99,7 +99,7 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
     'steps': 0,
     'seed': 0,
     'dtype': 'float32',
-    'context': hf.get('max_position_embeddings', 2048),
+    'context': families.resolve(hf)['max_position_embeddings'],
     'model': {'name': 'decoder', **dataclasses.asdict(shape)},
     'reparam': {'name': 'full'},
     'objective': {'name': 'next_token', 'chunk': 512},
