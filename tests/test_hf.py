@@ -486,6 +486,35 @@ def test_two_types_of_16_bits_become_one_that_holds_both(directories, tmp_path):
     )
 
 
+def test_buffers_of_older_versions_are_left_out_by_name(directories, tmp_path):
+  """Their type is not the model's: float32 frequencies beside bfloat16 weights."""
+  shutil.copytree(directories('llama2', 'bfloat16'), tmp_path / 'model')
+  file = tmp_path / 'model' / 'model.safetensors'
+  arrays, attention = safetensors.numpy.load_file(file), 'model.layers.1.self_attn'
+  buffers = {
+    'model.rotary_emb.inv_freq': np.ones(6, np.float32),
+    f'{attention}.rotary_emb.cos_cached': np.ones((9, 12), np.float64),
+    f'{attention}.rotary_emb.sin_cached': np.ones((9, 12), np.float32),
+    f'{attention}.masked_bias': np.full((), -1e9, np.float32),
+    f'{attention}.bias': np.ones((1, 1, 9, 9), np.bool_),
+    'model.embed_tokens.position_ids': np.arange(9),
+  }
+  safetensors.numpy.save_file({**arrays, **buffers}, file, {'format': 'pt'})
+  done = run('import', tmp_path / 'model', tmp_path / 'run')
+  first, last = done.stdout.splitlines()
+  assert first.startswith('left out: 6 tensors that are not weights (model.embed_tokens.position')
+  assert 'ready to use as a run' in last, done.stderr
+  result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+  assert result['dtype'] == 'bfloat16' and set(result['left_out']) == set(buffers)
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  after = tensors(tmp_path / 'out')
+  assert after.keys() == arrays.keys() and {kind for kind, _ in after.values()} == {'BF16'}
+  own = arrays['model.norm.weight'].astype(np.float64)
+  safetensors.numpy.save_file({**arrays, 'model.norm.weight': own}, file, {'format': 'pt'})
+  with pytest.raises(ValueError, match='model.norm.weight: of type F64, expected one of F32, BF16'):
+    convert.import_model(tmp_path / 'model', tmp_path / 'other')
+
+
 def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
   convert.import_model(directories('llama2'), tmp_path / 'run')
   out = tmp_path / 'out'

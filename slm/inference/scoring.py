@@ -107,7 +107,7 @@ def open_model(
   """
   path = rundir.split_ref(ref)[0]
   if rundir.of_transformers(path):
-    model, params, hf, _ = convert.read(path, mesh, 'float32')
+    model, params, hf, *_ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
     longest = families.resolve(hf)['max_position_embeddings']
     first = [tok.ids.bos] if tok.begins else []

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -23,8 +23,8 @@ from slm.models.config import DecoderConfig
 from slm.objectives import signals
 from slm.runs import ledger, load, rundir
 from slm.weights import sharding
+from slm.weights.axes import Params
 
-DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 LINEAGE = 'slm_lineage.json'
 # What belongs to the tokenizer and to decoding: carried over as it is. The first three name tokens
 # by their text, and so hold for a tokenizer that was cut to fewer tokens too.
@@ -54,10 +54,18 @@ def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
     raise ValueError(f'{file}: {e}') from None
 
 
-def read(
-  path: str | Path, mesh: jax.sharding.Mesh, dtype: str = ''
-) -> tuple[models.Model, dict[str, Any], dict[str, Any], str]:
-  """Read a model of transformers onto a mesh: (model, weights, config.json, type of its tensors).
+class Read(NamedTuple):
+  """A model of transformers: weights, config.json, and what its files say of the tensors."""
+
+  model: models.Model
+  params: Params
+  hf: dict[str, Any]
+  dtype: str  # the widest type of the weights' tensors
+  buffers: list[str]  # tensors that are not weights, and were left out
+
+
+def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '') -> Read:
+  """Read a model of transformers onto a mesh.
 
   Weights have that type, or `dtype`. Each device's part is read tensor by tensor.
 
@@ -70,19 +78,17 @@ def read(
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   with contextlib.ExitStack() as stack:
     tensors = weights.Tensors(path, stack)
-    found = {tensors.dtype(name) for name in tensors.files}
-    if found - set(DTYPES):
-      raise ValueError(f'{path}: tensors of type {sorted(found)}, expected one of {list(DTYPES)}')
-    # The widest, if they differ; of the two of 16 bits neither holds the other's numbers.
-    own = 'float32' if {'BF16', 'F16'} <= found else DTYPES[min(found, key=list(DTYPES).index)]
     try:
+      planned, buffers = weights.plan(tensors, shape, hf['model_type'], shapes)
+      own = weights.dtype_of(tensors, planned)
+      dtype = dtype or own
       params = weights.load(
-        tensors, shape, hf['model_type'], shapes, sharding.shardings(shapes, mesh),
-        np.dtype(getattr(ml_dtypes, dtype or own, dtype or own)),
+        tensors, planned, shapes, sharding.shardings(shapes, mesh),
+        np.dtype(getattr(ml_dtypes, dtype, dtype)),
       )  # fmt: skip
     except ValueError as e:
       raise ValueError(f'{path}: {e}') from None
-  return model, params, hf, own
+  return Read(model, params, hf, own, buffers)
 
 
 def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
@@ -115,14 +121,23 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'config.json')
   with jax.set_mesh(mesh):
-    _, params, _, own = read(path, mesh)
+    found = read(path, mesh)
     rundir.write_run(workdir, config)
     for name in _TOKENIZER:
       if (path / name).exists():
         with files.replacing(workdir / 'tokenizer' / name) as temporary:
           shutil.copyfile(path / name, temporary)
-  load.write_dense(workdir, config, params, [], dtype=own)
+  load.write_dense(workdir, config, found.params, [], dtype=found.dtype, left_out=found.buffers)
   return config
+
+
+def remarks(run: str | Path) -> list[str]:
+  """Say what an imported model's files held that is of no use, in a line each."""
+  said, unused = [], files.read_json(Path(run) / 'result.json').get('left_out', [])
+  if unused:
+    more = ', ...' if len(unused) > 1 else ''
+    said.append(f'left out: {len(unused)} tensors that are not weights ({unused[0]}{more})')
+  return said
 
 
 def _stamps(path: Path) -> dict[str, list[int]]:
@@ -152,8 +167,8 @@ def export_model(
       the directory holds something else.
   """
   run, out = Path(run), Path(out)
-  if dtype not in ('', *DTYPES.values()):
-    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(DTYPES.values())}')
+  if dtype not in ('', *weights.DTYPES.values()):
+    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(weights.DTYPES.values())}')
   loaded = load.load(run, load.mesh_for(run), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')

@@ -34,7 +34,7 @@ def prompts(vocab: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 def ours(path: Path) -> tuple[Logits, int, str]:
   """Return logits(ids, mask) of a directory computed here, its vocabulary and tensors' type."""
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-  model, params, _, dtype = convert.read(path, mesh, 'float32')
+  model, params, _, dtype, _ = convert.read(path, mesh, 'float32')
   return _logits(model, params), model.cfg.vocab, dtype
 
 
