@@ -20,7 +20,7 @@ from test_tokenizer import huggingface_file
 
 from slm.data import prepare, settings, tokenizer
 from slm.inference import completion
-from slm.interchange import card, convert, families, verify, weights
+from slm.interchange import card, convert, families, tokenizer_files, verify, weights
 from slm.models import decode
 from slm.models.config import DecoderConfig
 from slm.pruning import commands
@@ -431,19 +431,21 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   model = transformers.AutoModelForCausalLM.from_pretrained(source)
   model.resize_token_embeddings(whole.vocab + 5)
   model.save_pretrained(source)
-  settings = {
+  about = {
     'bos_token': '<s>',
     'eos_token': '</s>',
     'pad_token': '<fill>',
     'model_max_length': 99,
   }
-  settings |= {
+  about |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'added_tokens_decoder': {str(fill): {'content': '<fill>', 'special': True}},
   }
-  (source / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (source / 'tokenizer_config.json').write_text(json.dumps(about))
   (source / 'chat_template.jinja').write_text('{{ messages }}')
-  edit(source, bos_token_id=0, eos_token_id=[1, turn], pad_token_id=fill)
+  reserved = whole.vocab + 3  # an end id that the tokenizer lacks
+  (source / 'generation_config.json').unlink()
+  edit(source, bos_token_id=0, eos_token_id=[1, turn, reserved], pad_token_id=fill)
   convert.import_model(source, tmp_path / 'run')
   own = settings.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
   data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
@@ -455,15 +457,18 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   convert.export_model(cut, tmp_path / 'home')
   mine = tokenizer.load(cut / 'tokenizer')
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'home')
-  assert len(theirs) == mine.vocab == 272 < whole.vocab
+  assert len(theirs) == mine.vocab == 271 < whole.vocab  # and a row of no token
   for text in toy.documents(['law', 'sea'], 4, 0):
     assert theirs.encode(text, add_special_tokens=False) == mine.encode(text)
   ids = json.loads((tmp_path / 'home' / 'config.json').read_text())
   new = {t: theirs.convert_tokens_to_ids(t) for t in ('<s>', '</s>', '<fill>', '<turn>')}
   assert new['<fill>'] < 272 < fill and theirs.pad_token_id == new['<fill>'] == ids['pad_token_id']
-  assert ids['bos_token_id'] == new['<s>'] and ids['eos_token_id'] == [new['</s>'], new['<turn>']]
+  assert ids['bos_token_id'] == new['<s>']
+  assert ids['eos_token_id'] == [new['</s>'], new['<turn>'], 271]
+  decoding = json.loads((tmp_path / 'home' / 'generation_config.json').read_text())
+  assert set(decoding['eos_token_id']) == set(ids['eos_token_id'])
   said = json.loads((tmp_path / 'home' / 'tokenizer_config.json').read_text())
-  assert 'added_tokens_decoder' not in said
+  assert said['added_tokens_decoder'][str(new['<fill>'])]['content'] == '<fill>'
   assert theirs.chat_template == '{{ messages }}' and theirs.model_max_length == 99
   assert verify.verify([tmp_path / 'home', cut], 1e-4) < 1e-4
 
@@ -526,9 +531,17 @@ def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
     m.setattr(convert.weights, 'save', stopped)
     convert.export_model(tmp_path / 'run', out)
   assert not (out / 'config.json').exists()  # nothing that loads
+  for reader in (convert.read_config, rundir.read_config, lambda p: verify.verify([p], 1)):
+    with pytest.raises(ValueError, match='out: an export that was cut short: run `slm.hf export`'):
+      reader(out)
+  (tmp_path / 'other').mkdir()
+  convert.import_model(directories('llama2'), tmp_path / 'other' / 'another')
+  with pytest.raises(ValueError, match='out: holds the export of run, not of another'):
+    convert.export_model(tmp_path / 'other' / 'another', out)
+  (out / 'model.safetensors.99.tmp').write_text('of a process that was killed')
   (out / 'tokenizer.json').write_text('{}')  # of what stood there before
   convert.export_model(tmp_path / 'run', out)
-  assert not (out / 'tokenizer.json').exists()
+  assert not (out / 'tokenizer.json').exists() and not [*out.glob('*.tmp')]
   assert verify.verify([out], 1e-4) < 1e-4
   with pytest.raises(ValueError, match='--dtype=int8: expected one of float32, bfloat16'):
     convert.export_model(tmp_path / 'run', out, 'int8')
@@ -590,9 +603,15 @@ def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
 def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
   text = ' '.join(toy.documents(list(toy.TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], tmp_path / 'data' / 'tokenizer')
-  out, hf = tmp_path / 'out', {}
-  history = [{'run': str(tmp_path), 'data': str(tmp_path / 'data')}]
-  convert.carry_tokenizer(history, out, hf)
+  out = tmp_path / 'out'
+  folder, content = tokenizer_files.of_line(
+    [{'run': str(tmp_path), 'data': str(tmp_path / 'data')}]
+  )
+  hf = tokenizer_files.token_ids(tok)
+  content = tokenizer_files.exported(content, tok, [tok.ids.bos], hf)
+  tokenizer_files.write(out, content)
+  assert folder == tmp_path / 'data/tokenizer' and hf['pad_token_id'] == tok.ids.pad
+  assert json.loads(content['generation_config.json'])['eos_token_id'] == tok.ids.eos
   (out / 'config.json').write_text('{"model_type": "llama"}')
   theirs = transformers.AutoTokenizer.from_pretrained(out)
   for sample in (text[:500], '  two  spaces\nand\n\nlines\t', 'é 漢字 😀', ''):
@@ -601,6 +620,125 @@ def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
     assert theirs.decode(tok.encode(sample)) == sample
   assert (theirs.bos_token_id, theirs.eos_token_id) == (tok.ids.bos, tok.ids.eos)
   assert (hf['bos_token_id'], hf['eos_token_id']) == (tok.ids.bos, tok.ids.eos)
+
+
+@pytest.mark.parametrize('kind', ['fast', 'sentencepiece'])
+def test_an_export_reads_and_ends_texts_as_the_model_did(kind, tmp_path, capsys, monkeypatch):
+  """transformers puts the begin token before texts as training did, and knows every end."""
+  monkeypatch.setattr(verify, 'LENGTHS', (3, 8))
+  folder = tmp_path / 'data' / 'tokenizer'
+  if kind == 'fast':  # nothing in the file begins texts
+    folder.mkdir(parents=True)
+    huggingface_file(folder / 'tokenizer.json', ['<s>', '</s>'])
+    tok = tokenizer.load(folder)
+  else:
+    text = ' '.join(toy.documents(list(toy.TOPICS), 200, 3))
+    tok = tokenizer.build('sentencepiece', 400, '', [text], folder)
+  path = toy.random_model(tmp_path, tok)
+  convert.export_model(path, tmp_path / 'out')
+  _, begin = load.reads(load.load(path, load.mesh_for(path)))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  for text in verify.TEXTS:
+    assert theirs(text).input_ids == [*begin, *tok.encode(text)]
+  config, decoding = (
+    json.loads((tmp_path / 'out' / f'{name}.json').read_text())
+    for name in ('config', 'generation_config')
+  )
+  assert config['eos_token_id'] == decoding['eos_token_id'] == tok.ids.eos
+  assert ('pad_token_id' in config) == ('pad_token_id' in decoding) == (kind == 'sentencepiece')
+  assert verify.verify([tmp_path / 'out', path], 1e-4) < 1e-4
+  shown = capsys.readouterr().out
+  assert shown.count('are the same ids, begun by the id') == 2 * len(begin), shown
+  # Without the begin token that is told, first of all.
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    if (tmp_path / 'out' / name).exists():
+      about = json.loads((tmp_path / 'out' / name).read_text())
+      about |= {'post_processor': None} if name == 'tokenizer.json' else {'add_bos_token': False}
+      (tmp_path / 'out' / name).write_text(json.dumps(about))
+  if begin:
+    with pytest.raises(ValueError, match=r"out: the text '' is .* for .*, and .* here"):
+      verify.verify([tmp_path / 'out', path], 1e-4)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+  """A directory of transformers whose 320 embeddings are more than its tokens."""
+  (tmp_path / 'first' / 'data' / 'tokenizer').mkdir(parents=True)
+  file = huggingface_file(tmp_path / 'first' / 'data' / 'tokenizer' / 'tokenizer.json', ENDS)
+  convert.export_model(
+    toy.random_model(tmp_path / 'first', tokenizer.load(file), 320), tmp_path / 'foreign'
+  )
+  (tmp_path / 'foreign' / convert.LINEAGE).unlink()
+  return tmp_path / 'foreign'
+
+
+ENDS = ['<s>', '</s>', '<turn>']
+
+
+def test_every_end_token_goes_along(foreign, tmp_path):
+  """Those of config.json and of generation_config.json, which was not told of them all."""
+  about = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': '{{ messages }}'}
+  (foreign / 'tokenizer_config.json').write_text(json.dumps(about))
+  edit(foreign, eos_token_id=[2, 319])
+  decoding = {'eos_token_id': 2, 'temperature': 0.5}
+  (foreign / 'generation_config.json').write_text(json.dumps(decoding))
+  (foreign / 'additional_chat_templates').mkdir()
+  (foreign / 'additional_chat_templates' / 'tools.jinja').write_text('{{ tools }}')
+  convert.import_model(foreign, tmp_path / 'run')
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  read = lambda name: json.loads((tmp_path / 'out' / name).read_text())
+  decoding |= {'bos_token_id': 0, 'eos_token_id': [2, 319, 1]}
+  assert read('generation_config.json') == decoding
+  assert read('config.json')['eos_token_id'] == [2, 319]
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'additional_chat_templates/tools.jinja'):
+    assert (tmp_path / 'out' / name).read_bytes() == (foreign / name).read_bytes()
+
+
+def test_tokens_embeddings_and_ids_in_use_are_three_sizes(foreign, tmp_path):
+  convert.import_model(foreign, tmp_path / 'run')
+  tokens = tokenizer.load(foreign).vocab
+  assert convert.remarks(tmp_path / 'run') == [
+    f'320 embeddings, {tokens} ids of tokens: the last {320 - tokens} have none'
+  ]
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert tensors(tmp_path / 'out')['model.embed_tokens.weight'][1].shape[0] == 320
+  config = json.loads((foreign / 'config.json').read_text())
+  for name, content in (
+    ('config.json', {**config, 'eos_token_id': [2, 320]}),
+    ('generation_config.json', {'pad_token_id': 320}),
+    ('added_tokens.json', {'<pad>': 320}),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'320': {'content': '<pad>'}}}),
+  ):
+    before = (foreign / name).read_bytes() if (foreign / name).exists() else None
+    (foreign / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f'{name}: names the id 320, the model has 320 embeddings'):
+      convert.import_model(foreign, tmp_path / 'other')
+    (foreign / name).write_bytes(before) if before else (foreign / name).unlink()
+  model = tokenizers.Tokenizer.from_file(str(foreign / 'tokenizer.json'))
+  model.add_special_tokens([f'<extra {i}>' for i in range(321 - tokens)])
+  model.save(str(foreign / 'tokenizer.json'))
+  with pytest.raises(ValueError, match='the tokenizer has 321 ids, the model 320 embeddings'):
+    convert.import_model(foreign, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_a_run_remembers_what_an_export_was_made_from(foreign, tmp_path):
+  convert.export_model(tmp_path / 'first' / 'run', tmp_path / 'whole')
+  convert.import_model(tmp_path / 'whole', tmp_path / 'again')
+  about = convert.export_model(tmp_path / 'again', tmp_path / 'out')
+  assert [x['phase'] for x in about['history']] == ['import', 'pretrain']
+  assert about['made_from'] == ['whole', 'random weights']
+  assert '| run | pretrain | next_token |' in card.text('x', about, {'architectures': ['L']}, '')
+  assert str(tmp_path) not in json.dumps(about)
+  convert.import_model(tmp_path / 'out', tmp_path / 'third')
+  about = convert.export_model(tmp_path / 'third', tmp_path / 'last')
+  assert [x['phase'] for x in about['history']] == ['import', 'import', 'pretrain']
+  assert about['made_from'] == ['out', 'whole', 'random weights']
+  for wrong in ('[]', '{}', '{"history": [{"run": 1}], "made_from": []}', '[' * 100_000):
+    (tmp_path / 'whole' / convert.LINEAGE).write_text(wrong)
+    with pytest.raises(ValueError, match=f'whole/{convert.LINEAGE}: ') as e:
+      convert.import_model(tmp_path / 'whole', tmp_path / 'other')
+    assert '\n' not in str(e.value)
 
 
 def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):

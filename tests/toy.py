@@ -81,10 +81,15 @@ def random_run() -> pathlib.Path:
   root = pathlib.Path(tempfile.mkdtemp(prefix='slm-toy-'))
   text = ' '.join(documents(list(TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], root / 'data' / 'tokenizer')
+  return random_model(root, tok)
+
+
+def random_model(root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0) -> pathlib.Path:
+  """Write a random run of `vocab` embeddings (0: one a token); its tokenizer is in root/data."""
   config = {
     'phase': 'pretrain', 'steps': 0, 'seed': 0, 'dtype': 'float32', 'context': 64,
     'model': {
-      'name': 'decoder', 'vocab': tok.vocab, 'embed': 32, 'num_layers': 2, 'num_heads': 4,
+      'name': 'decoder', 'vocab': vocab or tok.vocab, 'embed': 32, 'num_layers': 2, 'num_heads': 4,
       'num_kv_heads': 2, 'head_dim': 8, 'mlp': 48,
     },
     'reparam': {'name': 'full'}, 'objective': {'name': 'next_token', 'chunk': 64},

@@ -249,6 +249,11 @@ FAMILIES: dict[str, Family] = {
 _SWITCHED = ('qwen2', 'qwen3', 'qwen3_moe')
 
 
+def token_ids(hf: Keys) -> dict[str, Any]:
+  """Return the token ids that a config.json names."""
+  return {key: hf[key] for key in TOKEN_IDS if hf.get(key) is not None}
+
+
 def resolve(hf: Keys) -> dict[str, Any]:
   """Return config.json with transformers' own value of every key that it leaves out.
 

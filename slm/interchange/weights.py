@@ -148,7 +148,8 @@ class Tensors:
   def read(self, name: str) -> np.ndarray:
     """Read a tensor."""
     # By a mapping of its own, whose pages go with it instead of staying beside the model.
-    with safetensors.safe_open(self._path / self.files[name], 'np') as file:
+    path = self._path / self.files[name]
+    with files.reading(path), safetensors.safe_open(path, 'np') as file:
       return file.get_tensor(name)
 
 

@@ -17,6 +17,7 @@ from slm import models
 from slm.base import console, files
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import tasks
+from slm.interchange import convert, tokenizer_files
 from slm.models.config import DecoderConfig
 from slm.models.decoder import forward_flops, num_params
 from slm.pruning import importance, measure, slicing
@@ -261,10 +262,11 @@ def cut(
   found = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
   widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
   kept = importance.keep(found, widths, old.num_kv_heads)
-  smaller: Sequence[Any] | None = None  # its tokenizer file's name and content, if it is another
+  smaller: dict[str, bytes] = {}  # the files of its tokenizer, if it is another
   if 'vocab' in wanted:
-    whole = Path(of[0]['data']) / 'tokenizer'
-    *smaller, kept['vocab'] = vocabulary.reduce(whole, found['vocab'], wanted['vocab'])
+    line = convert.line(convert.lineage(run))
+    _, whole = tokenizer_files.of_line(line, of[0]['data'])
+    smaller, kept['vocab'] = vocabulary.reduce(whole, found['vocab'], wanted['vocab'])
   if task and 'layers' in wanted:
     ask = _asking(passes[0], params, task, limit)
     kept['layers'] = importance.best_window(old.num_layers, wanted['layers'], ask)
@@ -291,7 +293,7 @@ def cut(
   for key in ('hf', 'teacher_cache', 'specialist'):
     config.pop(key, None)
   if smaller:
-    config['tokenizer'] = hashlib.sha256(smaller[1]).hexdigest()
+    config['tokenizer'] = tokenizer_files.fingerprint(smaller)
   rundir.check_run(Path(workdir), config)
   costs = [about for p in passes for about in p.costs]
   _write_run(Path(workdir), config, params, kept, smaller, costs)
@@ -346,18 +348,14 @@ def _asking(
 
 def _write_run(
   folder: Path, config: dict[str, Any], params: Params, kept: dict[str, np.ndarray],
-  smaller: Sequence[Any] | None, costs: list[About],
+  smaller: dict[str, bytes], costs: list[About],
 ) -> None:  # fmt: skip
-  """Write a cut run, what it keeps, the (name, content) of its own tokenizer, and the cost."""
+  """Write a cut run, what it keeps, the files of its own tokenizer, and the cost."""
   rundir.write_run(folder, config)  # first: it marks the directory
   arrays = {axis: np.ascontiguousarray(index, np.int32) for axis, index in kept.items()}
   with files.replacing(folder / 'kept.safetensors') as temporary:
     safetensors.numpy.save_file(arrays, temporary)
   if smaller:
-    of = Path(costs[0]['asked']['data']) / 'tokenizer' / tokenizer.SETTINGS
-    parts = {smaller[0]: smaller[1], **({of.name: of.read_bytes()} if of.exists() else {})}
-    for name, content in parts.items():
-      with files.replacing(folder / 'tokenizer' / name) as temporary:
-        temporary.write_bytes(content)
+    tokenizer_files.write(folder / 'tokenizer', smaller)
   spent = (sum(c[key] for c in costs) for key in ('tokens', 'flops', 'device_seconds'))
   load.write_dense(folder, config, params, [config['init']], [phase_entry('calibrate', *spent)])
