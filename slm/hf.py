@@ -28,6 +28,8 @@ def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if command == 'import':
     cfg = convert.import_model(*paths)
+    for line in convert.remarks(paths[1]):
+      print(line)
     print(f'{paths[1]}: {cfg.hf["config"]["model_type"]}, ready to use as a run')
   elif command == 'export':
     about = convert.export_model(*paths, dtype=f.dtype)

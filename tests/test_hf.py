@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import re
@@ -19,7 +20,7 @@ from test_tokenizer import huggingface_file
 
 from slm.data import prepare, settings, tokenizer
 from slm.inference import completion
-from slm.interchange import card, convert, families, verify, weights
+from slm.interchange import card, convert, families, tokenizer_files, verify, weights
 from slm.models import decode
 from slm.models.config import DecoderConfig
 from slm.pruning import commands
@@ -214,6 +215,9 @@ def test_configs_of_transformers_4_mean_the_same(directories, tmp_path):
     ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1.0}}, "rope_type 'yarn'"),
     ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 1.0}}, "no key 'factor'"),
     ({'rope_parameters': None, 'rope_scaling': {'rope_type': 'linear'}}, "no key 'factor'"),
+    ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    ({'rope_parameters': {'rope_theta': None}}, 'rope_theta: expected a number, found None'),
+    ({'model_type': 'smollm3', 'no_rope_layers': [1]}, 'no_rope_layers: expected 3 of them'),
     ({'num_attention_heads': 3}, 'num_heads=3 is not a multiple'),
     ({'hidden_size': 32}, 'expected shape (48, 32), found (48, 48)'),
     ({'num_hidden_layers': 4}, 'model.layers.3'),
@@ -272,29 +276,107 @@ def test_damaged_directories_are_refused_by_name(directories, tmp_path):
     convert.import_model(tmp_path, tmp_path / 'run')
 
 
+def transformers_own(hf):
+  """Return config.json as transformers completes it; None where it refuses."""
+  hf = copy.deepcopy(hf)
+  family = type(transformers.AutoConfig.for_model(hf.pop('model_type')))
+  try:
+    return family.from_dict(hf).to_dict()
+  except Exception:  # noqa: BLE001 (its validators raise classes of their own)
+    return None
+
+
+def shape_of(hf):
+  """Return the shape that is read of a config, or why there is none."""
+  try:
+    return DecoderConfig(**families.read(hf))
+  except ValueError as e:
+    return str(e)
+
+
+def check_defaults(hf):
+  """Compare what is read of a config with what is read of the same one written in full."""
+  full = transformers_own(hf)
+  if full is None:
+    return False
+  assert shape_of(hf) == shape_of(full), hf
+  kept = (*families.TOKEN_IDS, 'max_position_embeddings', 'initializer_range')
+  ours = families.resolve(hf)
+  assert [ours[key] for key in kept] == [full[key] for key in kept], hf
+  return True
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_key_has_the_default_of_transformers(case):
+  """Of a config each key is left out in turn, and once more without what follows from others."""
+  name, changes = CASES[case]
+  hf = getattr(transformers, f'{name}Config')(**{**SMALL, **changes}).to_dict()
+  del hf['transformers_version']
+  compared = 0
+  for derived in ((), ('layer_types', 'no_rope_layers')):
+    left = {key: value for key, value in hf.items() if key not in derived}
+    for gone in left.keys() - {'model_type'}:
+      compared += check_defaults({key: value for key, value in left.items() if key != gone})
+  assert compared > 40  # the others have sizes that transformers itself refuses
+
+
+@pytest.mark.parametrize('family', families.FAMILIES)
+def test_a_family_is_that_of_transformers_without_any_key(family):
+  assert check_defaults({'model_type': family})
+  minimal = {k: v for k, v in SMALL.items() if k.endswith('_size') or k.startswith('num_')}
+  assert check_defaults({'model_type': family, **minimal})
+
+
+LLAMA3_SHORT = {
+  k: v for k, v in LLAMA3.items() if k not in ('rope_theta', 'original_max_position_embeddings')
+}
+
+
 @pytest.mark.parametrize(
-  ('case', 'keys'),
+  ('family', 'changes'),
   [
-    ('gemma2', ('attn_logit_softcapping', 'final_logit_softcapping')),
-    ('mistral', ('sliding_window',)),
-    ('llama2', ('rope_parameters',)),  # as the published Llama 2 does
+    ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_theta': 5.0}),
+    # Both dialects, and they differ.
+    ('llama', {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'rope_theta': 7.0,
+               'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}}),
+    ('llama', {'rope_scaling': LLAMA3_SHORT, 'rope_theta': 7.0}),
+    ('llama', {'rope_parameters': LLAMA3, 'original_max_position_embeddings': 32}),
+    ('gemma3_text', {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'rope_theta': 9.0,
+                     'rope_local_base_freq': 7.0, 'num_hidden_layers': 7}),
+    ('gemma3_text', {'rope_parameters': {'rope_type': 'linear', 'factor': 2.0},
+                     'num_hidden_layers': 7}),
+    ('gemma3_text', {'sliding_window_pattern': 3, 'num_hidden_layers': 7}),
+    # Keys that transformers does not look at.
+    ('gemma2', {'sliding_window_pattern': 3, 'hidden_act': 'silu'}),
+    ('qwen3', {'sliding_window': 5, 'max_window_layers': 0}),
+    ('mixtral', {'num_experts': 3}),
+    ('qwen3_moe', {'num_local_experts': 3, 'use_sliding_window': True}),
+    ('qwen2', {'use_sliding_window': True, 'max_window_layers': 1}),
+    ('smollm3', {'no_rope_layers': [1, 0, 1, 1]}),
+    ('gemma2', {'attn_logit_softcapping': None}),
+    ('llama', {'num_key_value_heads': None, 'head_dim': None}),
   ],
-)
-def test_what_a_config_leaves_out_is_what_transformers_takes(case, keys, directories, tmp_path):
-  shutil.copytree(directories(case), tmp_path / 'model')
-  config = json.loads((tmp_path / 'model' / 'config.json').read_text())
-  (tmp_path / 'model' / 'config.json').write_text(
-    json.dumps({key: value for key, value in config.items() if key not in keys})
+)  # fmt: skip
+def test_either_dialect_means_what_transformers_takes_it_for(family, changes):
+  sizes = {key: value for key, value in SMALL.items() if key != 'head_dim'}
+  assert check_defaults({'model_type': family, **sizes, **changes})
+
+
+def test_an_absent_token_id_stays_absent():
+  shape = DecoderConfig(
+    vocab=100, embed=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp=64
   )
-  shape = convert.read_config(tmp_path / 'model')[1]
-  default = getattr(transformers, f'{CASES[case][0]}Config')()
-  ours = {'attn_logit_softcapping': 'attention_cap', 'final_logit_softcapping': 'logit_cap'}
-  for key in keys:
-    if key == 'rope_parameters':
-      assert shape.rope_theta == default.rope_parameters['rope_theta']
-    else:
-      assert getattr(shape, ours.get(key, 'window')) == getattr(default, key)
-  assert verify.verify([tmp_path / 'model'], 1e-4) < 1e-4
+  own = {'max_position_embeddings': 64, 'bos_token_id': 3, 'eos_token_id': [4, 5]}
+  written = families.write(shape, 'llama', own)
+  assert 'pad_token_id' not in written and written['eos_token_id'] == [4, 5]
+  # Families that have one of their own are told that there is none.
+  other = dataclasses.replace(shape, norms='post', qk_norm='all')
+  assert families.write(other, 'olmo2', own)['pad_token_id'] is None
+  # What another family left out is what that family takes.
+  written = families.write(shape, 'mistral', {'model_type': 'gemma2'})
+  assert [written[key] for key in families.TOKEN_IDS] == [2, 1, 0]
+  written = families.write(shape, 'llama', {'model_type': 'llama', 'pad_token_id': None})
+  assert 'bos_token_id' not in written and written['pad_token_id'] is None
 
 
 def test_a_mixture_whose_heads_are_narrower_than_its_stream_is_of_no_family(directories):
@@ -349,19 +431,21 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   model = transformers.AutoModelForCausalLM.from_pretrained(source)
   model.resize_token_embeddings(whole.vocab + 5)
   model.save_pretrained(source)
-  settings = {
+  about = {
     'bos_token': '<s>',
     'eos_token': '</s>',
     'pad_token': '<fill>',
     'model_max_length': 99,
   }
-  settings |= {
+  about |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'added_tokens_decoder': {str(fill): {'content': '<fill>', 'special': True}},
   }
-  (source / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (source / 'tokenizer_config.json').write_text(json.dumps(about))
   (source / 'chat_template.jinja').write_text('{{ messages }}')
-  edit(source, bos_token_id=0, eos_token_id=[1, turn], pad_token_id=fill)
+  reserved = whole.vocab + 3  # an end id that the tokenizer lacks
+  (source / 'generation_config.json').unlink()
+  edit(source, bos_token_id=0, eos_token_id=[1, turn, reserved], pad_token_id=fill)
   convert.import_model(source, tmp_path / 'run')
   own = settings.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
   data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
@@ -373,15 +457,18 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   convert.export_model(cut, tmp_path / 'home')
   mine = tokenizer.load(cut / 'tokenizer')
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'home')
-  assert len(theirs) == mine.vocab == 272 < whole.vocab
+  assert len(theirs) == mine.vocab == 271 < whole.vocab  # and a row of no token
   for text in toy.documents(['law', 'sea'], 4, 0):
     assert theirs.encode(text, add_special_tokens=False) == mine.encode(text)
   ids = json.loads((tmp_path / 'home' / 'config.json').read_text())
   new = {t: theirs.convert_tokens_to_ids(t) for t in ('<s>', '</s>', '<fill>', '<turn>')}
   assert new['<fill>'] < 272 < fill and theirs.pad_token_id == new['<fill>'] == ids['pad_token_id']
-  assert ids['bos_token_id'] == new['<s>'] and ids['eos_token_id'] == [new['</s>'], new['<turn>']]
+  assert ids['bos_token_id'] == new['<s>']
+  assert ids['eos_token_id'] == [new['</s>'], new['<turn>'], 271]
+  decoding = json.loads((tmp_path / 'home' / 'generation_config.json').read_text())
+  assert set(decoding['eos_token_id']) == set(ids['eos_token_id'])
   said = json.loads((tmp_path / 'home' / 'tokenizer_config.json').read_text())
-  assert 'added_tokens_decoder' not in said
+  assert said['added_tokens_decoder'][str(new['<fill>'])]['content'] == '<fill>'
   assert theirs.chat_template == '{{ messages }}' and theirs.model_max_length == 99
   assert verify.verify([tmp_path / 'home', cut], 1e-4) < 1e-4
 
@@ -404,6 +491,35 @@ def test_two_types_of_16_bits_become_one_that_holds_both(directories, tmp_path):
     )
 
 
+def test_buffers_of_older_versions_are_left_out_by_name(directories, tmp_path):
+  """Their type is not the model's: float32 frequencies beside bfloat16 weights."""
+  shutil.copytree(directories('llama2', 'bfloat16'), tmp_path / 'model')
+  file = tmp_path / 'model' / 'model.safetensors'
+  arrays, attention = safetensors.numpy.load_file(file), 'model.layers.1.self_attn'
+  buffers = {
+    'model.rotary_emb.inv_freq': np.ones(6, np.float32),
+    f'{attention}.rotary_emb.cos_cached': np.ones((9, 12), np.float64),
+    f'{attention}.rotary_emb.sin_cached': np.ones((9, 12), np.float32),
+    f'{attention}.masked_bias': np.full((), -1e9, np.float32),
+    f'{attention}.bias': np.ones((1, 1, 9, 9), np.bool_),
+    'model.embed_tokens.position_ids': np.arange(9),
+  }
+  safetensors.numpy.save_file({**arrays, **buffers}, file, {'format': 'pt'})
+  done = run('import', tmp_path / 'model', tmp_path / 'run')
+  first, last = done.stdout.splitlines()
+  assert first.startswith('left out: 6 tensors that are not weights (model.embed_tokens.position')
+  assert 'ready to use as a run' in last, done.stderr
+  result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+  assert result['dtype'] == 'bfloat16' and set(result['left_out']) == set(buffers)
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  after = tensors(tmp_path / 'out')
+  assert after.keys() == arrays.keys() and {kind for kind, _ in after.values()} == {'BF16'}
+  own = arrays['model.norm.weight'].astype(np.float64)
+  safetensors.numpy.save_file({**arrays, 'model.norm.weight': own}, file, {'format': 'pt'})
+  with pytest.raises(ValueError, match='model.norm.weight: of type F64, expected one of F32, BF16'):
+    convert.import_model(tmp_path / 'model', tmp_path / 'other')
+
+
 def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
   convert.import_model(directories('llama2'), tmp_path / 'run')
   out = tmp_path / 'out'
@@ -415,9 +531,17 @@ def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
     m.setattr(convert.weights, 'save', stopped)
     convert.export_model(tmp_path / 'run', out)
   assert not (out / 'config.json').exists()  # nothing that loads
+  for reader in (convert.read_config, rundir.read_config, lambda p: verify.verify([p], 1)):
+    with pytest.raises(ValueError, match='out: an export that was cut short: run `slm.hf export`'):
+      reader(out)
+  (tmp_path / 'other').mkdir()
+  convert.import_model(directories('llama2'), tmp_path / 'other' / 'another')
+  with pytest.raises(ValueError, match='out: holds the export of run, not of another'):
+    convert.export_model(tmp_path / 'other' / 'another', out)
+  (out / 'model.safetensors.99.tmp').write_text('of a process that was killed')
   (out / 'tokenizer.json').write_text('{}')  # of what stood there before
   convert.export_model(tmp_path / 'run', out)
-  assert not (out / 'tokenizer.json').exists()
+  assert not (out / 'tokenizer.json').exists() and not [*out.glob('*.tmp')]
   assert verify.verify([out], 1e-4) < 1e-4
   with pytest.raises(ValueError, match='--dtype=int8: expected one of float32, bfloat16'):
     convert.export_model(tmp_path / 'run', out, 'int8')
@@ -479,9 +603,15 @@ def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
 def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
   text = ' '.join(toy.documents(list(toy.TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], tmp_path / 'data' / 'tokenizer')
-  out, hf = tmp_path / 'out', {}
-  history = [{'run': str(tmp_path), 'data': str(tmp_path / 'data')}]
-  convert.carry_tokenizer(history, out, hf)
+  out = tmp_path / 'out'
+  folder, content = tokenizer_files.of_line(
+    [{'run': str(tmp_path), 'data': str(tmp_path / 'data')}]
+  )
+  hf = tokenizer_files.token_ids(tok)
+  content = tokenizer_files.exported(content, tok, [tok.ids.bos], hf)
+  tokenizer_files.write(out, content)
+  assert folder == tmp_path / 'data/tokenizer' and hf['pad_token_id'] == tok.ids.pad
+  assert json.loads(content['generation_config.json'])['eos_token_id'] == tok.ids.eos
   (out / 'config.json').write_text('{"model_type": "llama"}')
   theirs = transformers.AutoTokenizer.from_pretrained(out)
   for sample in (text[:500], '  two  spaces\nand\n\nlines\t', 'é 漢字 😀', ''):
@@ -490,6 +620,125 @@ def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
     assert theirs.decode(tok.encode(sample)) == sample
   assert (theirs.bos_token_id, theirs.eos_token_id) == (tok.ids.bos, tok.ids.eos)
   assert (hf['bos_token_id'], hf['eos_token_id']) == (tok.ids.bos, tok.ids.eos)
+
+
+@pytest.mark.parametrize('kind', ['fast', 'sentencepiece'])
+def test_an_export_reads_and_ends_texts_as_the_model_did(kind, tmp_path, capsys, monkeypatch):
+  """transformers puts the begin token before texts as training did, and knows every end."""
+  monkeypatch.setattr(verify, 'LENGTHS', (3, 8))
+  folder = tmp_path / 'data' / 'tokenizer'
+  if kind == 'fast':  # nothing in the file begins texts
+    folder.mkdir(parents=True)
+    huggingface_file(folder / 'tokenizer.json', ['<s>', '</s>'])
+    tok = tokenizer.load(folder)
+  else:
+    text = ' '.join(toy.documents(list(toy.TOPICS), 200, 3))
+    tok = tokenizer.build('sentencepiece', 400, '', [text], folder)
+  path = toy.random_model(tmp_path, tok)
+  convert.export_model(path, tmp_path / 'out')
+  _, begin = load.reads(load.load(path, load.mesh_for(path)))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  for text in verify.TEXTS:
+    assert theirs(text).input_ids == [*begin, *tok.encode(text)]
+  config, decoding = (
+    json.loads((tmp_path / 'out' / f'{name}.json').read_text())
+    for name in ('config', 'generation_config')
+  )
+  assert config['eos_token_id'] == decoding['eos_token_id'] == tok.ids.eos
+  assert ('pad_token_id' in config) == ('pad_token_id' in decoding) == (kind == 'sentencepiece')
+  assert verify.verify([tmp_path / 'out', path], 1e-4) < 1e-4
+  shown = capsys.readouterr().out
+  assert shown.count('are the same ids, begun by the id') == 2 * len(begin), shown
+  # Without the begin token that is told, first of all.
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    if (tmp_path / 'out' / name).exists():
+      about = json.loads((tmp_path / 'out' / name).read_text())
+      about |= {'post_processor': None} if name == 'tokenizer.json' else {'add_bos_token': False}
+      (tmp_path / 'out' / name).write_text(json.dumps(about))
+  if begin:
+    with pytest.raises(ValueError, match=r"out: the text '' is .* for .*, and .* here"):
+      verify.verify([tmp_path / 'out', path], 1e-4)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+  """A directory of transformers whose 320 embeddings are more than its tokens."""
+  (tmp_path / 'first' / 'data' / 'tokenizer').mkdir(parents=True)
+  file = huggingface_file(tmp_path / 'first' / 'data' / 'tokenizer' / 'tokenizer.json', ENDS)
+  convert.export_model(
+    toy.random_model(tmp_path / 'first', tokenizer.load(file), 320), tmp_path / 'foreign'
+  )
+  (tmp_path / 'foreign' / convert.LINEAGE).unlink()
+  return tmp_path / 'foreign'
+
+
+ENDS = ['<s>', '</s>', '<turn>']
+
+
+def test_every_end_token_goes_along(foreign, tmp_path):
+  """Those of config.json and of generation_config.json, which was not told of them all."""
+  about = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': '{{ messages }}'}
+  (foreign / 'tokenizer_config.json').write_text(json.dumps(about))
+  edit(foreign, eos_token_id=[2, 319])
+  decoding = {'eos_token_id': 2, 'temperature': 0.5}
+  (foreign / 'generation_config.json').write_text(json.dumps(decoding))
+  (foreign / 'additional_chat_templates').mkdir()
+  (foreign / 'additional_chat_templates' / 'tools.jinja').write_text('{{ tools }}')
+  convert.import_model(foreign, tmp_path / 'run')
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  read = lambda name: json.loads((tmp_path / 'out' / name).read_text())
+  decoding |= {'bos_token_id': 0, 'eos_token_id': [2, 319, 1]}
+  assert read('generation_config.json') == decoding
+  assert read('config.json')['eos_token_id'] == [2, 319]
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'additional_chat_templates/tools.jinja'):
+    assert (tmp_path / 'out' / name).read_bytes() == (foreign / name).read_bytes()
+
+
+def test_tokens_embeddings_and_ids_in_use_are_three_sizes(foreign, tmp_path):
+  convert.import_model(foreign, tmp_path / 'run')
+  tokens = tokenizer.load(foreign).vocab
+  assert convert.remarks(tmp_path / 'run') == [
+    f'320 embeddings, {tokens} ids of tokens: the last {320 - tokens} have none'
+  ]
+  convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert tensors(tmp_path / 'out')['model.embed_tokens.weight'][1].shape[0] == 320
+  config = json.loads((foreign / 'config.json').read_text())
+  for name, content in (
+    ('config.json', {**config, 'eos_token_id': [2, 320]}),
+    ('generation_config.json', {'pad_token_id': 320}),
+    ('added_tokens.json', {'<pad>': 320}),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'320': {'content': '<pad>'}}}),
+  ):
+    before = (foreign / name).read_bytes() if (foreign / name).exists() else None
+    (foreign / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f'{name}: names the id 320, the model has 320 embeddings'):
+      convert.import_model(foreign, tmp_path / 'other')
+    (foreign / name).write_bytes(before) if before else (foreign / name).unlink()
+  model = tokenizers.Tokenizer.from_file(str(foreign / 'tokenizer.json'))
+  model.add_special_tokens([f'<extra {i}>' for i in range(321 - tokens)])
+  model.save(str(foreign / 'tokenizer.json'))
+  with pytest.raises(ValueError, match='the tokenizer has 321 ids, the model 320 embeddings'):
+    convert.import_model(foreign, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_a_run_remembers_what_an_export_was_made_from(foreign, tmp_path):
+  convert.export_model(tmp_path / 'first' / 'run', tmp_path / 'whole')
+  convert.import_model(tmp_path / 'whole', tmp_path / 'again')
+  about = convert.export_model(tmp_path / 'again', tmp_path / 'out')
+  assert [x['phase'] for x in about['history']] == ['import', 'pretrain']
+  assert about['made_from'] == ['whole', 'random weights']
+  assert '| run | pretrain | next_token |' in card.text('x', about, {'architectures': ['L']}, '')
+  assert str(tmp_path) not in json.dumps(about)
+  convert.import_model(tmp_path / 'out', tmp_path / 'third')
+  about = convert.export_model(tmp_path / 'third', tmp_path / 'last')
+  assert [x['phase'] for x in about['history']] == ['import', 'import', 'pretrain']
+  assert about['made_from'] == ['out', 'whole', 'random weights']
+  for wrong in ('[]', '{}', '{"history": [{"run": 1}], "made_from": []}', '[' * 100_000):
+    (tmp_path / 'whole' / convert.LINEAGE).write_text(wrong)
+    with pytest.raises(ValueError, match=f'whole/{convert.LINEAGE}: ') as e:
+      convert.import_model(tmp_path / 'whole', tmp_path / 'other')
+    assert '\n' not in str(e.value)
 
 
 def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):

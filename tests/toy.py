@@ -84,10 +84,16 @@ def random_run() -> pathlib.Path:
   root = pathlib.Path(tempfile.mkdtemp(prefix='slm-toy-'))
   text = ' '.join(documents(list(TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], root / 'data' / 'tokenizer')
+  return random_model(root, tok)
+
+
+def random_model(root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0) -> pathlib.Path:
+  """Write a random run of `vocab` embeddings (0: one a token); its tokenizer is in root/data."""
   cfg = RunConfig(
     steps=0, context=64, tokenizer=tok.fingerprint, objective=NextTokenConfig(chunk=64),
     model=DecoderConfig(
-      vocab=tok.vocab, embed=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp=48
+      vocab=vocab or tok.vocab, embed=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+      mlp=48,
     ),
     eval=EvalConfig(batch_size=8), data=DataConfig(path=str(root / 'data')),
   )  # fmt: skip

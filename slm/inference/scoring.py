@@ -16,7 +16,7 @@ import numpy as np
 
 from slm import models
 from slm.data import tokenizer
-from slm.interchange import convert
+from slm.interchange import convert, families
 from slm.models import decode
 from slm.models.config import DecoderConfig
 from slm.models.decoder import head
@@ -110,9 +110,9 @@ def open_model(
   """
   path = rundir.split_ref(ref)[0]
   if rundir.of_transformers(path):
-    model, params, hf, _ = convert.read(path, mesh, 'float32')
+    model, params, hf, *_ = convert.read(path, mesh, 'float32')
     tok, step, how = tokenizer.load(path), 0, {}
-    longest, first = hf.get('max_position_embeddings', 2048), tok.begin
+    longest, first = families.resolve(hf)['max_position_embeddings'], tok.begin
   else:
     loaded = load.load(ref, mesh)
     if loaded.reparam.clusters:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.base import files
-from slm.interchange.convert import LINEAGE
+from slm.runs.rundir import LINEAGE
 
 _UNKNOWN = 'not stated'
 
@@ -40,22 +40,26 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
     '| run | phase | objective | tokens | FLOPs | device-seconds | validation loss | text | rows |',
     '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |',
   ]
-  for entry in history:
-    mine = [p for p in entry['cost'] if p['phase'] != 'evaluate']
-    total = lambda key, mine=mine: sum(p[key] for p in mine)
-    loss = entry.get('result', {}).get('loss')
-    lines.append(
-      f'| {entry["run"]} | {entry["phase"]} | {_objective(entry)} | '
-      f'{total("tokens"):,} | {total("flops"):.3g} | {total("device_seconds"):.0f} | '
-      f'{_UNKNOWN if loss is None else f"{loss:.4f}"} | '
-      f'{"/".join(filter(None, (entry["data"], entry["set"]))) or "none"} | '
-      f'{entry["rows_sha256"][:12] or "none"} |'
-    )
+  lines += map(row, history)
   pruned = [x['prune'] for x in history if 'prune' in x]
   for entry in pruned:
     lines += ['', f'Pruned: kept indices {entry["sha256"][:16]}, shape {entry["shape"]}.']
   lines += ['', f'Files: tokenizer {", ".join(about["tokenizer"]) or "none"}.', '']
   return '\n'.join(lines)
+
+
+def row(entry: dict[str, Any]) -> str:
+  """Write the row of a run of the lineage."""
+  spent = [p for p in entry['cost'] if p['phase'] != 'evaluate']
+  total = lambda key: sum(p[key] for p in spent)
+  loss = entry.get('result', {}).get('loss')
+  return (
+    f'| {entry["run"]} | {entry["phase"]} | {_objective(entry)} | '
+    f'{total("tokens"):,} | {total("flops"):.3g} | {total("device_seconds"):.0f} | '
+    f'{_UNKNOWN if loss is None else f"{loss:.4f}"} | '
+    f'{"/".join(filter(None, (entry["data"], entry["set"]))) or "none"} | '
+    f'{entry["rows_sha256"][:12] or "none"} |'
+  )
 
 
 def _objective(entry: dict[str, Any]) -> str:

@@ -2,39 +2,27 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from slm import models
-from slm.base import files
+from slm.base import files, schema
 from slm.data import tokenizer
 from slm.data.loader import DataConfig
-from slm.interchange import families, weights
+from slm.interchange import card, families, tokenizer_files, weights
 from slm.models.config import DecoderConfig
 from slm.objectives import signals
 from slm.runs import config, ledger, load, rundir
 from slm.runs.config import RunConfig
+from slm.runs.rundir import LINEAGE
 from slm.weights import sharding
-
-DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
-LINEAGE = 'slm_lineage.json'
-# What belongs to the tokenizer and to decoding: carried over as it is. The first three name tokens
-# by their text, and so hold for a tokenizer that was cut to fewer tokens too.
-_BY_TEXT = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
-_TOKENIZER = (
-  *_BY_TEXT,
-  'tokenizer.json', 'tokenizer.model', 'added_tokens.json', 'vocab.json', 'merges.txt',
-  'generation_config.json',
-)  # fmt: skip
+from slm.weights.axes import Params
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
@@ -44,21 +32,31 @@ def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
     ValueError: naming the file, if it is damaged or describes something not computed here.
   """
   file = path / 'config.json'
+  rundir.refuse_unfinished(path)
   if not file.exists():
     raise ValueError(f'{path}: holds no config.json')
   hf = files.read_json(file)
   if not isinstance(hf, dict):
     raise ValueError(f'{file}: expected an object, found {str(hf)[:40]}')
-  try:
-    return hf, DecoderConfig(**families.read(hf))
-  except (ValueError, TypeError, AttributeError) as e:
-    raise ValueError(f'{file}: {e}') from None
+  with files.reading(file):
+    try:
+      return hf, DecoderConfig(**families.read(hf))
+    except ValueError as e:
+      raise ValueError(f'{file}: {e}') from None
 
 
-def read(
-  path: str | Path, mesh: jax.sharding.Mesh, dtype: str = ''
-) -> tuple[models.Model, dict[str, Any], dict[str, Any], str]:
-  """Read a model of transformers onto a mesh: (model, weights, config.json, type of its tensors).
+class Read(NamedTuple):
+  """A model of transformers: weights, config.json, and what its files say of the tensors."""
+
+  model: models.Model
+  params: Params
+  hf: dict[str, Any]
+  dtype: str  # the widest type of the weights' tensors
+  buffers: list[str]  # tensors that are not weights, and were left out
+
+
+def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '') -> Read:
+  """Read a model of transformers onto a mesh.
 
   Weights have that type, or `dtype`. Each device's part is read tensor by tensor.
 
@@ -71,19 +69,17 @@ def read(
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   with contextlib.ExitStack() as stack:
     tensors = weights.Tensors(path, stack)
-    found = {tensors.dtype(name) for name in tensors.files}
-    if found - set(DTYPES):
-      raise ValueError(f'{path}: tensors of type {sorted(found)}, expected one of {list(DTYPES)}')
-    # The widest, if they differ; of the two of 16 bits neither holds the other's numbers.
-    own = 'float32' if {'BF16', 'F16'} <= found else DTYPES[min(found, key=list(DTYPES).index)]
     try:
+      planned, buffers = weights.plan(tensors, shape, hf['model_type'], shapes)
+      own = weights.dtype_of(tensors, planned)
+      dtype = dtype or own
       params = weights.load(
-        tensors, shape, hf['model_type'], shapes, sharding.shardings(shapes, mesh),
-        np.dtype(getattr(ml_dtypes, dtype or own, dtype or own)),
+        tensors, planned, shapes, sharding.shardings(shapes, mesh),
+        np.dtype(getattr(ml_dtypes, dtype, dtype)),
       )  # fmt: skip
     except ValueError as e:
       raise ValueError(f'{path}: {e}') from None
-  return model, params, hf, own
+  return Read(model, params, hf, own, buffers)
 
 
 def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
@@ -94,41 +90,62 @@ def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
   """
   path, workdir = Path(path), Path(workdir)
   hf, shape = read_config(path)
+  content = tokenizer_files.read(path)
+  tok = tokenizer.load(path) if tokenizer_files.is_there(content) else None
+  tokenizer_files.check_ids(path, shape.vocab, tok)
   mesh = sharding.fit_mesh(shape.embed)
   cfg = RunConfig(
     phase='import',
     steps=0,
-    context=hf.get('max_position_embeddings', 2048),
+    context=families.resolve(hf)['max_position_embeddings'],
     model=shape,
     data=DataConfig(set=''),
-    tokenizer=_fingerprint(path),
-    hf={'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
+    tokenizer=tok.fingerprint if tok else '',
+    hf={'path': str(path.resolve()), 'config': hf, 'files': _stamps(path), **_ancestors(path)},
   )
   config.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
     return cfg
   with jax.set_mesh(mesh):
-    _, params, _, own = read(path, mesh)
+    found = read(path, mesh)
     config.write_run(workdir, cfg)
-    # config.json too may name ids that end a text.
-    for name in (*_TOKENIZER, *(('config.json',) if cfg.tokenizer else ())):
-      if (path / name).exists():
-        with files.replacing(workdir / 'tokenizer' / name) as temporary:
-          shutil.copyfile(path / name, temporary)
-  load.write_dense(workdir, cfg, params, [], dtype=own)
+    tokenizer_files.write(workdir / 'tokenizer', content)
+  load.write_dense(workdir, cfg, found.params, [], dtype=found.dtype, left_out=found.buffers)
   return cfg
+
+
+def remarks(run: str | Path) -> list[str]:
+  """Say what an imported model's files held that is of no use, in a line each."""
+  run, said = Path(run), []
+  if unused := files.read_json(run / 'result.json').get('left_out', []):
+    more = ', ...' if len(unused) > 1 else ''
+    said.append(f'left out: {len(unused)} tensors that are not weights ({unused[0]}{more})')
+  cfg = config.of(run)
+  rows, ids = cfg.model.vocab, 0
+  if cfg.tokenizer and (ids := tokenizer.load(run / 'tokenizer').vocab) < rows:
+    said.append(f'{rows:,} embeddings, {ids:,} ids of tokens: the last {rows - ids:,} have none')
+  return said
+
+
+def _ancestors(path: Path) -> dict[str, Any]:
+  """Return what an export of slm says it was made from; nothing of other directories.
+
+  Raises:
+    ValueError: naming the file, if it is not what an export writes.
+  """
+  if not (path / LINEAGE).exists():
+    return {}
+  about = files.read_json(path / LINEAGE)
+  with files.reading(path / LINEAGE, 'the lineage of an export'):
+    for entry in about['history']:
+      card.row(entry)
+    return {'made_from': list(map(str, about['made_from'])), 'history': about['history']}
 
 
 def _stamps(path: Path) -> dict[str, list[int]]:
   """Return the size and time of change of every file of weights: other weights, another run."""
   found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
   return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
-
-
-def _fingerprint(path: Path) -> str:
-  if not any((path / name).exists() for name in ('tokenizer.json', 'tokenizer.model')):
-    return ''
-  return tokenizer.load(path).fingerprint
 
 
 def export_model(
@@ -146,100 +163,68 @@ def export_model(
       the directory holds something else.
   """
   run, out = Path(run), Path(out)
-  if dtype not in ('', *DTYPES.values()):
-    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(DTYPES.values())}')
+  if dtype not in ('', *weights.DTYPES.values()):
+    raise ValueError(f'--dtype={dtype}: expected one of {", ".join(weights.DTYPES.values())}')
   loaded = load.load(run, load.mesh_for(run), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
-  if out.exists() and any(out.iterdir()) and not (out / LINEAGE).exists():
-    raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
   history = lineage(run)
-  mine = Path(history[0]['run']).name
-  if (out / LINEAGE).exists():
-    before = files.read_json(out / LINEAGE).get('history', [{'run': mine}])[0]['run']
-    if before != mine:
-      raise ValueError(f'{out}: holds the export of {before}, not of {mine}: choose another one')
-  line = _line(history)
-  origin = next((x['hf'] for x in line if 'hf' in x), {})
-  known = origin.get('config', {'max_position_embeddings': loaded.cfg.context})
-  family, hf = families.find(loaded.model.cfg, known)
+  _check_place(out, Path(history[0]['run']).name)
+  ancestry = line(history)
+  origin = next((x['hf'] for x in ancestry if 'hf' in x), {})
+  content, hf = _settings(loaded, ancestry, bool(origin))
+  family, hf = families.find(loaded.model.cfg, hf)
   dtype = dtype or origin.get('dtype', 'float32')
   hf |= {'torch_dtype': dtype, 'dtype': dtype}
+  history = [_public(entry) for entry in history]
   # The directory is marked first, so that an export cut short can be begun again; and it does not
   # load before its config is there, last.
-  files.write_json(out / LINEAGE, {'unfinished': True})
-  for name in ('config.json', 'README.md'):  # the card is of the weights that were there
-    (out / name).unlink(missing_ok=True)
-  carried = carry_tokenizer(line, out, hf)
+  files.write_json(out / LINEAGE, {'unfinished': True, 'history': history[:1]})
+  for path in (out / 'config.json', out / 'README.md', *out.glob('*.tmp')):
+    path.unlink(missing_ok=True)  # the card is of the weights that were there
+  tokenizer_files.write(out, content)
   sizes = weights.save(
     loaded.params(), loaded.model.cfg, family, out, np.dtype(getattr(ml_dtypes, dtype, dtype)),
     shard_bytes,
   )  # fmt: skip
-  for name in set(_TOKENIZER) - set(carried):  # of an earlier export
-    (out / name).unlink(missing_ok=True)
   files.write_json(out / 'config.json', hf)
-  about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': carried}
-  steps = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in line[1:]]
-  about['made_from'] = steps if origin else [*steps, 'random weights']
-  about['history'] = [_public(entry) for entry in history]
+  about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': [*content]}
+  before = ancestry if 'hf' in ancestry[0] else ancestry[1:]
+  steps = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in before]
+  about['made_from'] = [*steps, *(origin.get('made_from', []) if origin else ['random weights'])]
+  about['history'] = history
   files.write_json(out / LINEAGE, about)
   return about
 
 
-def carry_tokenizer(line: list[dict[str, Any]], out: Path, hf: dict[str, Any]) -> list[str]:
-  """Copy the newest tokenizer's files; write what transformers needs beside one that has none.
-
-  Its token ids go into config.json (`hf`), as do those of a vocabulary that was cut. A text with
-  U+2581 itself, SentencePiece's sign for a space, has other ids in transformers; all others have
-  the same.
-  """
-  places = [Path(x['run']) / 'tokenizer' for x in line]
-  places += [Path(x['data']) / 'tokenizer' for x in line if x['data']]
-  there = next((p for p in places if p.is_dir()), None)
-  if there is None:
-    return []
-  found = {name: there / name for name in _TOKENIZER if (there / name).exists()}
-  if renumbered := _renumbered(line):
-    for place, name in itertools.product(places, _BY_TEXT):
-      if name not in found and (place / name).exists():
-        found[name] = place / name
-  for name, file in found.items():
-    with files.replacing(out / name) as temporary:
-      shutil.copyfile(file, temporary)
-  if not {'tokenizer.json', 'tokenizer.model'} & found.keys():
-    return [*found]
-  tok, settings = tokenizer.load(there), out / 'tokenizer_config.json'
-  ids = {f'{which}_token_id': i for which, i in vars(tok.ids).items() if i is not None}
-  if settings.name in found:
-    if renumbered:  # what these say of ids is of the whole vocabulary
-      about = files.read_json(settings)
-      files.write_json(settings, {k: v for k, v in about.items() if k != 'added_tokens_decoder'})
-      for key in ids.keys() & hf.keys():  # an id, several, or none
-        old = hf[key]
-        hf[key] = [renumbered[i] for i in old] if isinstance(old, list) else renumbered.get(old)
-    return [*found]
-  hf |= ids
-  kind = 'LlamaTokenizer' if 'tokenizer.model' in found else 'PreTrainedTokenizerFast'
-  # As the model was trained: every row begins with it, and no space is cleaned away.
-  about = {'tokenizer_class': kind, 'add_bos_token': tok.begins, 'add_eos_token': False}
-  about |= {'add_prefix_space': tok.prefix_space, 'clean_up_tokenization_spaces': False}
-  about |= {f'{name}_token': token for name, token in tok.special().items()}
-  files.write_json(settings, about)
-  return [*found, settings.name]
+def _check_place(out: Path, run: str) -> None:
+  """Refuse a directory that holds something else than an export, whole or begun, of a run."""
+  held = out.iterdir() if out.exists() else ()
+  if any(p.suffix != '.tmp' for p in held) and not (out / LINEAGE).exists():
+    raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
+  if (out / LINEAGE).exists():
+    before = files.read_json(out / LINEAGE).get('history', [{'run': run}])[0]['run']
+    if before != run:
+      raise ValueError(f'{out}: holds the export of {before}, not of {run}: choose another one')
 
 
-def _renumbered(line: list[dict[str, Any]]) -> dict[int, int]:
-  """Return the new id of each old one, if the vocabulary was cut on the way to the newest run."""
-  found: dict[int, int] = {}
-  for here in line:
-    if 'vocab' in here.get('prune', {}).get('shape', {}):
-      kept = safetensors.numpy.load_file(Path(here['run']) / 'kept.safetensors')['vocab'].tolist()
-      last = found or {i: i for i in range(len(kept))}
-      found = {old: last[new] for new, old in enumerate(kept) if new in last}
-  return found
+def _settings(
+  loaded: load.Loaded, ancestry: list[dict[str, Any]], imported: bool
+) -> tuple[tokenizer_files.Files, dict[str, Any]]:
+  """Return the tokenizer's files of an export, and what its config.json takes over."""
+  folder, content = tokenizer_files.of_line(ancestry)
+  hf = tokenizer_files.parse(content, 'config.json')
+  content.pop('config.json', None)
+  if not imported:  # what there is of a config came with the tokenizer alone
+    hf = {'max_position_embeddings': loaded.cfg.context} | families.token_ids(hf)
+  if folder and tokenizer_files.is_there(content):
+    tok, begin = load.reads(loaded, folder.parent)
+    hf = hf if imported else tokenizer_files.token_ids(tok) | hf
+    content = tokenizer_files.exported(content, tok, begin, hf)
+  return content, hf
 
 
-def _line(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def line(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Return those of a lineage whose weights became the newest run's: no teachers."""
   by_run = {x['run']: x for x in history}
   found = [history[0]]
@@ -254,59 +239,61 @@ def lineage(run: str | Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: naming a run that weights came from and that is not there any more.
   """
-  found, todo, seen = [], [Path(run)], set()
+  entries, todo, seen = [], [Path(run)], set()
   while todo:
-    here = todo.pop(0)
-    path, step = rundir.split_ref(here)
+    path, step = rundir.split_ref(todo.pop(0))
     known = (path / 'config.json').exists() or (path / signals.ABOUT).exists()
     if path.resolve() in seen or not known:
       continue
     seen.add(path.resolve())
-    cfg, cost = _config(path), ledger.read_ledger(path)
-    entry: dict[str, Any] = {
-      'run': str(path.resolve()),
-      'step': step,
-      'phase': cfg['phase'],
-      'objective': cfg['objective'],
-      'data': cfg['data']['path'],
-      'set': cfg['data']['set'],
-      'rows_sha256': cfg.get('rows', ''),
-      'tokenizer_sha256': cfg['tokenizer'],
-      'config_sha256': hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest(),
-      'cost': cost['phases'],
-    }
-    for key in ('teacher', 'prune'):
-      if cfg.get(key):
-        entry[key] = cfg[key]
-    if cfg.get('teacher_cache'):
-      about = Path(cfg['teacher_cache']) / signals.ABOUT
-      entry['teacher'] = files.read_json(about)['teacher'] if about.exists() else str(about.parent)
-    source = cfg.get('init') or (cfg.get('specialist') or {}).get('of')
-    if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
-      raise ValueError(
-        f'{source}: gone, and {path} was made from it: it has its tokenizer and type'
-      )
-    entry |= {'init': source} if source else {}
-    if (path / 'result.json').exists():
-      entry['result'] = files.read_json(path / 'result.json')
-    if 'hf' in cfg:
-      entry['hf'] = {**cfg['hf'], 'dtype': entry['result']['dtype']}
-    found.append(entry)
-    todo += [Path(s) for s in (source, cfg.get('teacher'), *cost['ancestors']) if s]
-  return found
+    cost = ledger.read_ledger(path)
+    about, sources = _of_run(path) if (path / 'config.json').exists() else (_of_signals(path), [])
+    about |= {'run': str(path.resolve()), 'step': step, 'cost': cost['phases']}
+    entries += [about, *about.get('hf', {}).get('history', [])]
+    todo += [Path(source) for source in (*sources, *cost['ancestors'])]
+  return entries
 
 
-def _config(path: Path) -> dict[str, Any]:
-  """Return a run's config, or what stands for it of a teacher's signals."""
-  if (path / 'config.json').exists():
-    return rundir.read_config(path)
+def _of_run(path: Path) -> tuple[dict[str, Any], list[str]]:
+  """Return what a lineage says of a run, and the runs that it was made from."""
+  cfg = config.of(path)
+  values = schema.plain(cfg)
+  entry = {
+    'phase': cfg.phase,
+    'objective': values['objective'],
+    'data': cfg.data.path,
+    'set': cfg.data.set,
+    'rows_sha256': cfg.rows,
+    'tokenizer_sha256': cfg.tokenizer,
+    'config_sha256': hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+  }
+  entry |= {key: values[key] for key in ('teacher', 'prune') if values.get(key)}
+  if cfg.teacher_cache:
+    about = Path(cfg.teacher_cache) / signals.ABOUT
+    entry['teacher'] = files.read_json(about)['teacher'] if about.exists() else str(about.parent)
+  source = cfg.init or (cfg.specialist or {}).get('of', '')
+  if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
+    raise ValueError(f'{source}: gone, and {path} was made from it: it has its tokenizer and type')
+  if source:
+    entry['init'] = source
+  if (path / 'result.json').exists():
+    entry['result'] = files.read_json(path / 'result.json')
+  if cfg.hf:
+    entry['hf'] = {**cfg.hf, 'dtype': entry['result']['dtype']}
+  return entry, [name for name in (source, cfg.teacher) if name]
+
+
+def _of_signals(path: Path) -> dict[str, Any]:
+  """Return what a lineage says of a teacher's signals."""
   about = files.read_json(path / signals.ABOUT)
   return {
     'phase': 'signals',
     'objective': {'name': about['mode']},
-    'data': {'path': about['data'], 'set': about['on'].partition('/')[0]},
-    'rows': about['rows_sha256'],
-    'tokenizer': about['tokenizer'],
+    'data': about['data'],
+    'set': about['on'].partition('/')[0],
+    'rows_sha256': about['rows_sha256'],
+    'tokenizer_sha256': about['tokenizer'],
+    'config_sha256': hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
   }
 
 
@@ -317,5 +304,6 @@ def _public(entry: Mapping[str, Any]) -> dict[str, Any]:
     if found.get(key):
       found[key] = Path(found[key]).name
   if 'hf' in found:
-    found['hf'] = {'name': Path(found['hf']['path']).name, 'dtype': found['hf']['dtype']}
+    name = found['hf'].get('path', found['hf'].get('name', ''))
+    found['hf'] = {'name': Path(name).name, 'dtype': found['hf']['dtype']}
   return found

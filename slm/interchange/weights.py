@@ -6,6 +6,7 @@ Their matrices are [out, in], ours [in..., out...]: the axis table says which ax
 import collections
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from slm.base import files
+from slm.base import console, files
 from slm.interchange.families import FAMILIES
 from slm.models.config import DecoderConfig
 from slm.weights.axes import AXES, INPUTS, Params
@@ -23,12 +24,15 @@ from slm.weights.tree import flatten, unflatten
 
 INDEX = 'model.safetensors.index.json'
 SHARD_BYTES = 5 << 30
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
 _TOP = {
   'embedding': 'model.embed_tokens.weight',
   'lm_head': 'lm_head.weight',
   'final_norm': 'model.norm.weight',
 }
+# What older versions of transformers saved beside the weights: computed from the config.
+_BUFFERS = re.compile(r'rotary_emb\.\w+$|(attn|attention)\.(masked_)?bias$|\bposition_ids$')
 _ATTENTION = {
   'wq': 'q_proj.weight', 'wk': 'k_proj.weight', 'wv': 'v_proj.weight', 'wo': 'o_proj.weight',
   'bq': 'q_proj.bias', 'bk': 'k_proj.bias', 'bv': 'v_proj.bias', 'bo': 'o_proj.bias',
@@ -144,7 +148,8 @@ class Tensors:
   def read(self, name: str) -> np.ndarray:
     """Read a tensor."""
     # By a mapping of its own, whose pages go with it instead of staying beside the model.
-    with safetensors.safe_open(self._path / self.files[name], 'np') as file:
+    path = self._path / self.files[name]
+    with files.reading(path), safetensors.safe_open(path, 'np') as file:
       return file.get_tensor(name)
 
 
@@ -164,10 +169,15 @@ def _weight_map(path: Path) -> dict[str, str]:
   return {tensor: str(file) for tensor, file in found.items()}
 
 
+Plan = dict[tuple[str, ...], np.ndarray]  # leaf -> the names of its tensors
+
+
 def plan(
   tensors: Tensors, cfg: DecoderConfig, family: str, shapes: Params
-) -> dict[tuple[str, ...], np.ndarray]:
-  """Match every leaf to its tensors; refuse any that is missing, left over, or of another shape.
+) -> tuple[Plan, list[str]]:
+  """Match every leaf to its tensors, and list the buffers that are of no use.
+
+  A tensor that is missing, of another shape, or neither a weight nor a known buffer is refused.
 
   Raises:
     ValueError: naming the first such tensor.
@@ -182,21 +192,31 @@ def plan(
       if tensors.shape(name) != expected:
         raise ValueError(f'{name}: expected shape {expected}, found {tensors.shape(name)}')
       used.add(name)
-  unused = sorted(set(tensors.files) - used - _redundant(cfg, tensors))
-  if unused:
-    raise ValueError(f'{unused[0]}: not part of {family} ({len(unused)} such tensors)')
-  return found
-
-
-def _redundant(cfg: DecoderConfig, tensors: Tensors) -> set[str]:
-  """List what says nothing new: a head like the tied embedding, frequencies of old files."""
-  found = {n for n in tensors.files if n.endswith('rotary_emb.inv_freq')}
   head = _TOP['lm_head']
   if cfg.tied and head in tensors.files:
     if not np.array_equal(*(tensors.read(n).view(np.uint8) for n in (head, _TOP['embedding']))):
       raise ValueError(f'{head}: differs from the embedding, and tie_word_embeddings is true')
-    found.add(head)
-  return found
+    used.add(head)
+  unused = sorted(set(tensors.files) - used)
+  buffers = [name for name in unused if _BUFFERS.search(name)]
+  if unknown := [name for name in unused if name not in buffers]:
+    raise ValueError(f'{unknown[0]}: not part of {family} ({len(unknown)} such tensors)')
+  return found, buffers
+
+
+def dtype_of(tensors: Tensors, planned: Plan) -> str:
+  """Return the widest type of the tensors that are weights, as numpy calls it.
+
+  Raises:
+    ValueError: naming a tensor of a type that is not read.
+  """
+  kinds = {tensors.dtype(n): n for wanted in planned.values() for n in wanted.ravel().tolist()}
+  for kind, name in kinds.items():
+    if kind not in DTYPES:
+      raise ValueError(f'{name}: of type {kind}, expected one of {", ".join(DTYPES)}')
+  if {'BF16', 'F16'} <= kinds.keys():  # neither holds the other's numbers
+    return 'float32'
+  return DTYPES[min(kinds, key=list(DTYPES).index)]
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -207,15 +227,12 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def load(
-  tensors: Tensors, cfg: DecoderConfig, family: str, shapes: Params, where: Params, dtype: Any
-) -> Params:
+def load(tensors: Tensors, planned: Plan, shapes: Params, where: Params, dtype: Any) -> Params:
   """Read weights onto their shardings: each device's part is made of the tensors it needs.
 
   Every tensor is read once. One leaf at a time and the largest first, so that what is read lies
   beside little else.
   """
-  planned = plan(tensors, cfg, family, shapes)
 
   def leaf(path, shape, there):
     wanted = planned[path]
@@ -235,13 +252,16 @@ def load(
         if key not in parts:
           parts[key] = _aligned((*lead, *one.shape), dtype)
         parts[key][i] = one
+      progress.update(1)
     return jax.block_until_ready(
       jax.make_array_from_callback(shape.shape, there, lambda index: parts[str(index)])
     )
 
   order = sorted(flatten(shapes), key=lambda x: -x[1].size)
   places = dict(flatten(where))
-  return unflatten({path: leaf(path, shape, places[path]) for path, shape in order})
+  num_tensors = sum(wanted.size for wanted in planned.values())
+  with console.progress('read', num_tensors, 'tensors', show=not jax.process_index()) as progress:
+    return unflatten({path: leaf(path, shape, places[path]) for path, shape in order})
 
 
 def tensors_of(

@@ -16,6 +16,7 @@ import safetensors.numpy
 from slm.base import console, files
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import tasks
+from slm.interchange import convert, tokenizer_files
 from slm.models.config import DecoderConfig
 from slm.pruning import importance, measure, slicing
 from slm.pruning.measure import Stats
@@ -270,7 +271,7 @@ def cut(
     'prune': {'sha256': _hash(kept), **how},
   }
   if smaller:
-    changes['tokenizer'] = hashlib.sha256(smaller[1]).hexdigest()
+    changes['tokenizer'] = tokenizer_files.fingerprint(smaller)
   small = config.derive(loaded.cfg, 'prune', **changes)
   config.check_run(Path(workdir), small)
   costs = [about for p in passes for about in p.costs]
@@ -288,17 +289,18 @@ def _check_mix(stats: Sequence[str], mix: float) -> None:
 def _choose(
   passes: Sequence[_Calibration], wanted: dict[str, int], scored: dict[str, Any], mix: float,
   task: str, limit: int,
-) -> tuple[dict[str, np.ndarray], Sequence[Any] | None]:  # fmt: skip
-  """Choose what is kept of each axis; with it the (name, content) of a smaller tokenizer."""
+) -> tuple[dict[str, np.ndarray], dict[str, bytes]]:  # fmt: skip
+  """Choose what is kept of each axis; with it the files of a smaller tokenizer, if it is one."""
   loaded = passes[0].loaded
   scores = [p.scores(wanted, **scored) for p in passes]
   mixed = importance.mix(*scores, mix) if len(scores) == 2 else scores[0]
   widths = {axis: size for axis, size in wanted.items() if axis != 'vocab'}
   kept = importance.keep(mixed, widths, loaded.model.cfg.num_kv_heads)
-  smaller: Sequence[Any] | None = None
+  smaller: dict[str, bytes] = {}
   if 'vocab' in wanted:
-    whole = Path(passes[0].costs[0]['asked']['data']) / 'tokenizer'
-    *smaller, kept['vocab'] = vocabulary.reduce(whole, mixed['vocab'], wanted['vocab'])
+    line = convert.line(convert.lineage(passes[0].run))
+    _, whole = tokenizer_files.of_line(line, passes[0].costs[0]['asked']['data'])
+    smaller, kept['vocab'] = vocabulary.reduce(whole, mixed['vocab'], wanted['vocab'])
   if task and 'layers' in wanted:
     ask = _asking(passes[0], loaded.params(), task, limit)
     kept['layers'] = importance.best_window(loaded.model.cfg.num_layers, wanted['layers'], ask)
@@ -361,18 +363,14 @@ def _asking(
 
 def _write_run(
   folder: Path, cfg: RunConfig, params: Params, kept: dict[str, np.ndarray],
-  smaller: Sequence[Any] | None, costs: list[About],
+  smaller: dict[str, bytes], costs: list[About],
 ) -> None:  # fmt: skip
-  """Write a cut run, what it keeps, the (name, content) of its own tokenizer, and the cost."""
+  """Write a cut run, what it keeps, the files of its own tokenizer, and the cost."""
   config.write_run(folder, cfg)  # first: it marks the directory
   arrays = {axis: np.ascontiguousarray(index, np.int32) for axis, index in kept.items()}
   with files.replacing(folder / 'kept.safetensors') as temporary:
     safetensors.numpy.save_file(arrays, temporary)
   if smaller:
-    of = Path(costs[0]['asked']['data']) / 'tokenizer' / tokenizer.SETTINGS
-    parts = {smaller[0]: smaller[1], **({of.name: of.read_bytes()} if of.exists() else {})}
-    for name, content in parts.items():
-      with files.replacing(folder / 'tokenizer' / name) as temporary:
-        temporary.write_bytes(content)
+    tokenizer_files.write(folder / 'tokenizer', smaller)
   spent = (sum(c[key] for c in costs) for key in ('tokens', 'flops', 'device_seconds'))
   load.write_dense(folder, cfg, params, [cfg.init], [phase_entry('calibrate', *spent)])

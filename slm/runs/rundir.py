@@ -18,6 +18,8 @@ from slm.base import files
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
+LINEAGE = 'slm_lineage.json'  # beside exported weights: what they were made from
+
 
 def split_ref(ref: str | Path) -> tuple[Path, int | None]:
   """Split RUN or RUN@STEP into the run directory and the step, None where none is named."""
@@ -40,8 +42,19 @@ def read_config(ref: str | Path) -> dict[str, Any]:
   return files.read_json(path / 'config.json')
 
 
+def refuse_unfinished(path: Path) -> None:
+  """Refuse an export that was cut short.
+
+  Raises:
+    ValueError: if the directory is one.
+  """
+  if (path / LINEAGE).exists() and not (path / 'config.json').exists():
+    raise ValueError(f'{path}: an export that was cut short: run `slm.hf export` again')
+
+
 def of_transformers(path: Path) -> bool:
   """Say whether the config.json of a directory is one that transformers wrote."""
+  refuse_unfinished(path)
   config = files.read_json(path / 'config.json')
   return isinstance(config, dict) and 'model_type' in config
 
