@@ -7,7 +7,7 @@ OUT ?= runs/quick
 # Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart setup test reference lint smoke clean
+.PHONY: quickstart setup test reference lint smoke smoke-newest clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
@@ -39,6 +39,18 @@ lint: $(VENV)/.test
 smoke: $(VENV)/.installed
 	bash tests/smoke.sh $(PY)
 
+# The same on the newest releases of what slm requires, where a Python of 3.12 or newer is at hand.
+NEWEST := .venv-newest/bin/python
+smoke-newest:
+	@for python in python3.13 python3.12; do \
+	  if $$python -c '' 2>/dev/null; then \
+	    $$python -m venv .venv-newest && $(NEWEST) -m pip install -q --upgrade -e . && \
+	    $(NEWEST) -c 'import jax, sys; print("smoke run: Python", sys.version.split()[0], "jax", jax.__version__)' && \
+	    exec bash tests/smoke.sh $(NEWEST); \
+	    exit 1; \
+	  fi; \
+	done; echo 'smoke run on the newest jax: skipped, no python3.12 or newer on PATH'
+
 # Leaves runs/: what is trained there took time.
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-newest

@@ -26,10 +26,9 @@ for name, texts in topics.items():
 EOF
 
 echo '== prepare'
-"$py" -m slm.data.prepare --out="$data" \
+"$py" -m slm.data.prepare --out="$data" --config.tokenizer.name=bytes --config.context=64 \
   --config="configs/data.py:generic=$root/generic.jsonl,law=$root/law.jsonl" \
-  --config.tokenizer.name=bytes --config.context=64 --config.levels='(4,)' \
-  --config.fit_windows=500 --config.dims=8 --config.sizes='(5000,)'
+  --config.levels='(4,)' --config.fit_windows=500 --config.dims=8 --config.sizes='(5000,)'
 
 model=(--config.model.embed=32 --config.model.num_layers=2 --config.model.num_heads=2
        --config.model.num_kv_heads=2 --config.model.head_dim=16 --config.model.mlp=64
@@ -53,12 +52,34 @@ steps=$(grep -c . "$root/project/metrics.jsonl")
 test "$steps" = 20 || { echo "expected 20 lines of metrics after resuming, found $steps" >&2; exit 1; }
 
 echo '== specialise, tune, evaluate, generate'
-"$py" -m slm.specialise --run="$root/project" --domain=law --index=law-5000 --workdir="$root/law"
+"$py" -m slm.specialise --run="$root/project" --on=law/train@law-5000 --workdir="$root/law"
 "$py" -m slm.train --config=configs/finetune.py "${model[@]}" --config.steps=20 \
   --config.init="$root/law" --config.data.set=law --config.data.index=law-5000 \
   --config.data.batch_size=8 --config.eval.every=5 --workdir="$root/tuned"
 "$py" -m slm.evaluate --run="$root/law" --run="$root/tuned" --on=law/test
 "$py" -m slm.generate --run="$root/tuned" --prompt='the party' --max_tokens=16
+
+echo '== a wheel, in an environment of its own away from the checkout'
+mkdir "$root/source"
+cp -r slm configs setup.py pyproject.toml README.md "$root/source"  # here it would leave build/
+"$py" -m pip wheel -q --no-deps -w "$root/wheels" "$root/source"
+"$py" -m venv "$root/venv"
+"$root/venv/bin/pip" install -q --no-deps "$root"/wheels/slm-*.whl
+# What slm requires is that of the interpreter under test, of which slm itself is no part.
+"$py" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+  > "$("$root/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/required.pth"
+(
+  cd "$root/wheels"
+  export PYTHONPATH= PATH="$root/venv/bin:$PATH"
+  python -c 'import slm, sys; sys.exit(not slm.__file__.startswith(sys.prefix))'
+  slm
+  slm advise --params=394e3 --pretrain_flops=2.9e13 --specialise_flops=1e13 \
+    --domain_tokens=160e3 --domains=3
+  slm train --dry_run --config=configs/project.py --config.model.vocab=32000 --context=1024
+  slm train --dry_run --config=pretrain --config.data.path="$data" --chip=cpu
+  slm generate --help
+  slm generate --run="$root/tuned" --prompt='the party' --max_tokens=4
+)
 
 echo '== the whole study at a toy scale, twice: the second time only reports'
 cat > "$root/study.py" <<'EOF'

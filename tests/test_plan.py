@@ -177,7 +177,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 
 
 def test_this_machine_is_timed(monkeypatch):
-  monkeypatch.setattr(plan, '_MEASURED_SECONDS', 0.0)
+  monkeypatch.setattr(plan, '_MEASURED_SECONDS', 1e-9)
   tiny = {'embed': 16, 'num_layers': 1, 'num_heads': 1, 'num_kv_heads': 1, 'mlp': 16, 'vocab': 64}
   cfg = config(SMALL | tiny) | {'mesh': {'data': 1}, 'context': 32}
   found = plan.plan(cfg, 1, 'cpu', 0.4)
