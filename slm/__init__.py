@@ -1,3 +1,3 @@
 """Small specialised language models in JAX: train, specialise, compare, ship."""
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

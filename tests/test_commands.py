@@ -1,5 +1,6 @@
 """The command line: one grammar, flags in any order, configs by name, --help, the `slm` command."""
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from slm import __main__, __version__
 from slm.base import arguments
 from slm.data import loader
 
+pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: already imported
 COMMANDS = [name for name in __main__.commands() if name != 'harness']  # that one is lm-eval's own
 
 
@@ -94,6 +96,13 @@ def test_old_spellings_name_the_new_one(call, command, old, new):
   assert err.startswith('error: --') and err.count('\n') == 1
 
 
+def test_commands_share_one_grammar():
+  for command in __main__.commands():
+    text = (__main__.ROOT / f'{command.replace(".", "/")}.py').read_text()
+    defined = set(re.findall(r"flags\.DEFINE_\w+\(\s*'(\w+)'", text))
+    assert not defined & {'set', 'split', 'index', 'domain', 'domain_index', 'teacher'}, command
+
+
 def test_rows_are_named_in_one_way(tiny_data):
   parse = lambda on, split='': loader.parse_on(tiny_data, on, split)
   assert parse('court/test') == ('court', 'test', '')
@@ -109,7 +118,6 @@ def test_rows_are_named_in_one_way(tiny_data):
     parse('court/test', 'train')
 
 
-@pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: the module is imported already
 @pytest.mark.parametrize('command', COMMANDS)
 def test_help_shows_flags_and_config_keys(call, command):
   code, out, err = call(command, '--help')
