@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from slm.base import console
-from slm.pruning.recipe import dry_run, minitron, table
+from slm.pruning.recipe import RecipeConfig, dry_run, minitron, table
 from slm.training import plan
 
 
@@ -33,4 +33,4 @@ if __name__ == '__main__':
   flags.DEFINE_integer('devices', 0, '--dry_run: how many chips; 0: as many as the mesh names.')
   flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: on what; cpu times this machine.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
-  console.run(main, config='minitron_quick')
+  console.run(main, config='minitron_quick', keys=RecipeConfig)

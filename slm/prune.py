@@ -129,4 +129,4 @@ if __name__ == '__main__':
     'rounds', 5, 'search: interleaved repeats of measuring speed.', lower_bound=1
   )
   old = dict.fromkeys(('set', 'split', 'index'), '--on=SET/SPLIT[@INDEX]')
-  console.run(main, config='recover', positional=True, renamed=old)
+  console.run(main, config='recover', keys=config.RunConfig, positional=True, renamed=old)

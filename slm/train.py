@@ -46,4 +46,4 @@ if __name__ == '__main__':
   flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: on what; cpu times this machine.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
   flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, where there are no data yet.')
-  console.run(main, config='base')
+  console.run(main, config='base', keys=config.RunConfig)

@@ -310,13 +310,14 @@ def test_the_fingerprint_is_of_all_that_changes_what_is_read(tmp_path):
   found = [alone.fingerprint]
   for settings in (
     same,
+    {**same, 'add_prefix_space': None},
     {**same, 'add_bos_token': False},
     {**same, 'add_prefix_space': False},
     {**same, 'additional_special_tokens': ['<|im_end|>']},
   ):
     llama(tmp_path, **settings)
     found.append(tokenizer.load(tmp_path).fingerprint)
-  assert found[0] == found[1] and len(set(found)) == 4
+  assert found[0] == found[1] == found[2] and len(set(found)) == 4
   path = chatml(tmp_path / 'json', eos_token='<|im_end|>')
   before = tokenizer.load(path).fingerprint
   assert before == files.sha256(path / 'tokenizer.json')

@@ -16,6 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from slm.base import schema
+
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'  # beside slm, also where it is installed
 _HELP = {'-h', '-?', '-help', '--help', '--helpshort', '--helpfull'}
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([\w.]+)')
@@ -106,10 +108,11 @@ def wants_help(argv: list[str]) -> bool:
   return bool(_HELP.intersection(argv[1:]))
 
 
-def help_text(argv: list[str]) -> str:
+def help_text(argv: list[str], keys: type | None) -> str:
   """Return the running command's docstring, its flags and the keys of its config, if it takes one.
 
-  Defaults stand behind the `=`.
+  Defaults stand behind the `=`; what keys mean is read from the comments of the dataclass `keys`,
+  or of the config's file.
   """
   lines = [inspect.cleandoc(sys.modules['__main__'].__doc__ or ''), '', 'Flags:']
   for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
@@ -117,15 +120,25 @@ def help_text(argv: list[str]) -> str:
     lines.append(_columns(name, flag.help.partition(';\n    repeat this option')[0]))
   if 'config' in flags.FLAGS:
     config = argv[1].partition('=')[2]
-    values, notes = _read(config), {}
-    loaded = [m.__file__ for name, m in sys.modules.items() if name.startswith('configs.')]
-    for file in [*reversed(loaded), config.partition(':')[0]]:  # what is imported comes later
-      notes |= _comments(Path(file).read_text())
+    values = _read(config)
+    if keys:
+      notes = _meanings(keys, values.to_dict())
+    else:
+      notes = _comments(Path(config.partition(':')[0]).read_text())
     about = f'A config, by file or by name; the keys below are those of {_shown_file(config)}.'
     lines += [_columns('--config=FILE', about), '']
     for key, value in _flatten(values):
       lines.append(_columns(f'--config.{key}={_shown(value)}', notes.get(key, '')))
   return '\n'.join(lines)
+
+
+def _meanings(kind: type, values: Mapping[str, Any], prefix: str = '') -> dict[str, str]:
+  """Return the comments of a dataclass' fields, and of its sections', by dotted key."""
+  own = _comments(textwrap.dedent(inspect.getsource(kind)))
+  meanings = {f'{prefix}{name}': text for name, text in own.items()}
+  for name, section in schema.sections(kind, values).items():
+    meanings |= _meanings(section, values[name], f'{prefix}{name}.')
+  return meanings
 
 
 def _shown(value: Any) -> str:
@@ -157,7 +170,9 @@ def _comments(source: str) -> dict[str, str]:
 
   found = {}
   for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.Assign) and (key := ast.unparse(node.targets[0]).partition('.')[2]):
+    if isinstance(node, ast.AnnAssign):  # a field of a dataclass
+      found[ast.unparse(node.target)] = note(node.lineno)
+    elif isinstance(node, ast.Assign) and (key := ast.unparse(node.targets[0]).partition('.')[2]):
       found[key] = note(node.lineno)
       for part in ast.walk(node.value):  # {'name': ...} or dict(name=...)
         if isinstance(part, ast.Dict):

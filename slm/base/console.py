@@ -22,12 +22,14 @@ class Interrupted(Exception):
 
 
 def run(
-  main: Callable[[list[str]], Any], *, config: str = '', positional: bool = False,
+  main: Callable[[list[str]], Any], *, config: str = '', keys: type | None = None,
+  positional: bool = False,
   renamed: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
   """Run an absl main; bad input becomes one line on stderr and exit status 1.
 
-  A command with a `config`, the default, takes --config and --config.KEY. `renamed` maps the flags
+  A command with a `config`, the default, takes --config and --config.KEY, whose comments in the
+  dataclass `keys` --help shows. `renamed` maps the flags
   that there were to what is written instead.
   """
   with one_line_errors():
@@ -35,7 +37,7 @@ def run(
       config_flags.DEFINE_config_file('config')
     sys.argv = arguments.arrange(sys.argv, config, renamed or {})
     if arguments.wants_help(sys.argv):
-      print(arguments.help_text(sys.argv))
+      print(arguments.help_text(sys.argv, keys))
       return
 
   def guarded(argv: list[str]) -> Any:

@@ -50,6 +50,18 @@ def defaults(kind: type) -> dict[str, Any]:
   return made
 
 
+def sections(kind: type, values: Mapping[str, Any]) -> dict[str, type]:
+  """Return the dataclass of each section of a config's values."""
+  hints, kinds = typing.get_type_hints(kind), {}
+  for name in hints.keys() & values.keys():
+    members = _members(hints[name])
+    if members and isinstance(values[name], Mapping):
+      kinds[name] = members[0] if len(members) == 1 else _named(members, values[name], name)
+    elif dataclasses.is_dataclass(hints[name]):
+      kinds[name] = hints[name]
+  return kinds
+
+
 def plain(config: Any) -> dict[str, Any]:
   """Return a config as nested dicts and lists, as JSON has them, without keys that are None."""
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

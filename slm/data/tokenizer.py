@@ -54,6 +54,7 @@ class Tokenizer:
   known: np.ndarray  # bool [vocab]: ids that have a token, there may be gaps
   prefix_space: bool = False  # whether a space is put before every text
   chat_template: str | None = None  # Jinja, as transformers has it
+  _printed: np.ndarray  # bool [vocab]
 
   @property
   def vocab(self) -> int:
@@ -94,6 +95,19 @@ class Tokenizer:
   def special(self) -> dict[str, str]:
     """Return the text of the tokens that are not text by what they are for; bytes have none."""
     raise NotImplementedError
+
+  def _prints(self, special: Iterable[int]) -> np.ndarray:
+    """Say which ids are printed, bool [vocab]: not begin, end and other special tokens."""
+    printed = self.known.copy()
+    silent = {*special, *self.ends, self.ids.bos} - {None}
+    printed[[i for i in silent if i < self.vocab]] = False
+    return printed
+
+  def _kept(self, ids: Sequence[int]) -> list[int]:
+    """Return those of the ids that are printed."""
+    found = np.asarray(ids, np.int64)
+    found = found[(found >= 0) & (found < self.vocab)]
+    return found[self._printed[found]].tolist()
 
 
 class Bytes(Tokenizer):
@@ -153,14 +167,15 @@ class SentencePiece(Tokenizer):
     self.chat_template = about.chat_template
     said = about.settings.get('add_bos_token', not about.settings)
     self.begins = bool(said) and self.ids.bos is not None
-    self.prefix_space = bool(about.settings.get('add_prefix_space', own_prefix))
+    prefix = about.settings.get('add_prefix_space')
+    self.prefix_space = own_prefix if prefix is None else bool(prefix)
     if self.prefix_space != own_prefix:
       self._model = _with_prefix(content, self.prefix_space)
     alike = not (self.prefix_space and self._added.ids)
     self._inner = self._model if alike else _with_prefix(content, False)
     # After an added token too a space is put, if the settings are of the older way of reading.
     self._legacy = not alike and bool(about.settings.get('legacy'))
-    self._silent = self.ends | {i for i in (*self._added.special, self.ids.bos) if i is not None}
+    self._printed = self._prints(self._added.special)
     changes: dict[str, Any] = {
       'added': {t: i for t, i in sorted(self._added.ids.items()) if self._piece(t) != i},
       'begins': None if self.begins else False,
@@ -197,8 +212,9 @@ class SentencePiece(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decode; begin, end, padding and other special tokens give nothing."""
-    kept = [int(i) for i in ids if 0 <= i < self.vocab and self.known[i] and i not in self._silent]
-    text = ''
+    kept, text = self._kept(ids), ''
+    if not self._added.ids:
+      return self._model.decode(kept)
     groups = itertools.groupby(kept, lambda i: self._added.text.get(i))
     for number, (token, group) in enumerate(groups):
       model = self._inner if number else self._model
@@ -296,7 +312,7 @@ class HuggingFace(Tokenizer):
     if prefix:
       self.ids = dataclasses.replace(self.ids, bos=prefix[0])
     self.chat_template = about.chat_template
-    self._silent = {*self.ends, self.ids.bos}
+    self._printed = self._prints(())
     changes = {'added': {t: i for t, i in sorted(vocab.items()) if t not in own}}
     self.fingerprint = _fingerprint(text.encode(), changes)
 
@@ -315,8 +331,7 @@ class HuggingFace(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decode; begin, end and other special tokens give nothing."""
-    kept = [int(i) for i in ids if 0 <= i < self.vocab and i not in self._silent]
-    return self._model.decode(kept, skip_special_tokens=True)
+    return self._model.decode(self._kept(ids), skip_special_tokens=True)
 
 
 def _choose(
