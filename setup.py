@@ -22,6 +22,7 @@ setup(
     'cuda': ['jax[cuda12]==0.10.2'],
     'tpu': ['jax[tpu]==0.10.2'],
     'hf': ['torch==2.13.0', 'transformers==5.23.0'],
+    'gguf': ['gguf==0.19.0'],
     'eval': ['lm-eval==0.4.13'],
     'sbert': ['sentence-transformers==6.2.0'],
     # Other people's implementations.
@@ -32,6 +33,8 @@ setup(
       'sentence-transformers==6.2.0',
       'lm-eval==0.4.13',
       'accelerate==1.15.0',
+      'gguf==0.19.0',
+      'xllamacpp==2026.10.11549',
     ],
   },
 )

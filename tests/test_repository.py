@@ -38,6 +38,8 @@ ONLY = {
   'tokenizers': {'data'},
   'sklearn': {'data'},
   'optax': {'training'},
+  'jinja2': {'data'},
+  'gguf': {'interchange/gguf.py'},
   'lm_eval': {'inference/harness.py', 'harness.py'},
   'matplotlib': {'reporting', 'data'},
 }
@@ -206,6 +208,7 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
     'generate',
     'specialise',
     'hf',
+    'gguf',
     'prune',
     'signals',
     'continuations',

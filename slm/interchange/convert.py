@@ -55,11 +55,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
 
 
 def read(
-  path: str | Path, mesh: jax.sharding.Mesh, dtype: str = ''
+  path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any = None
 ) -> tuple[models.Model, dict[str, Any], dict[str, Any], str]:
   """Read a model of transformers onto a mesh: (model, weights, config.json, type of its tensors).
 
-  Weights have that type, or `dtype`. Each device's part is read tensor by tensor.
+  Weights have that type, or `dtype`. Each device's part is read tensor by tensor, from `gguf` if
+  an open GGUF file holds the directory's weights.
 
   Raises:
     ValueError: naming the file or tensor that is missing, damaged, left over or of another shape.
@@ -69,7 +70,7 @@ def read(
   model = models.build({'name': 'decoder', **dataclasses.asdict(shape)})
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   with contextlib.ExitStack() as stack:
-    tensors = weights.Tensors(path, stack)
+    tensors = gguf or weights.Tensors(path, stack)
     found = {tensors.dtype(name) for name in tensors.files}
     if found - set(DTYPES):
       raise ValueError(f'{path}: tensors of type {sorted(found)}, expected one of {list(DTYPES)}')
@@ -85,14 +86,17 @@ def read(
   return model, params, hf, own
 
 
-def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
+def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> dict[str, Any]:
   """Write a model of transformers as a run directory that everything else takes.
+
+  `gguf` is an open GGUF file of which `path` holds the config and the tokenizer.
 
   Raises:
     ValueError: as `read` does, or if the directory holds something else.
   """
   path, workdir = Path(path), Path(workdir)
   hf, shape = read_config(path)
+  origin = gguf.path if gguf else path
   mesh = sharding.fit_mesh(shape.embed)
   config = {
     'phase': 'import',
@@ -109,13 +113,13 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
     'teacher': '',
     'clustering': '',
     'tokenizer': _fingerprint(path),
-    'hf': {'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
+    'hf': {'path': str(origin.resolve()), 'config': hf, 'files': _stamps(origin)},
   }
   rundir.check_run(workdir, config)
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'config.json')
   with jax.set_mesh(mesh):
-    _, params, _, own = read(path, mesh)
+    _, params, _, own = read(path, mesh, gguf=gguf)
     rundir.write_run(workdir, config)
     for name in _TOKENIZER:
       if (path / name).exists():
@@ -125,8 +129,10 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
   return config
 
 
-def _stamps(path: Path) -> dict[str, list[int]]:
+def _stamps(path: Path) -> dict[str, Any]:
   """Return the size and time of change of every file of weights: other weights, another run."""
+  if path.is_file():
+    return {path.name: files.sha256(path)}
   found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
   return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
