@@ -194,10 +194,15 @@ def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, l
   Raises:
     ValueError: if there is none, or it is another than the weights were trained with.
   """
-  own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg['data']['path']
-  tok = tokenizer.load(Path(path or own) / 'tokenizer')
+  tok = tokenizer.load(Path(path) / 'tokenizer' if path else tokenizer_of(loaded))
   same_tokenizer(loaded, tok.fingerprint)
   return tok, [tok.ids.bos] if tok.begins or loaded.cfg['phase'] != 'import' else []
+
+
+def tokenizer_of(loaded: Loaded) -> Path:
+  """Return the directory of a run's tokenizer: its own, or that of its data."""
+  own = loaded.path / 'tokenizer'
+  return own if own.is_dir() else Path(loaded.cfg['data']['path']) / 'tokenizer'
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
