@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from slm.base import console
+from slm.base import artifact, console
 from slm.base.files import read_json, replacing, write_json
 
 Path = pathlib.Path
@@ -41,18 +42,8 @@ def sweep(folder: Path) -> None:
   """Delete the temporary files of dead processes, and of this one, which is only starting."""
   for path in folder.rglob('*.tmp'):
     pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ''
-    if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+    if pid.isdecimal() and (int(pid) == os.getpid() or not artifact.alive(int(pid))):
       path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except (ProcessLookupError, OverflowError):
-    return False
-  except PermissionError:
-    pass  # somebody else's
-  return True
 
 
 def _usable_cores() -> int:
@@ -62,7 +53,8 @@ def _usable_cores() -> int:
 
 
 def _start(initializer: Callable[..., None] | None, *args: Any) -> None:
-  """Start a worker; it is to end with its parent, even if that is killed."""
+  """Start a worker; it is to end with its parent, even if that is killed, and only then."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too: the parent decides
   threading.Thread(target=_end_with_parent, daemon=True).start()
   if initializer:
     initializer(*args)
@@ -89,8 +81,11 @@ class Pool:
   def __enter__(self) -> 'Pool':
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type | None, *_: object) -> None:
     if self._executor:
+      if kind:  # what they are doing is of no more use
+        for process in multiprocessing.active_children():
+          process.kill()
       self._executor.shutdown(cancel_futures=True)
 
   def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

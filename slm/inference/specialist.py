@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader
 from slm.models.decoder import forward_flops
 from slm.objectives import heldout
@@ -64,6 +64,7 @@ def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> 
 RULES = {'frequent': frequent, 'best': best, 'histogram': histogram}
 
 
+@artifact.writes('workdir')
 def specialise(
   run: str | Path, domain: str, workdir: str | Path, rule: str = 'frequent', index: str = ''
 ) -> int | list[float]:

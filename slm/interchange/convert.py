@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from slm import models
-from slm.base import files
+from slm.base import artifact, files
 from slm.data import tokenizer
 from slm.interchange import families, weights
 from slm.models.config import DecoderConfig
@@ -85,6 +85,7 @@ def read(
   return model, params, hf, own
 
 
+@artifact.writes('workdir')
 def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
   """Write a model of transformers as a run directory that everything else takes.
 
@@ -137,6 +138,7 @@ def _fingerprint(path: Path) -> str:
   return tokenizer.load(path).fingerprint
 
 
+@artifact.writes('out')
 def export_model(
   run: str | Path, out: str | Path, dtype: str = '', shard_bytes: int = weights.SHARD_BYTES
 ) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def export_model(
   loaded = load.load(run, load.mesh_for(run), finished=True)
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
-  if out.exists() and any(out.iterdir()) and not (out / LINEAGE).exists():
+  if artifact.occupied(out) and not (out / LINEAGE).exists():
     raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
   history = lineage(run)
   mine = Path(history[0]['run']).name

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from slm import models
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import tasks
 from slm.models.config import DecoderConfig
@@ -71,17 +71,33 @@ def _sum(
   Raises:
     ValueError: if the file holds the sums of something else, or the rows have changed.
   """
+  about, stats = _begun(folder, name, asked)
+  if about.get('finished'):
+    return about, stats
+  with artifact.hold(folder):
+    about, stats = _begun(folder, name, asked)
+    return _add_up(loaded, folder, name, about, stats, of, passes)
+
+
+def _begun(folder: Path, name: str, asked: About) -> tuple[About, Stats]:
+  """Read the sums of the rows asked for so far."""
   about, stats = ({'asked': asked}, {})
   if (folder / f'{name}.safetensors').exists():
     about, stats = read(folder, name)
-  rundir.check_same(folder, about['asked'], asked, 'other sums')
-  if about.get('finished'):
-    return about, stats
-  a, mesh = asked, sharding.fit_mesh(loaded.model.cfg.embed)
+  artifact.check_same(folder, about['asked'], asked, 'other sums')
+  return about, stats
+
+
+def _add_up(
+  loaded: load.Loaded, folder: Path, name: str, about: About, stats: Stats, of: measure.Measure,
+  passes: float,
+) -> tuple[About, Stats]:  # fmt: skip
+  """Go on with a sum from where it was left."""
+  a, mesh = about['asked'], sharding.fit_mesh(loaded.model.cfg.embed)
   devices = sharding.batch_devices(mesh)
   size = -(-a['batch_size'] // devices) * devices
   if about.get('rows_a_batch', size) != size:  # begun on more devices, or fewer
-    about, stats = {'asked': asked}, {}
+    about, stats = {'asked': a}, {}
   if loader.Split(a['data'], a['set'], a['split'], a['index']).sha256 != a['rows_sha256']:
     raise ValueError(f'{a["data"]}: {a["set"]}/{a["split"]} has other rows than {folder} is of')
   began = saved = time.monotonic()
@@ -99,13 +115,13 @@ def _sum(
       stats = measure.merge(stats, add(params, jax.device_put(batch, where)))
       progress.update(int((ids >= 0).sum()))
       if time.monotonic() - saved > _SAVE_EVERY:
-        about = {'asked': asked, 'batches': i + 1, 'rows_a_batch': size}
+        about = {'asked': a, 'batches': i + 1, 'rows_a_batch': size}
         about['device_seconds'] = took()
         _write(folder, name, about, stats)
         saved = time.monotonic()
   context = loader.manifest(a['data'])['context']
   flops = passes * stats['tokens'] * forward_flops(loaded.model.cfg, context)
-  about = {'asked': asked, 'finished': True, 'device_seconds': took(), 'flops': flops}
+  about = {'asked': a, 'finished': True, 'device_seconds': took(), 'flops': flops}
   return _write(folder, name, about, stats), stats
 
 
@@ -218,6 +234,7 @@ class _Calibration:
     return jax.tree.map(lambda x: x[..., 0] / np.maximum(x[..., 1], 1), sums)
 
 
+@artifact.writes('workdir')
 def cut(
   run: str, stats: Sequence[str], wanted: dict[str, int], workdir: str, *,
   norm_gain: str = 'none', by: str = 'activations', depth: str = 'influence', mix: float = 0.0,
@@ -309,9 +326,7 @@ def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | No
   found = rundir.read_config(folder)
   pruned = {key: value for key, value in found.get('prune', {}).items() if key != 'sha256'}
   held = {'init': found.get('init'), 'prune': pruned}
-  rundir.check_same(
-    folder, held, json.loads(json.dumps({'init': run, 'prune': how})), 'another run'
-  )
+  artifact.check_same(folder, held, artifact.plain({'init': run, 'prune': how}), 'another run')
   return models.build(found['model']).cfg if (folder / 'result.json').exists() else None
 
 

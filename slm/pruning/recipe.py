@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from slm import models, objectives
-from slm.base import files
+from slm.base import artifact, files
 from slm.data import loader
 from slm.inference import latency, scoring
 from slm.interchange import card, convert, families, verify
@@ -25,6 +25,7 @@ from slm.training import loop, optim, plan
 from slm.weights import sharding
 
 
+@artifact.writes('workdir')
 def minitron(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """Make the small model below a directory; returns what summary.json holds.
 

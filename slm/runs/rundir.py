@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from slm import __version__
-from slm.base import files
+from slm.base import artifact, files
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -62,31 +62,16 @@ def check_run(workdir: Path, config: Mapping[str, Any]) -> None:
   Raises:
     ValueError: if it holds a run of another config, naming the first difference, or other files.
   """
-  path = workdir / 'config.json'
-  if path.exists():
-    what = lambda c: {k: v for k, v in c.items() if k not in OPERATIONAL}
-    check_same(workdir, what(files.read_json(path)), what(_plain(config)), 'another run')
-  elif workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
-    raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
-
-
-def check_same(folder: Path, was: Any, now: Any, what: str) -> None:
-  """Refuse to go on in a folder that was made for something else.
-
-  Raises:
-    ValueError: if it was, naming the first difference.
-  """
-  if found := difference(was, now):
-    raise ValueError(f'{folder} holds {what}: {found}; choose another directory')
+  artifact.check(workdir / 'config.json', config, 'another run', ignore=OPERATIONAL)
 
 
 def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
   """Record what runs and, from which step, with which code and where; process 0 alone writes."""
   if jax.process_index():
     return
-  files.write_json(workdir / 'config.json', _plain(config))  # first: it marks the directory
+  files.write_json(workdir / 'config.json', config)  # first: it marks the directory
   starts = read_starts(workdir)
-  now = {'code': _git(), 'environment': _plain(environment())}
+  now = {'code': _git(), 'environment': environment()}
   if not starts or now != {key: starts[-1][key] for key in now}:
     files.write_json(workdir / 'starts.json', [*starts, {'step': step, **now}])
 
@@ -107,21 +92,6 @@ def served_step(ref: str | Path) -> int | None:
   result, config = (files.read_json(workdir / f'{n}.json') for n in ('result', 'config'))
   # Without early stopping the last checkpoint serves, whatever the held-out losses were.
   return result.get('best_step' if config['eval']['patience'] else 'steps', result['steps'])
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(config))
-
-
-def difference(old: Any, new: Any, key: str = '') -> str:
-  """Name the first key that two configs disagree on, and both values; '' if none."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for name in sorted(old.keys() | new.keys()):
-      found = difference(old.get(name), new.get(name), f'{key}.{name}' if key else name)
-      if found:
-        return found
-    return ''
-  return '' if old == new else f'{key} was {old!r}, now {new!r}'
 
 
 def environment() -> dict[str, Any]:

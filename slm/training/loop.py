@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import objectives, reparam
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader
 from slm.models.decoder import forward_flops
 from slm.objectives import distill, heldout, losses, rollout, setup
@@ -102,7 +102,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   """Run or continue a training run; returns what result.json holds.
 
   Raises:
-    ValueError: if the config, the data or the run directory do not fit together.
+    ValueError: if the config, the data or the run directory do not fit together, or another
+      process is writing the run.
     FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
     cli.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
   """
@@ -112,7 +113,8 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(cfg['mesh'])
-  with jax.set_mesh(mesh):
+  with artifact.hold(workdir), jax.set_mesh(mesh):
+    rundir.check_run(workdir, cfg)  # nobody else writes from here on
     return _Run(cfg, workdir, mesh).loop()
 
 
@@ -303,7 +305,9 @@ class _Run:
           if stop and not final:
             break
     if stop and not final:
-      raise console.Interrupted(f'{self.workdir}: saved step {step}, the same command continues')
+      raise console.Interrupted(
+        f'{self.workdir}: saved step {step}, the same command continues', stop
+      )
     result = record.result()
     if jax.process_index() == 0:
       files.write_json(self.workdir / 'result.json', result)
