@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
       'coordinator': '',  # host:port of process 0; '' is found out on Slurm, TPU, Kubernetes, MPI
       'num_processes': 0,  # 0: found out likewise
       'process_id': -1,  # -1: found out likewise
+      'timeout': 300,  # seconds to wait for the others at the start
     }
   )
 

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from slm.base import console
-from slm.runs import load
+from slm.runs import load, processes
 from slm.training import plan
 from slm.training.loop import resolve, train
 
@@ -27,14 +27,8 @@ def main(_: list[str]) -> None:
     cfg = resolve(cfg) if config.data.path else load.inherit(cfg)
     print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu, f.context)))
     return
-  d = config.distributed
-  if d.enable:
-    # What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata.
-    jax.distributed.initialize(
-      d.coordinator or None,
-      d.num_processes if d.num_processes > 0 else None,
-      d.process_id if d.process_id >= 0 else None,
-    )
+  if config.distributed.enable:
+    processes.connect(config.distributed.to_dict())
   result = train(config.to_dict(), flags.FLAGS.workdir)
   if jax.process_index() == 0:
     print(json.dumps(result))

@@ -65,7 +65,12 @@ def rows(
     found.update((i, v) for i, v in zip(ids.tolist(), values, strict=True) if i >= 0)
   if not found:
     raise ValueError(f'{path}: {data_set}/{split} has no rows to evaluate on')
-  return np.stack([found[i] for i in sorted(found)])
+  values = np.stack([found[i] for i in sorted(found)])
+  if bad := int((~np.isfinite(values)).any(1).sum()):
+    raise FloatingPointError(
+      f'{data_set}/{split}: the loss of {bad} of {len(values)} rows is not finite'
+    )
+  return values
 
 
 def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:

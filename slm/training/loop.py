@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import objectives, reparam
-from slm.base import artifact, console, files
+from slm.base import console, files
 from slm.data import loader
 from slm.models.decoder import forward_flops
 from slm.objectives import distill, heldout, losses, rollout, setup
-from slm.runs import checkpoint, load, rundir
+from slm.runs import checkpoint, load, processes, rundir
 from slm.training import optim
 from slm.training.recorder import Recorder
 from slm.training.step import State, init_state, make_train_step
@@ -108,13 +108,14 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     cli.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
   """
   workdir = Path(workdir)
-  cfg = resolve(config)
-  rundir.check_run(workdir, cfg)
+  cfg = processes.together(lambda: resolve(config))
+  processes.agree({**cfg, 'workdir': str(workdir)})
+  processes.together(lambda: rundir.check_run(workdir, cfg))
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(cfg['mesh'])
-  with artifact.hold(workdir), jax.set_mesh(mesh):
-    rundir.check_run(workdir, cfg)  # nobody else writes from here on
+  with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
+    processes.together(lambda: rundir.check_run(workdir, cfg))  # nobody else writes from here on
     return _Run(cfg, workdir, mesh).loop()
 
 
