@@ -137,7 +137,7 @@ class Progress:
 
   def _print(self) -> None:
     share = f'{100 * self._done / self._total:.0f}%' if self._total else _short(self._done)
-    line, self._line = self._line, f'{self._description}: {share}  {self._info}'
+    line, self._line = self._line, f'{self._description}: {share}  {self._info}'.rstrip()
     if line != self._line:
       print(self._line, file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 Everything random is a function of (seed, step), so the loader's state is the next step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -16,7 +17,7 @@ from grain.experimental import index_shuffle
 from grain.sources import ArrayRecordDataSource
 
 from slm.base import files
-from slm.data import rows
+from slm.data import rows, work
 
 VERSION = 2
 ORDERS = ('proportional', 'every', 'histogram')
@@ -100,7 +101,10 @@ class Split:
     self.path, self.manifest, self.name = Path(path), manifest(path), f'{set}/{split}'
     self.facts = _choose(_choose(self.manifest['sets'], set, 'set', path), split, 'split', path)
     folder = self.path / set / split
-    self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
+    for problem in work.damages(folder / 'rows', self.facts.get('files', {}), content=False):
+      raise ValueError(f'{problem}: slm.data.prepare makes it again')
+    with _damage_named(folder):
+      self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
     self.counts = files.read_npy(folder / 'counts.npy')
     self.documents = files.read_npy(folder / 'documents.npy')
@@ -134,9 +138,22 @@ class Split:
     out = np.zeros((len(ids), 2, self.manifest['context']), np.int32)
     (real,) = np.nonzero(ids >= 0)
     if len(real):
-      records = self.source.__getitems__(ids[real].tolist())
+      with _damage_named(self.path / self.name):
+        records = self.source.__getitems__(ids[real].tolist())
       out[real] = [rows.decode_row(record) for record in records]
     return out
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+  """Turn what the reader of records raises into one line that names their directory."""
+  try:
+    yield
+  except (RuntimeError, IndexError) as e:
+    raise ValueError(
+      f'{folder}: a record file is missing or damaged ({str(e).partition(chr(10))[0]}): '
+      'slm.data.prepare with --verify names it and makes it again'
+    ) from None
 
 
 def _choose(options: dict[str, Any], name: str, kind: str, path: str) -> Any:

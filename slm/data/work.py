@@ -14,7 +14,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from slm.base import artifact, console
-from slm.base.files import read_json, replacing, write_json
+from slm.base.files import damage, read_json, replacing, stamp, write_json
 
 Path = pathlib.Path
 
@@ -116,10 +116,10 @@ def run(
   """Run every task whose summary is not there yet; return all summaries in order.
 
   `tasks` maps the path of a task's summary (JSON) to the argument of `function`, which returns
-  the summary: a dict with `files` (name -> bytes, beside the summary). The summary is
-  written last, so a task that was killed, or whose files were deleted or cut short, runs again.
+  the summary: a dict with `files`, names beside the summary, whose sizes and hashes are added. It
+  is written last, so a task that was killed, or whose files were deleted or cut short, runs again.
   """
-  todo = [path for path in tasks if not _complete(path)]
+  todo = [path for path in tasks if not complete(path)]
   with console.progress(description, len(tasks), 'task') as bar:
     bar.skip(len(tasks) - len(todo))
     for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
@@ -131,13 +131,20 @@ def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
   function, path, argument = item
   start = time.monotonic()
   summary = function(argument)
-  files = {name: (path.parent / name).stat().st_size for name in summary['files']}
-  write_json(path, summary | {'files': files, 'seconds': time.monotonic() - start})
+  written = {name: stamp(path.parent / name) for name in summary['files']}
+  write_json(path, summary | {'files': written, 'seconds': time.monotonic() - start})
   return path
 
 
-def _complete(path: Path) -> bool:
-  if not path.exists():
-    return False
-  beside = [(path.parent / name, size) for name, size in read_json(path)['files'].items()]
-  return all(p.exists() and p.stat().st_size == size for p, size in beside)
+def complete(path: Path) -> bool:
+  """Say whether a task's summary and all its files are there, as long as they were."""
+  return path.exists() and not any(damages(path, read_json(path)['files'], content=False))
+
+
+def damages(beside: Path, stamps: dict[str, Any], content: bool = True) -> Iterator[str]:
+  """Yield what is wrong with each of the files beside a path, as `files.damage` does."""
+  for name, known in stamps.items():
+    # Earlier versions kept the size alone.
+    size, *hashed = known if isinstance(known, list) else [known]
+    if problem := damage(beside.parent / name, [size, *hashed], content and bool(hashed)):
+      yield problem

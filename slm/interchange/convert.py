@@ -110,7 +110,7 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
     'teacher': '',
     'clustering': '',
     'tokenizer': _fingerprint(path),
-    'hf': {'path': str(path.resolve()), 'config': hf, 'files': _stamps(path)},
+    'hf': {'path': str(path.resolve()), 'config': hf, 'files': _stamps(path, workdir)},
   }
   rundir.check_run(workdir, config)
   if (workdir / 'result.json').exists():
@@ -126,10 +126,14 @@ def import_model(path: str | Path, workdir: str | Path) -> dict[str, Any]:
   return config
 
 
-def _stamps(path: Path) -> dict[str, list[int]]:
-  """Return the size and time of change of every file of weights: other weights, another run."""
-  found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
-  return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+def _stamps(path: Path, workdir: Path) -> dict[str, list[Any]]:
+  """Return size, time of change and hash of every file of weights: other weights, another run."""
+  known = {}
+  if (workdir / 'config.json').exists():
+    known = files.read_json(workdir / 'config.json').get('hf', {}).get('files', {})
+  before = {str(path / name): stamp for name, stamp in known.items()}
+  found = artifact.contents(sorted(path.glob('*.safetensors')), before)
+  return {Path(name).name: stamp for name, stamp in found.items()}
 
 
 def _fingerprint(path: Path) -> str:
