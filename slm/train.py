@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 from slm.base import console
-from slm.runs import config
+from slm.runs import config, processes
 from slm.training import plan
 from slm.training.loop import train
 
@@ -26,14 +26,8 @@ def main(_: list[str]) -> None:
     print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu)))
     return
   console.required('workdir')
-  d = f.config.distributed
-  if d.enable:
-    # What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata.
-    jax.distributed.initialize(
-      d.coordinator or None,
-      d.num_processes if d.num_processes > 0 else None,
-      d.process_id if d.process_id >= 0 else None,
-    )
+  if given['distributed']['enable']:
+    processes.connect(given['distributed'])
   result = train(given, f.workdir)
   if jax.process_index() == 0:
     print(json.dumps(result))

@@ -69,6 +69,22 @@ def tiny_data(tmp_path_factory) -> str:
 @pytest.fixture
 def tiny_config(tiny_data):
   """Return a config that trains four steps of a two-layer model on `tiny_data`."""
+  return _tiny_config(tiny_data)
+
+
+@pytest.fixture(scope='session')
+def tiny_config_of(tiny_data):
+  """Return a function that makes such a config with changes: the plain dict."""
+
+  def make(**changes):
+    c = _tiny_config(tiny_data)
+    c.update_from_flattened_dict(changes)
+    return c.to_dict()
+
+  return make
+
+
+def _tiny_config(tiny_data):
   c = base.get_config()
   c.steps, c.log_every, c.tensorboard = 4, 1, False
   c.model.update(embed=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp=32)

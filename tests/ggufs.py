@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers, trainers
 from slm import models
 from slm.interchange import families, weights
 from slm.models.config import DecoderConfig
+from slm.runs import config
 from slm.weights.tree import flatten, unflatten
 
 gguf = pytest.importorskip('gguf')
@@ -90,7 +91,8 @@ def random_model(family, vocab, seed=0, **changes):
   }  # fmt: skip
   cfg = DecoderConfig(**shape)
   hf = families.write(cfg, family, {'model_type': family, 'max_position_embeddings': 512})
-  model, rng = models.build({'name': 'decoder', **shape}), np.random.default_rng(seed)
+  model = models.build(config.section('model', {'name': 'decoder', **shape}))
+  rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
     scale = {'embedding': 0.4, 'lm_head': 0.4}.get(path[0], 0.15)

@@ -5,15 +5,18 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import toy
 import zstandard
 
+from slm.base import files
 from slm.data import documents, installed, loader, prepare, rows, settings, sources, work
 
 
@@ -101,10 +104,91 @@ def test_workers_do_not_change_the_result(cfg):
 
 def test_changed_config_and_sources_are_refused(cfg, tmp_path):
   prepare.prepare(cfg)
-  expect('was prepared with context=64.*has context=32', tmp_path, cfg.sets, context=32)
-  (tmp_path / 'out/manifest.json').unlink()
+  expect('what another config made: context was 64, now 32', tmp_path, cfg.sets, context=32)
   toy.write_jsonl(tmp_path / 'generic-2.jsonl', ['a new file'])
-  expect('source files changed .*generic-2.jsonl', tmp_path, cfg.sets)
+  expect('out: .*generic-2.jsonl is new since it was prepared', tmp_path, cfg.sets)
+  (tmp_path / 'out/manifest.json').unlink()
+  expect('out: .*generic-2.jsonl is new since it was prepared', tmp_path, cfg.sets)
+  (tmp_path / 'generic-2.jsonl').unlink()
+  plain = tmp_path / 'generic-1.jsonl'
+  text = plain.read_bytes()
+  os.utime(plain, ns=(0, 0))  # another time alone is no change
+  prepare.prepare(cfg)
+  plain.write_bytes(text.replace(b'ship', b'boat'))
+  expect('out: .*generic-1.jsonl has other content since', tmp_path, cfg.sets)
+  plain.rename(tmp_path / 'elsewhere.jsonl')
+  expect('out: .*generic-1.jsonl is gone since', tmp_path, cfg.sets)
+
+
+def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
+  sets, path = toy.corpus(tmp_path), tmp_path / 'bpe.json'
+  tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0}, '<unk>')).save(str(path))
+  how = settings.TokenizerConfig('huggingface', 0, str(path))
+  cfg = toy.config(tmp_path, sets, tokenizer=how)
+  stamps = prepare._contents(cfg, {}, {})
+  assert list(stamps) == [str(path)]
+  path.write_text(path.read_text() + ' ')
+  with pytest.raises(ValueError, match='bpe.json has other content since it was prepared'):
+    prepare._same_contents(tmp_path, stamps, prepare._contents(cfg, {}, stamps))
+
+
+def test_what_an_earlier_version_prepared_goes_by_sizes(cfg, tmp_path):
+  """Its record has no hashes, and its manifest and summaries no stamps of files."""
+  prepare.prepare(cfg)
+  before, out = state(cfg.out), tmp_path / 'out'
+  record = files.read_json(out / 'prepare.json')
+  del record['contents']
+  files.write_json(out / 'prepare.json', record)
+  manifest = files.read_json(out / 'manifest.json')
+  for splits in manifest['sets'].values():
+    for facts in splits.values():
+      del facts['files']
+  files.write_json(out / 'manifest.json', manifest)
+  for path in out.rglob('*.json'):
+    about = files.read_json(path)
+    if 'seconds' in about:
+      about['files'] = {name: size for name, (size, _) in about['files'].items()}
+      files.write_json(path, about)
+  assert 'files' not in prepare.prepare(cfg)['sets']['generic']['train']
+  (out / 'generic/train/rows-00000-of-00001.array_record').write_bytes(b'')
+  prepare.prepare(cfg)
+  assert {**state(cfg.out), 'manifest': ''} == {**before, 'manifest': ''}
+  toy.write_jsonl(tmp_path / 'generic-1.jsonl', ['shorter'])
+  expect('generic-1.jsonl has other content', tmp_path, cfg.sets)
+
+
+@pytest.mark.parametrize('name', ['rows-00000-of-00001.array_record', 'clusters.npy'])
+def test_damaged_rows_are_named_and_made_again(cfg, name, capsys):
+  prepare.prepare(cfg)
+  before, path = state(cfg.out), pathlib.Path(cfg.out) / 'generic/train' / name
+  whole = path.read_bytes()
+  for damage in (path.unlink, lambda: path.write_bytes(b''), lambda: path.write_bytes(whole[:99])):
+    damage()
+    with pytest.raises(ValueError, match=f'{name}: .*slm.data.prepare makes it again'):
+      loader.Split(cfg.out, 'generic', 'train')
+    prepare.prepare(cfg)
+    assert state(cfg.out) == before
+  flipped = bytearray(whole)
+  flipped[len(whole) // 2] ^= 1
+  path.write_bytes(flipped)
+  prepare.prepare(cfg)
+  assert path.read_bytes() == flipped  # of the same size
+  capsys.readouterr()
+  prepare.prepare(cfg, verify=True)
+  assert f'{path}: is not as it was written: it is made again' in capsys.readouterr().err
+  assert state(cfg.out) == before
+
+
+def test_flipped_bits_in_a_record_are_one_line(cfg):
+  prepare.prepare(cfg)
+  split = loader.Split(cfg.out, 'generic', 'train')
+  path = pathlib.Path(cfg.out) / 'generic/train' / split.facts['shards'][0]
+  data = bytearray(path.read_bytes())
+  for i in range(len(data) // 4, 3 * len(data) // 4):
+    data[i] ^= 0xFF
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=r'generic/train: .*record.* slm.data.prepare .*--verify'):
+    loader.Split(cfg.out, 'generic', 'train').read(np.arange(split.facts['rows']))
 
 
 def test_duplicates_leave_training_first(tmp_path, monkeypatch):

@@ -706,17 +706,21 @@ def test_tokens_embeddings_and_ids_in_use_are_three_sizes(foreign, tmp_path):
   for name, content in (
     ('config.json', {**config, 'eos_token_id': [2, 320]}),
     ('generation_config.json', {'pad_token_id': 320}),
-    ('tokenizer_config.json', {'added_tokens_decoder': {'320': {'content': '<pad>'}}}),
   ):
     before = (foreign / name).read_bytes() if (foreign / name).exists() else None
     (foreign / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f'{name}: names the id 320, the model has 320 embeddings'):
       convert.import_model(foreign, tmp_path / 'other')
     (foreign / name).write_bytes(before) if before else (foreign / name).unlink()
-  (foreign / 'added_tokens.json').write_text(json.dumps({'<pad>': 320}))
-  with pytest.raises(ValueError, match=f"'<pad>' would get the id {tokens}, the files beside it"):
-    convert.import_model(foreign, tmp_path / 'other')
-  (foreign / 'added_tokens.json').unlink()
+  for name, content in (
+    ('added_tokens.json', {'<pad>': 320}),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'320': {'content': '<pad>'}}}),
+  ):
+    before = (foreign / name).read_bytes() if (foreign / name).exists() else None
+    (foreign / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"'<pad>' would get the id {tokens}, the files beside it"):
+      convert.import_model(foreign, tmp_path / 'other')
+    (foreign / name).write_bytes(before) if before else (foreign / name).unlink()
   model = tokenizers.Tokenizer.from_file(str(foreign / 'tokenizer.json'))
   model.add_special_tokens([f'<extra {i}>' for i in range(321 - tokens)])
   model.save(str(foreign / 'tokenizer.json'))

@@ -240,7 +240,7 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, m
     finish(self, step, values)
 
   monkeypatch.setattr(Recorder, '_finish', poison)
-  with pytest.raises(FloatingPointError, match=r"step 5: gradient of \['blocks'\]"):
+  with pytest.raises(FloatingPointError, match=r"gradient of \['blocks'\].*; step 4 is intact$"):
     loop.train(c.to_dict(), tmp_path / 'run')
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
     assert saved.latest == 4
@@ -499,3 +499,21 @@ def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
       loop.train(c.to_dict(), tmp_path / 'halves')
   loop.train(c.to_dict(), tmp_path / 'halves')
   assert metrics(tmp_path / 'halves') == metrics(tmp_path / 'whole')
+
+
+def test_two_commands_do_not_write_one_run(tiny_config, tmp_path, monkeypatch):
+  """The second is refused before it changes anything, and the first ends as if alone."""
+  loop.train(tiny_config.to_dict(), tmp_path / 'alone')
+  script = 'import pathlib, sys; from slm.base import artifact\n'
+  script += 'with artifact.hold(pathlib.Path(sys.argv[1])): print("held", flush=True); input()'
+  other = subprocess.Popen(
+    [sys.executable, '-c', script, tmp_path / 'run'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    text=True, cwd=Path(__file__).parent.parent,
+  )  # fmt: skip
+  assert other.stdout.readline() == 'held\n'
+  with pytest.raises(ValueError, match=f'run: is being written by process {other.pid} on '):
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['writer.lock']
+  other.communicate('\n')
+  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  assert metrics(tmp_path / 'run') == metrics(tmp_path / 'alone')

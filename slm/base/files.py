@@ -1,10 +1,12 @@
 """Files that appear whole or not at all, and refusals by name of damaged ones."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ def replacing(path: Path) -> Iterator[Path]:
     os.umask(umask := os.umask(0))
     temporary.chmod(0o666 & ~umask)  # as any other file: safetensors hides its own from others
     temporary.replace(path)
+  except Exception as e:
+    if no_space(e):
+      raise OSError(
+        errno.ENOSPC, f'no space on {path.parent} while writing {path.name}: free some and go on'
+      ) from None
+    raise
   finally:
     temporary.unlink(missing_ok=True)
 
@@ -54,6 +62,19 @@ def _cause(error: Exception) -> str:
   return text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'
 
 
+def no_space(error: BaseException | None) -> bool:
+  """Say whether an error, of whatever class and library, comes from a full disk or quota."""
+  # NumPy says how much it wrote, and not why that was less.
+  words = re.compile(r'no space left|quota exceeded|\d+ requested and \d+ written', re.IGNORECASE)
+  while error:
+    if getattr(error, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if words.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
 def write_text(path: Path, text: str) -> None:
   """Write text whole or not at all."""
   with replacing(path) as temporary:
@@ -84,6 +105,24 @@ def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
   """Read one array; a damaged file is refused by name."""
   with reading(path):
     return np.load(path, mmap_mode=mmap, allow_pickle=False)
+
+
+def stamp(path: Path) -> list[Any]:
+  """Return a file's size and hash."""
+  return [path.stat().st_size, sha256(path)]
+
+
+def damage(path: Path, stamp: Sequence[Any], content: bool = True) -> str:
+  """Say what is wrong with a file that had this stamp; '' if nothing is.
+
+  Without `content` its size alone is looked at.
+  """
+  if not path.exists():
+    return f'{path}: is missing'
+  size = path.stat().st_size
+  if size != stamp[0]:
+    return f'{path}: has {size} bytes, expected {stamp[0]}'
+  return f'{path}: is not as it was written' if content and sha256(path) != stamp[1] else ''
 
 
 def sha256(path: Path) -> str:

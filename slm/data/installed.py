@@ -11,6 +11,7 @@ package description; `python:licences` gives what differs between licence texts,
 
 import ast
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import pathlib
@@ -78,6 +79,12 @@ def _share(sizes: Sequence[int], limit: int) -> int:
       return left // (len(sizes) - i)
     left -= size
   return limit
+
+
+def fingerprint() -> str:
+  """Hash the names and versions of what the text is taken from."""
+  versions = [f'{name}=={importlib.metadata.version(name)}' for name in _distributions()]
+  return hashlib.sha256('\n'.join([sys.version, *versions]).encode()).hexdigest()
 
 
 def _distributions() -> list[str]:

@@ -3,6 +3,7 @@
 Everything random is a function of (seed, step), so the loader's state is the next step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -17,7 +18,7 @@ from grain.experimental import index_shuffle
 from grain.sources import ArrayRecordDataSource
 
 from slm.base import files
-from slm.data import rows
+from slm.data import rows, work
 from slm.data.tokenizer import load as load_tokenizer
 
 VERSION = 3
@@ -136,7 +137,10 @@ class Split:
     self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.record = rows.layout(self.manifest['columns'])
-    self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
+    for problem in work.damages(folder / 'rows', self.facts.get('files', {}), content=False):
+      raise ValueError(f'{problem}: slm.data.prepare makes it again')
+    with _damage_named(folder):
+      self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
     self.counts = files.read_npy(folder / 'counts.npy')
     self.documents = files.read_npy(folder / 'documents.npy')
@@ -168,13 +172,28 @@ class Split:
   def read(self, ids: np.ndarray) -> rows.Rows:
     """Read rows [n,...] by column; id -1 gives an empty row."""
     (real,) = np.nonzero(ids >= 0)
-    records = self.source.__getitems__(ids[real].tolist()) if len(real) else []
+    records = []
+    if len(real):
+      with _damage_named(self.path / self.name):
+        records = self.source.__getitems__(ids[real].tolist())
     there = rows.decode(records, self.record)
     out = {}
     for name, values in there.items():
       out[name] = np.zeros((len(ids), *values.shape[1:]), values.dtype.newbyteorder('='))
       out[name][real] = values
     return out
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+  """Turn what the reader of records raises into one line that names their directory."""
+  try:
+    yield
+  except (RuntimeError, IndexError) as e:
+    raise ValueError(
+      f'{folder}: a record file is missing or damaged ({str(e).partition(chr(10))[0]}): '
+      'slm.data.prepare with --verify names it and makes it again'
+    ) from None
 
 
 def facts(path: str | Path, on: str) -> dict[str, Any]:

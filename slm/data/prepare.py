@@ -4,7 +4,9 @@ r"""Prepare text for training: duplicates out, split, tokenise, cluster, pack in
   python -m slm.data.prepare --out=DIR \
     --config='configs/data.py:generic=/corpus/*.jsonl.gz,law.train=law/a.txt,law.test=law/b.txt'
 
-Can be killed at any moment and run again: what is complete is kept. DIR/windows holds
+Can be killed at any moment and run again: what is complete is kept, and what is missing or has
+another size (--verify: another hash) is made again. A directory is of its settings and of the
+names, sizes and hashes of its sources and tokenizer: with others it is refused. DIR/windows holds
 intermediates and may be deleted afterwards. Exact copies of a document are dropped, from training
 first: no training document of any set is, word for word, a held-out document of this or another
 set. Near-duplicates are looked for with near_duplicates (slm/data/near.py).
@@ -13,21 +15,25 @@ set. Near-duplicates are looked for with near_duplicates (slm/data/near.py).
 import dataclasses
 import functools
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import (
   cluster,
   documents,
   histograms,
   importance,
+  installed,
   loader,
   near,
   rows,
   sources,
+  tfds,
   tokenizer,
   work,
 )
@@ -38,60 +44,132 @@ _SAMPLE = 10 << 20  # characters a tokenizer is trained on
 _SHARDS_PER_ROWS = 16  # document shards (8 MB of text each) whose windows share a row shard
 
 
-def prepare(cfg: PrepareConfig) -> dict[str, Any]:
-  """Make or complete a prepared data directory and return its manifest."""
+def prepare(cfg: PrepareConfig, verify: bool = False) -> dict[str, Any]:
+  """Make or complete a prepared data directory and return its manifest.
+
+  What is missing or has another size is made again; with `verify` what has another hash is, too.
+
+  Raises:
+    ValueError: if the directory was made of other text or by another config, or another process is
+      writing it.
+  """
   out = Path(cfg.out)
-  work.sweep(out)
-  done = _readable_manifest(out)
-  paths = _sources(cfg, out, bool(done))
-  if not done:
-    with work.Pool(cfg.workers, documents.use_tokenizer, out / 'tokenizer') as pool:
-      _make(cfg, out, paths, pool)
-  if not (out / 'clusters' / 'histograms.json').exists():
-    histograms.write(out)
-  print((out / 'clusters' / 'histograms.md').read_text())
-  _nested(cfg)
+  with artifact.hold(out):
+    work.sweep(out)
+    paths = _sources(cfg, out)
+    if verify:
+      _remove_damaged(out)
+    before = _readable_manifest(out)
+    if not _complete(out, before):
+      with work.Pool(cfg.workers, documents.use_tokenizer, out / 'tokenizer') as pool:
+        _make(cfg, out, paths, pool, before)
+    if not (out / 'clusters' / 'histograms.json').exists():
+      histograms.write(out)
+    print((out / 'clusters' / 'histograms.md').read_text())
+    _nested(cfg)
   return loader.manifest(out)
 
 
-def _readable_manifest(out: Path) -> bool:
+def _readable_manifest(out: Path) -> dict[str, Any]:
   try:
-    return bool(loader.manifest(out))
+    return loader.manifest(out)
   except (FileNotFoundError, ValueError):
-    return False  # absent or cut short: the stages that are complete are not run again
+    return {}  # absent or cut short: the stages that are complete are not run again
 
 
-def _sources(cfg: PrepareConfig, out: Path, done: bool) -> dict[str, dict[str, dict[str, int]]]:
-  """List source files; refuse an output directory made from others or with another config."""
+def _splits(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  for name, splits in manifest.get('sets', {}).items():
+    yield from ((f'{name}/{split}', facts) for split, facts in splits.items())
+
+
+def _complete(out: Path, manifest: dict[str, Any]) -> bool:
+  """Say whether all that a manifest promises is there, and as long as it was."""
+  stages = [out / 'tokenizer/stage.json', out / 'clusters/stage.json', *out.glob('*/*/rows-*.json')]
+  return (
+    bool(manifest)
+    and all(map(work.complete, stages))
+    and not any(
+      problem
+      for split, facts in _splits(manifest)
+      for problem in work.damages(out / split / 'rows', facts.get('files', {}), content=False)
+    )
+  )
+
+
+def _remove_damaged(out: Path) -> None:
+  """Remove the files that are not as they were written, and name them; nothing reads them again."""
+  stamps = [
+    (out / split / 'rows', facts.get('files', {}))
+    for split, facts in _splits(_readable_manifest(out))
+  ]
+  summaries = ((path, files.read_json(path)) for path in out.rglob('*.json'))
+  stamps += [(p, s['files']) for p, s in summaries if isinstance(s, dict) and 'seconds' in s]
+  for problem in sorted({p for beside, known in stamps for p in work.damages(beside, known)}):
+    print(f'{problem}: it is made again', file=sys.stderr)
+    Path(problem.partition(': ')[0]).unlink(missing_ok=True)
+
+
+def _sources(cfg: PrepareConfig, out: Path) -> dict[str, dict[str, dict[str, int]]]:
+  """List source files; refuse an output directory made of other text or with another config."""
   record = out / 'prepare.json'
-  wanted = dataclasses.asdict(cfg)
+  wanted = artifact.plain(dataclasses.asdict(cfg)) | {'version': loader.VERSION}
   for key in ('out', 'workers'):
     del wanted[key]
-  wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
-  wanted['version'] = loader.VERSION
-  if record.exists():
-    old = files.read_json(record)
-    for key in sorted(wanted):
-      if old['config'].get(key) != wanted[key]:
-        raise ValueError(
-          f'{out}: was prepared with {key}={old["config"].get(key)}, and the configuration has '
-          f'{key}={wanted[key]}; choose another --out or delete that directory'
-        )
-    if done:
-      return old['sources']
+  old = files.read_json(record) if record.exists() else {}
+  if old:
+    artifact.check_same(out, old['config'], wanted, 'what another config made')
+  elif artifact.occupied(out):
+    raise ValueError(f'{out}: is not empty and holds no {record.name}: choose another --out')
   paths = {s: {k: sources.expand(v) for k, v in splits.items()} for s, splits in cfg.sets.items()}
-  if record.exists() and old['sources'] != paths:
-    changed = sorted(set(_flat(old['sources'])) ^ set(_flat(paths)))
-    raise ValueError(f'{out}: source files changed since it was begun: {changed[0]}')
-  files.write_json(record, {'config': wanted, 'sources': paths})
+  flat = lambda listed: {p: n for splits in listed.values() for v in splits.values()
+                         for p, n in v.items()}  # fmt: skip
+  # Earlier versions kept the sizes alone.
+  known = old.get('contents', {p: [n] for p, n in flat(old.get('sources', {})).items()})
+  now = _contents(cfg, flat(paths), known)
+  if old:
+    _same_contents(out, known, now)
+  else:
+    files.write_json(record, {'config': wanted, 'sources': paths, 'contents': now})
   return paths
 
 
-def _flat(paths: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, int]]:
-  return [item for splits in paths.values() for p in splits.values() for item in p.items()]
+def _contents(
+  cfg: PrepareConfig, listed: dict[str, int], known: dict[str, list[Any]]
+) -> dict[str, list[Any]]:
+  """Say what is in all that a directory is made of: texts, a tokenizer, an embedding model."""
+  found, paths = {}, []
+  for path, size in listed.items():
+    if path.startswith('python:'):
+      before = known.get(path, [])
+      found[path] = before if len(before) == 1 else [size, 0, installed.fingerprint()]
+    elif path.startswith(tfds.PREFIX):
+      found[path] = [size]
+    else:
+      paths.append(Path(path))
+  for path in filter(None, (cfg.tokenizer.path, cfg.sbert)):
+    inside = [p for p in Path(path).rglob('*') if p.is_file()]
+    paths += sorted(inside) or [Path(path)]
+  return found | artifact.contents(paths, known)
 
 
-def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool) -> None:
+def _same_contents(out: Path, old: dict[str, list[Any]], new: dict[str, list[Any]]) -> None:
+  for path in sorted(old.keys() | new.keys()):
+    if old.get(path) != new.get(path):
+      how = 'is new' if path not in old else 'is gone' if path not in new else 'has other content'
+      raise ValueError(
+        f'{out}: {path} {how} since it was prepared: choose another --out, or delete that '
+        'directory to prepare all of it again'
+      )
+
+
+def _make(
+  cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool, before: dict[str, Any]
+) -> None:
+  """Run the stages that are not complete, and write the manifest.
+
+  Raises:
+    ValueError: if a split is not what it was `before`.
+  """
   cost: dict[str, Any] = {}
   read = {}
   for name in cfg.sets:
@@ -106,6 +184,13 @@ def _make(cfg: PrepareConfig, out: Path, paths: dict[str, Any], pool: work.Pool)
   facts = _facts(cfg, shards, summaries)
   _add(cost, 'clusters', _clusters(cfg, out, shards, summaries, pool))
   _add(cost, 'rows', _rows(cfg, out, shards, summaries, facts, pool))
+  made = dict(_splits({'sets': facts}))
+  for split, was in _splits(before):
+    if was['sha256'] != made[split]['sha256']:
+      raise ValueError(
+        f'{out / split}: was damaged, and this version of slm makes other rows of its text: '
+        'delete the directory to prepare all of it again'
+      )
   tok = documents.get_tokenizer()
   files.write_json(
     out / 'manifest.json',
@@ -313,7 +398,7 @@ def _main(_: list[str]) -> None:
   config = flags.FLAGS.config
   if flags.FLAGS.out:
     config.out = flags.FLAGS.out
-  found = prepare(PrepareConfig.of(config))
+  found = prepare(PrepareConfig.of(config), flags.FLAGS.verify)
   for name, splits in found['sets'].items():
     for split, s in splits.items():
       print(
@@ -325,4 +410,5 @@ def _main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('out', '', 'Directory to write to.')
+  flags.DEFINE_bool('verify', False, 'Compare hashes too, and make again what is damaged.')
   console.run(_main, config='data')

@@ -163,13 +163,19 @@ def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
   """
   folder = parts[0][0].out
   table = np.concatenate([files.read_npy(folder / f'{task.name}.npy') for task, _ in parts])
-  for name, column in {'clusters': 0, 'counts': slice(1, 3), 'documents': 3}.items():
-    files.write_npy(folder / f'{name}.npy', np.ascontiguousarray(table[:, column]))
+  stamps = {}
+  for name, column in {'clusters.npy': 0, 'counts.npy': slice(1, 3), 'documents.npy': 3}.items():
+    files.write_npy(folder / name, np.ascontiguousarray(table[:, column]))
+    stamps[name] = files.stamp(folder / name)
   used = [(task, summary) for task, summary in parts if summary['rows']]
+  for task, summary in used:
+    shard = f'{task.name}.array_record'
+    stamps[shard] = summary['files'][shard]
   return {
     'rows': len(table),
     'sha256': hashlib.sha256(''.join(s['sha256'] for _, s in used).encode()).hexdigest(),
     'shards': [f'{task.name}.array_record' for task, _ in used],
+    'files': stamps,
   }
 
 

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from slm.base import console
-from slm.base.files import read_json, replacing, write_json
+from slm.base import artifact, console
+from slm.base.files import damage, read_json, replacing, stamp, write_json
 
 Path = pathlib.Path
 
@@ -41,18 +42,8 @@ def sweep(folder: Path) -> None:
   """Delete the temporary files of dead processes, and of this one, which is only starting."""
   for path in folder.rglob('*.tmp'):
     pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ''
-    if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+    if pid.isdecimal() and (int(pid) == os.getpid() or not artifact.alive(int(pid))):
       path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except (ProcessLookupError, OverflowError):
-    return False
-  except PermissionError:
-    pass  # somebody else's
-  return True
 
 
 def _usable_cores() -> int:
@@ -62,7 +53,8 @@ def _usable_cores() -> int:
 
 
 def _start(initializer: Callable[..., None] | None, *args: Any) -> None:
-  """Start a worker; it is to end with its parent, even if that is killed."""
+  """Start a worker; it is to end with its parent, even if that is killed, and only then."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too: the parent decides
   threading.Thread(target=_end_with_parent, daemon=True).start()
   if initializer:
     initializer(*args)
@@ -89,8 +81,11 @@ class Pool:
   def __enter__(self) -> 'Pool':
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type | None, *_: object) -> None:
     if self._executor:
+      if kind:  # what they are doing is of no more use
+        for process in multiprocessing.active_children():
+          process.kill()
       self._executor.shutdown(cancel_futures=True)
 
   def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -121,10 +116,10 @@ def run(
   """Run every task whose summary is not there yet; return all summaries in order.
 
   `tasks` maps the path of a task's summary (JSON) to the argument of `function`, which returns
-  the summary: a dict with `files` (name -> bytes, beside the summary). The summary is
-  written last, so a task that was killed, or whose files were deleted or cut short, runs again.
+  the summary: a dict with `files`, names beside the summary, whose sizes and hashes are added. It
+  is written last, so a task that was killed, or whose files were deleted or cut short, runs again.
   """
-  todo = [path for path in tasks if not _complete(path)]
+  todo = [path for path in tasks if not complete(path)]
   with console.progress(description, len(tasks), 'task') as bar:
     bar.skip(len(tasks) - len(todo))
     for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
@@ -136,13 +131,20 @@ def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
   function, path, argument = item
   start = time.monotonic()
   summary = function(argument)
-  files = {name: (path.parent / name).stat().st_size for name in summary['files']}
-  write_json(path, summary | {'files': files, 'seconds': time.monotonic() - start})
+  written = {name: stamp(path.parent / name) for name in summary['files']}
+  write_json(path, summary | {'files': written, 'seconds': time.monotonic() - start})
   return path
 
 
-def _complete(path: Path) -> bool:
-  if not path.exists():
-    return False
-  beside = [(path.parent / name, size) for name, size in read_json(path)['files'].items()]
-  return all(p.exists() and p.stat().st_size == size for p, size in beside)
+def complete(path: Path) -> bool:
+  """Say whether a task's summary and all its files are there, as long as they were."""
+  return path.exists() and not any(damages(path, read_json(path)['files'], content=False))
+
+
+def damages(beside: Path, stamps: dict[str, Any], content: bool = True) -> Iterator[str]:
+  """Yield what is wrong with each of the files beside a path, as `files.damage` does."""
+  for name, known in stamps.items():
+    # Earlier versions kept the size alone.
+    size, *hashed = known if isinstance(known, list) else [known]
+    if problem := damage(beside.parent / name, [size, *hashed], content and bool(hashed)):
+      yield problem

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader, tokenizer
 from slm.models.decode import Completions, generate, sampled
 from slm.objectives.rollout import prompts
-from slm.runs import ledger, load, rundir
+from slm.runs import ledger, load
 from slm.weights import sharding, tree
 from slm.weights.count import forward_flops
 
@@ -22,6 +22,7 @@ _ABOUT = 'continuations.json'
 _SHARD = 256  # rows
 
 
+@artifact.writes('out')
 def write(
   run: str, path: str, on: str, out: str, *, count: int, prompt: int, max_tokens: int,
   temperature: float, seed: int, batch_size: int,
@@ -50,13 +51,12 @@ def write(
     )
   split = loader.Split(path, *loader.parse_on(path, on))
   about = {
-    'run': str(Path(run).resolve()), 'step': loaded.step, 'on': on, 'rows_sha256': split.sha256,
+    'run': str(Path(run).resolve()), 'step': loaded.step,
+    'weights': tree.weights_hash(loaded.params()), 'on': on, 'rows_sha256': split.sha256,
     'rows': count, 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': temperature,
     'seed': seed, 'batch_size': batch_size,
   }  # fmt: skip
-  if (folder / _ABOUT).exists():
-    rundir.check_same(folder, files.read_json(folder / _ABOUT), about, 'other continuations')
-  files.write_json(folder / _ABOUT, about)
+  artifact.claim(folder / _ABOUT, about, 'other continuations')
   tok = tokenizer.load(f'{path}/tokenizer')
   params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg.dtype))
   sampler = functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader
 from slm.objectives import heldout
 from slm.runs import config, load
@@ -62,6 +62,7 @@ def best(loaded: load.Loaded, path: str, domain: str, index: str, mesh: Any) -> 
 RULES = {'frequent': frequent, 'best': best, 'histogram': histogram}
 
 
+@artifact.writes('workdir')
 def specialise(
   run: str | Path, domain: str, workdir: str | Path, rule: str = 'frequent', index: str = ''
 ) -> int | list[float]:

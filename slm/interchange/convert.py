@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from slm import models
-from slm.base import files, schema
+from slm.base import artifact, files, schema
 from slm.data import tokenizer
 from slm.data.loader import DataConfig
 from slm.interchange import card, families, tokenizer_files, weights
@@ -83,6 +83,7 @@ def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any =
   return Read(model, params, hf, own, buffers)
 
 
+@artifact.writes('workdir')
 def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> RunConfig:
   """Write a model of transformers as a run directory that everything else takes.
 
@@ -105,7 +106,12 @@ def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> Run
     model=shape,
     data=DataConfig(set=''),
     tokenizer=tok.fingerprint if tok else '',
-    hf={'path': str(origin.resolve()), 'config': hf, 'files': _stamps(origin), **_ancestors(path)},
+    hf={
+      'path': str(origin.resolve()),
+      'config': hf,
+      'files': _stamps(origin, workdir),
+      **_ancestors(path),
+    },
   )
   config.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
@@ -146,14 +152,16 @@ def _ancestors(path: Path) -> dict[str, Any]:
     return {'made_from': list(map(str, about['made_from'])), 'history': about['history']}
 
 
-def _stamps(path: Path) -> dict[str, Any]:
-  """Return the size and time of change of every file of weights: other weights, another run."""
-  if path.is_file():
-    return {path.name: files.sha256(path)}
-  found = {p.name: p.stat() for p in sorted(path.glob('*.safetensors'))}
-  return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+def _stamps(path: Path, workdir: Path) -> dict[str, list[Any]]:
+  """Return size, time of change and hash of every file of weights: other weights, another run."""
+  folder, paths = (path.parent, [path]) if path.is_file() else (path, path.glob('*.safetensors'))
+  there = (workdir / 'config.json').exists()
+  known = (config.of(workdir).hf or {}).get('files', {}) if there else {}
+  stamps = artifact.contents(sorted(paths), {str(folder / n): stamp for n, stamp in known.items()})
+  return {Path(name).name: stamp for name, stamp in stamps.items()}
 
 
+@artifact.writes('out')
 def export_model(
   run: str | Path, out: str | Path, dtype: str = '', shard_bytes: int = weights.SHARD_BYTES
 ) -> dict[str, Any]:
@@ -205,8 +213,7 @@ def export_model(
 
 def _check_place(out: Path, run: str) -> None:
   """Refuse a directory that holds something else than an export, whole or begun, of a run."""
-  held = out.iterdir() if out.exists() else ()
-  if any(p.suffix != '.tmp' for p in held) and not (out / LINEAGE).exists():
+  if artifact.occupied(out) and not (out / LINEAGE).exists():
     raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
   if (out / LINEAGE).exists():
     before = files.read_json(out / LINEAGE).get('history', [{'run': run}])[0]['run']

@@ -70,7 +70,12 @@ def rows(
     advance(int((ids >= 0).sum()))
   if not found:
     raise ValueError(f'{path}: {data_set}/{split} has no rows to evaluate on')
-  return np.stack([found[i] for i in sorted(found)])
+  values = np.stack([found[i] for i in sorted(found)])
+  if bad := int((~np.isfinite(values)).any(1).sum()):
+    raise FloatingPointError(
+      f'{data_set}/{split}: the loss of {bad} of {len(values)} rows is not finite'
+    )
+  return values
 
 
 def evaluator(

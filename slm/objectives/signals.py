@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader, rows
 from slm.models.decoder import head, logits
 from slm.objectives import losses
@@ -155,6 +155,7 @@ def _compute(signal, params, read, dtype, batch_size, mesh) -> np.ndarray:
   return found
 
 
+@artifact.writes('out')
 def write(
   teacher: str, path: str, on: str, out: str, *, mode: str = 'topk', k: int = 64, seed: int = 0,
   batch_size: int = 16, shard_rows: int = 1024,
@@ -187,9 +188,7 @@ def write(
     'rows_sha256': split.sha256, 'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed,
     'shard_rows': shard_rows,
   }  # fmt: skip
-  if (folder / ABOUT).exists():
-    rundir.check_same(folder, files.read_json(folder / ABOUT), about, 'other signals')
-  files.write_json(folder / ABOUT, about)
+  artifact.claim(folder / ABOUT, about, 'other signals')
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
   signal, flops = make_signal(loaded, about), forward_flops(loaded.model.cfg, about['context'])

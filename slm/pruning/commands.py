@@ -13,14 +13,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import tasks
 from slm.interchange import convert, tokenizer_files
 from slm.models.config import DecoderConfig
 from slm.pruning import importance, measure, slicing
 from slm.pruning.measure import Stats
-from slm.runs import config, load, rundir
+from slm.runs import config, load
 from slm.runs.config import NextTokenConfig, RunConfig
 from slm.runs.ledger import phase_entry
 from slm.weights import sharding, tree
@@ -72,17 +72,33 @@ def _sum(
   Raises:
     ValueError: if the file holds the sums of something else, or the rows have changed.
   """
+  about, stats = _begun(folder, name, asked)
+  if about.get('finished'):
+    return about, stats
+  with artifact.hold(folder):
+    about, stats = _begun(folder, name, asked)
+    return _add_up(loaded, folder, name, about, stats, of, passes)
+
+
+def _begun(folder: Path, name: str, asked: About) -> tuple[About, Stats]:
+  """Read the sums of the rows asked for so far."""
   about, stats = ({'asked': asked}, {})
   if (folder / f'{name}.safetensors').exists():
     about, stats = read(folder, name)
-  rundir.check_same(folder, about['asked'], asked, 'other sums')
-  if about.get('finished'):
-    return about, stats
-  a, mesh = asked, sharding.fit_mesh(loaded.model.cfg.embed)
+  artifact.check_same(folder, about['asked'], asked, 'other sums')
+  return about, stats
+
+
+def _add_up(
+  loaded: load.Loaded, folder: Path, name: str, about: About, stats: Stats, of: measure.Measure,
+  passes: float,
+) -> tuple[About, Stats]:  # fmt: skip
+  """Go on with a sum from where it was left."""
+  a, mesh = about['asked'], sharding.fit_mesh(loaded.model.cfg.embed)
   devices = sharding.batch_devices(mesh)
   size = -(-a['batch_size'] // devices) * devices
   if about.get('rows_a_batch', size) != size:  # begun on more devices, or fewer
-    about, stats = {'asked': asked}, {}
+    about, stats = {'asked': a}, {}
   if loader.Split(a['data'], a['set'], a['split'], a['index']).sha256 != a['rows_sha256']:
     raise ValueError(f'{a["data"]}: {a["set"]}/{a["split"]} has other rows than {folder} is of')
   began = saved = time.monotonic()
@@ -100,13 +116,13 @@ def _sum(
       stats = measure.merge(stats, add(params, jax.device_put(batch, where)))
       progress.update(int((ids >= 0).sum()))
       if time.monotonic() - saved > _SAVE_EVERY:
-        about = {'asked': asked, 'batches': i + 1, 'rows_a_batch': size}
+        about = {'asked': a, 'batches': i + 1, 'rows_a_batch': size}
         about['device_seconds'] = took()
         _write(folder, name, about, stats)
         saved = time.monotonic()
   context = loader.manifest(a['data'])['context']
   flops = passes * stats['tokens'] * forward_flops(loaded.model.cfg, context)
-  about = {'asked': asked, 'finished': True, 'device_seconds': took(), 'flops': flops}
+  about = {'asked': a, 'finished': True, 'device_seconds': took(), 'flops': flops}
   return _write(folder, name, about, stats), stats
 
 
@@ -219,6 +235,7 @@ class _Calibration:
     return jax.tree.map(lambda x: x[..., 0] / np.maximum(x[..., 1], 1), sums)
 
 
+@artifact.writes('workdir')
 def cut(
   run: str, stats: Sequence[str], wanted: dict[str, int], workdir: str, *,
   norm_gain: str = 'none', by: str = 'activations', depth: str = 'influence', mix: float = 0.0,
@@ -325,10 +342,8 @@ def _finished(folder: Path, run: str, how: dict[str, Any]) -> DecoderConfig | No
     return None
   there = config.of(folder)
   pruned = {key: value for key, value in (there.prune or {}).items() if key != 'sha256'}
-  held = {'init': there.init, 'prune': pruned}
-  rundir.check_same(
-    folder, held, json.loads(json.dumps({'init': run, 'prune': how})), 'another run'
-  )
+  held, asked = {'init': there.init, 'prune': pruned}, artifact.plain({'init': run, 'prune': how})
+  artifact.check_same(folder, held, asked, 'another run')
   return there.model if (folder / 'result.json').exists() else None
 
 

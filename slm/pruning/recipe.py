@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from slm import objectives
-from slm.base import files, schema
+from slm.base import artifact, files, schema
 from slm.data import loader
 from slm.inference import latency, scoring
 from slm.interchange import card, convert, families, verify
@@ -91,6 +91,7 @@ class RecipeConfig:
     return tuple(config.read({**c, 'model': config.shaped(c['model'], shape)}) for c in given)
 
 
+@artifact.writes('workdir')
 def minitron(given: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """Make the small model below a directory; returns what summary.json holds.
 

@@ -25,12 +25,12 @@ import numpy as np
 import scipy.stats
 
 from slm import models
-from slm.base import files
+from slm.base import artifact, files
 from slm.inference import latency
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, importance, slicing
-from slm.runs import config, ledger, load, rundir
+from slm.runs import config, ledger, load
 from slm.runs.config import RunConfig
 from slm.training import loop, optim
 from slm.weights import sharding
@@ -118,6 +118,7 @@ def name(sizes: Sizes) -> str:
   return '-'.join(f'{axis}{n}' for axis, n in sizes.items())
 
 
+@artifact.writes('workdir')
 def search(
   run: str, stats: str, workdir: Path, given: Mapping[str, Any],
   grid: Mapping[str, tuple[int, ...]], bounds: Bounds, *, count: int = 10, survivors: int = 4,
@@ -147,7 +148,7 @@ def search(
   }  # fmt: skip
   asked, path = json.loads(json.dumps(asked)), workdir / 'search.json'
   found = files.read_json(path) if path.exists() else {}
-  rundir.check_same(workdir, found.get('asked', asked), asked, 'another search')
+  artifact.check_same(workdir, found.get('asked', asked), asked, 'another search')
   found = {'asked': asked, 'token_ms': {}, 'zero_shot': {}, 'rungs': []} | found
   save = lambda: files.write_json(path, found)
   listed = shapes(loaded.model.cfg, grid, bounds)

@@ -1,8 +1,16 @@
-"""Every Orbax call: asynchronous saves, restores onto any mesh; and the signal to save and stop."""
+"""Every Orbax call: asynchronous saves, restores onto any mesh; and the signal to save and stop.
 
+A checkpoint is sealed once it is there: checksums.json in it holds the size and hash of each of
+its files, and what is not as it was saved is never used.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
 import signal
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from slm.base import files
+from slm.runs import processes
+
 policies = ocp.training.preservation_policies
+_SUMS = 'checksums.json'
 
 
 class Checkpoints:
@@ -20,13 +32,20 @@ class Checkpoints:
   def __init__(self, directory: str | Path, keep: int = 0, milestones: Sequence[int] = ()):
     """Keep the latest `keep`, the one with the lowest loss, and the steps that are milestones.
 
-    keep=0 opens them to read only.
+    keep=0 opens them to read only. Otherwise damaged ones that are newer than the newest sound one
+    are moved aside, which is said.
+
+    Raises:
+      ValueError: if none of them is sound.
     """
+    self._directory = Path(directory).absolute()
+    if keep:
+      processes.together(self._move_damaged_aside)
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
     self._checkpointer = ocp.training.Checkpointer(
-      Path(directory).absolute(),
+      self._directory,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=policies.AnyPreservationPolicy(
         [policies.LatestN(n=keep), best, policies.CustomSteps(list(milestones))]
@@ -34,12 +53,25 @@ class Checkpoints:
       # Only the owner may clean up: to a reader, another process's unfinished save looks the same.
       cleanup_tmp_directories=bool(keep),
     )
+    self._sealer = concurrent.futures.ThreadPoolExecutor(1)
+    self._sealed: concurrent.futures.Future = concurrent.futures.Future()
+    self._sealed.set_result(None)
+    self._saving, self._size = 0, 0  # the latest save: its step and bytes
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self._checkpointer.close()
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+      return  # a process that has ended would be waited for
+    with self._named('saved'):
+      try:
+        self._sealed.result()
+      finally:
+        self._sealer.shutdown()
+        self._checkpointer.close()
+    if isinstance(error, FloatingPointError):
+      raise FloatingPointError(f'{error}; {self._intact()}') from None
 
   @property
   def latest(self) -> int | None:
@@ -66,22 +98,129 @@ class Checkpoints:
     next_batch: int | None = None,
     loss: float | None = None,
   ) -> None:
-    """Start an asynchronous save; the state may be donated as soon as this returns."""
+    """Start an asynchronous save; the state may be donated as soon as this returns.
+
+    Raises:
+      OSError: if this one or the one before it cannot be saved, for want of space for instance,
+        naming the newest step that is intact.
+    """
     items = {'theta': theta}
     if opt_state is not None:
       items |= {'opt': opt_state, 'data': {'next': np.asarray(next_batch)}}
     metrics = None if loss is None else {'loss': loss}
-    self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
+    with self._named('saved'):
+      self._sealed.result()
+      self._saving, self._size = step, sum(x.nbytes for x in jax.tree.leaves(items))
+      saved = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
+      self._sealed = self._sealer.submit(self._seal, self._directory / str(step), saved)
+
+  def _seal(self, folder: Path, saved: Any) -> None:
+    """Wait for a save and write the checksums of its files."""
+    saved.result()
+    if jax.process_index() == 0:
+      names = sorted(p for p in folder.rglob('*') if p.is_file())
+      sums = {str(p.relative_to(folder)): files.stamp(p) for p in names}
+      files.write_json(folder / _SUMS, sums)
+
+  @contextlib.contextmanager
+  def _named(self, done: str, step: int | None = None) -> Iterator[None]:
+    """Turn what Orbax raises, of any class, into one line that names the checkpoint."""
+    try:
+      yield
+    except Exception as e:  # noqa: BLE001 (Orbax and tensorstore raise of any class)
+      step = self._saving if step is None else step
+      text = f'{self._directory}: step {step} cannot be {done} ({_first_line(e)})'
+      if files.no_space(e):
+        size = f'{max(self._size / 1e6, 1):,.0f} MB'
+        text = f'no space on {self._directory} while saving step {step} (needs about {size})'
+      raise OSError(f'{text}; {self._intact()}' if done == 'saved' else text) from None
+
+  def _intact(self) -> str:
+    """Say which step is the newest that is as it was saved."""
+    steps = _steps(self._directory)
+    for step in steps:
+      folder = self._directory / str(step)
+      if (folder / _SUMS).exists() and not damage(folder):
+        return f'step {step} is intact'
+    return f'step {steps[0]} is there, without checksums' if steps else 'no checkpoint is there'
+
+  def _move_damaged_aside(self) -> None:
+    steps = _steps(self._directory)
+    if jax.process_index() or not steps:
+      return
+    problems = (damage(self._directory / str(step)) for step in steps)
+    damaged = dict(zip(steps, itertools.takewhile(bool, problems), strict=False))
+    if len(damaged) == len(steps):
+      raise ValueError(f'no checkpoint is sound: {"; ".join(damaged.values())}')
+    for step, problem in damaged.items():
+      aside = self._directory.with_name('damaged') / str(step)
+      while aside.exists():
+        aside = aside.with_name(f'{aside.name}-again')
+      aside.parent.mkdir(exist_ok=True)
+      (self._directory / str(step)).rename(aside)
+      print(
+        f'{problem}: moved to {aside}, going on from step {steps[len(damaged)]}', file=sys.stderr
+      )
 
   def restore(self, step: int, theta: Any, opt_state: Any) -> tuple[Any, Any, int]:
-    """Return theta, opt_state and the next batch, laid out as the abstract arguments say."""
+    """Return theta, opt_state and the next batch, laid out as the abstract arguments say.
+
+    Raises:
+      OSError: if the checkpoint cannot be read.
+    """
     abstract = {'theta': theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
-    items = self._checkpointer.load_checkpointables(step, abstract)
+    with self._named('read', step):
+      items = self._checkpointer.load_checkpointables(step, abstract)
     return items['theta'], items['opt'], int(items['data']['next'])
 
   def restore_theta(self, step: int, theta: Any) -> Any:
-    """Return theta alone, laid out as the abstract argument says."""
-    return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
+    """Return theta alone, laid out as the abstract argument says.
+
+    Raises:
+      ValueError: if a file of it is not as it was saved, naming it and the steps that are.
+      OSError: if the checkpoint cannot be read.
+    """
+    processes.together(lambda: self._check_theta(step))
+    with self._named('read', step):
+      return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
+
+  def _check_theta(self, step: int) -> None:
+    if jax.process_index():
+      return
+    if problem := damage(self._directory / str(step), 'theta'):
+      others = [s for s in self.steps if not damage(self._directory / str(s), 'theta')]
+      run = self._directory.parent
+      sound = ', '.join(f'{run}@{s}' for s in others)
+      raise ValueError(f'{problem}; {"sound: " + sound if sound else "no other step is sound"}')
+
+
+def _steps(directory: Path) -> list[int]:
+  """List the steps of a directory, newest first."""
+  names = (p.name for p in directory.glob('*')) if directory.is_dir() else ()
+  return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def damage(folder: Path, item: str = '') -> str:
+  """Name the first file of a checkpoint, or of one item in it, that is not as it was saved.
+
+  Returns '' if all are, or if the checkpoint was never sealed: by an earlier version of slm, or
+  killed first.
+  """
+  try:
+    sums = files.read_json(folder / _SUMS)
+  except FileNotFoundError:
+    return ''
+  except ValueError as e:
+    return str(e)
+  wanted = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
+  return next(filter(None, (files.damage(folder / name, sums[name]) for name in wanted)), '')
+
+
+def _first_line(error: BaseException) -> str:
+  """Return the start of what an error's first cause says; those of Orbax go on for pages."""
+  while error.__cause__ or error.__context__:
+    error = error.__cause__ or error.__context__
+  return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}'
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -98,7 +237,7 @@ class StopSignal:
   """
 
   def __enter__(self) -> 'StopSignal':
-    self._asked = False
+    self._asked = 0
     self._before = {}
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and jax.process_count() == 1:
@@ -110,12 +249,12 @@ class StopSignal:
     for s, handler in self._before.items():
       signal.signal(s, handler)
 
-  def _note(self, *_: object) -> None:
-    self._asked = True
+  def _note(self, number: int, _: object) -> None:
+    self._asked = number
     self.__exit__()  # the second signal acts at once
 
-  def __call__(self, step: int) -> bool:
-    """Say whether a stop was asked for."""
+  def __call__(self, step: int) -> int:
+    """Return the signal that asked to stop, 0 if none did."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      return signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
     return self._asked

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm.base import schema
+from slm.base import artifact, schema
 from slm.data import loader
 from slm.models import Config as ModelConfig
 from slm.reparam import Config as ReparamConfig
@@ -45,6 +45,7 @@ class DistributedConfig:
   coordinator: str = ''  # host:port of process 0; '': found out on Slurm, TPU, Kubernetes, MPI
   num_processes: int = 0  # 0: found out likewise
   process_id: int = -1  # -1: found out likewise
+  timeout: int = 300  # seconds to wait for the others at the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,10 +363,8 @@ def check_run(workdir: Path, cfg: RunConfig) -> None:
   Raises:
     ValueError: if it holds a run of another config, naming the first difference, or other files.
   """
-  if (workdir / 'config.json').exists():
-    rundir.check_same(workdir, of(workdir).computed, cfg.computed, 'another run')
-  else:
-    rundir.check_new(workdir)
+  record = workdir / 'config.json'
+  artifact.check(record, cfg.computed, 'another run', read=lambda path: of(path.parent).computed)
 
 
 def write_run(workdir: Path, cfg: RunConfig, step: int = 0) -> None:

@@ -65,33 +65,13 @@ def evaluations(ref: str | Path, kind: str = 'eval') -> Path:
   return run / (kind if step is None else f'{kind}-{step}')
 
 
-def check_new(workdir: Path) -> None:
-  """Refuse a directory that holds files and no run.
-
-  Raises:
-    ValueError: if it does.
-  """
-  if workdir.exists() and any(p.suffix != '.tmp' for p in workdir.iterdir()):
-    raise ValueError(f'{workdir} is not empty and holds no config.json: choose another --workdir')
-
-
-def check_same(folder: Path, was: Any, now: Any, what: str) -> None:
-  """Refuse to go on in a folder that was made for something else.
-
-  Raises:
-    ValueError: if it was, naming the first difference.
-  """
-  if found := difference(was, now):
-    raise ValueError(f'{folder} holds {what}: {found}; choose another directory')
-
-
 def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
   """Record what runs and, from which step, with which code and where; process 0 alone writes."""
   if jax.process_index():
     return
-  files.write_json(workdir / 'config.json', _plain(config))  # first: it marks the directory
+  files.write_json(workdir / 'config.json', config)  # first: it marks the directory
   starts = read_starts(workdir)
-  now = {'code': _git(), 'environment': _plain(environment())}
+  now = {'code': _git(), 'environment': environment()}
   if not starts or now != {key: starts[-1][key] for key in now}:
     files.write_json(workdir / 'starts.json', [*starts, {'step': step, **now}])
 
@@ -112,21 +92,6 @@ def served_step(ref: str | Path) -> int | None:
   result, config = (files.read_json(workdir / f'{n}.json') for n in ('result', 'config'))
   # Without early stopping the last checkpoint serves, whatever the held-out losses were.
   return result.get('best_step' if config['eval']['patience'] else 'steps', result['steps'])
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(config))
-
-
-def difference(old: Any, new: Any, key: str = '') -> str:
-  """Name the first key that two configs disagree on, and both values; '' if none."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for name in sorted(old.keys() | new.keys()):
-      found = difference(old.get(name), new.get(name), f'{key}.{name}' if key else name)
-      if found:
-        return found
-    return ''
-  return '' if old == new else f'{key} was {old!r}, now {new!r}'
 
 
 def environment() -> dict[str, Any]:

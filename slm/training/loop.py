@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import objectives, reparam
-from slm.base import console, files
+from slm.base import console, files, schema
 from slm.data import loader
 from slm.objectives.losses import Batch
-from slm.runs import checkpoint, config, load
+from slm.runs import checkpoint, config, load, processes
 from slm.runs.config import RunConfig
 from slm.training import optim
 from slm.training.recorder import Recorder
@@ -26,17 +26,20 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   """Run or continue a training run; returns what result.json holds.
 
   Raises:
-    ValueError: if the config, the data or the run directory do not fit together.
+    ValueError: if the config, the data or the run directory do not fit together, or another
+      process is writing the run.
     FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
     console.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
   """
   workdir = Path(workdir)
-  cfg = config.resolve(given)
-  config.check_run(workdir, cfg)
+  cfg = processes.together(lambda: config.resolve(given))
+  processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})
+  processes.together(lambda: config.check_run(workdir, cfg))
   if (workdir / 'result.json').exists():
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(vars(cfg.mesh))
-  with jax.set_mesh(mesh):
+  with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
+    processes.together(lambda: config.check_run(workdir, cfg))  # nobody else writes from here on
     return _Run(cfg, workdir, mesh).loop()
 
 
@@ -167,17 +170,19 @@ class _Run:
       start = int(state.step)
       config.write_run(self.workdir, cfg, start)
       with self.recorder(start) as record, checkpoint.StopSignal() as asked:
-        stopped = self._steps(start, state, saved, record, asked)
-    if stopped:
-      raise console.Interrupted(f'{self.workdir}: saved step {stopped}, the same command continues')
+        step, stop = self._steps(start, state, saved, record, asked)
+    if stop:
+      raise console.Interrupted(
+        f'{self.workdir}: saved step {step}, the same command continues', stop
+      )
     result = record.result()
     if jax.process_index() == 0:
       files.write_json(self.workdir / 'result.json', result)
     return result
 
-  def _steps(self, start, state, saved, record, asked) -> int:
-    """Take the steps after `start`; returns the step that a signal stopped at, 0 at the end."""
-    cfg = self.cfg
+  def _steps(self, start, state, saved, record, asked) -> tuple[int, int]:
+    """Take the steps after `start`; returns the last, and the signal that stopped there, or 0."""
+    cfg, step = self.cfg, start
     due = lambda every: every and step % every == 0
     for step in range(start + 1, cfg.steps + 1):
       if record.exhausted:
@@ -201,8 +206,8 @@ class _Run:
         loss = record.eval_loss(step) if cfg.eval.patience else None
         saved.save(step, *_saved(state), self.batches.get_state(), loss)
       if stop and not final:
-        return step
-    return 0
+        return step, stop
+    return step, 0
 
   def recorder(self, start: int) -> Recorder:
     """Open the metrics and ledger of this run at a step."""

@@ -68,6 +68,7 @@ class Recorder:
     total = self._cfg.steps * positions
     self._progress = console.progress(name, total, 'tokens', show=self._main).__enter__()
     self._progress.skip(self._start * positions)
+    self._progress.say('compiling')
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -117,8 +118,7 @@ class Recorder:
     if bad >= 0 or not math.isfinite(values['loss']):
       where = f'gradient of {self._leaves[bad]}' if bad >= 0 else 'loss'
       raise FloatingPointError(
-        f'{self._workdir}: step {step}: {where} is not finite (loss {values["loss"]}); '
-        'the last checkpoint is intact'
+        f'{self._workdir}: step {step}: {where} is not finite (loss {values["loss"]})'
       )
     if self._due:
       self.write()  # the step before's, with its evaluation if it had one

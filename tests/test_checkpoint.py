@@ -1,0 +1,131 @@
+"""Checkpoints that are damaged, cannot be saved or are of an earlier version."""
+
+import errno
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from slm.base import files
+from slm.objectives import heldout
+from slm.runs import checkpoint, load, rundir
+from slm.training import loop
+from slm.weights import sharding
+
+
+@pytest.fixture(scope='module')
+def whole(tiny_config_of, tmp_path_factory):
+  """Train six steps, with checkpoints of 2, 4 and 6."""
+  run = tmp_path_factory.mktemp('whole') / 'run'
+  loop.train(tiny_config_of(steps=6, **{'checkpoint.keep': 3}), run)
+  return run
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+  """Copy that run, as if it had not finished."""
+  shutil.copytree(whole, tmp_path / 'run')
+  (tmp_path / 'run/result.json').unlink()
+  return tmp_path / 'run'
+
+
+def flip(run, item):
+  """Flip bits in the middle of the largest file of a checkpoint's item."""
+  path = max((run / 'checkpoints' / item).rglob('*'), key=lambda p: p.is_file() * p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0xFF
+  path.write_bytes(data)
+  return path
+
+
+def again(run, tiny_config_of):
+  return loop.train(tiny_config_of(steps=6, **{'checkpoint.keep': 3}), run)
+
+
+def losses(run):
+  return [line['loss'] for line in rundir.read_metrics(run)]
+
+
+def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
+  whole, run, tiny_config_of, capsys
+):
+  path = flip(run, '6/opt')
+  again(run, tiny_config_of)
+  told = capsys.readouterr().err
+  assert f'{path}: is not as it was written: moved to {run}/damaged/6' in told
+  assert 'going on from step 4' in told
+  assert losses(run) == losses(whole)
+  assert not checkpoint.damage(run / 'checkpoints/6')
+
+
+def test_a_missing_or_emptied_file_is_damage_too(run, tiny_config_of, capsys):
+  (run / 'checkpoints/6/opt/manifest.ocdbt').unlink()
+  (run / 'checkpoints/4/_CHECKPOINT_METADATA').write_text('')
+  (run / 'checkpoints/2/checksums.json').write_text('{"a')
+  with pytest.raises(ValueError, match=r'no checkpoint is sound: .*6/opt/manifest.ocdbt: is miss'):
+    again(run, tiny_config_of)
+  assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['2', '4', '6']  # as it was
+
+
+def test_damaged_weights_are_never_loaded(run, tiny_config_of):
+  path, mesh = flip(run, '6/theta'), sharding.make_mesh({'data': 8})
+  with pytest.raises(
+    ValueError, match=f'{path}: is not as it was written; sound: {run}@2, {run}@4'
+  ):
+    load.load(run, mesh)
+  assert load.load(f'{run}@4', mesh).step == 4
+  flip(run, '4/opt')  # not what is served
+  assert load.load(f'{run}@4', mesh).step == 4
+
+
+def test_checkpoints_without_checksums_load_and_what_cannot_be_read_is_one_line(run):
+  mesh = sharding.make_mesh({'data': 8})
+  (run / 'checkpoints/6/checksums.json').unlink()
+  assert load.load(run, mesh).step == 6
+  shutil.rmtree(run / 'checkpoints/6/theta/ocdbt.process_0')
+  with pytest.raises(OSError, match='checkpoints: step 6 cannot be read ') as e:
+    load.load(run, mesh)
+  assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize(
+  ('where', 'left'),
+  [('saving', 'step 2 is intact'), ('sealing', 'step 4 is there, without checksums')],
+)
+def test_a_full_disk_is_one_line_that_names_what_is_intact(
+  where, left, tiny_config_of, tmp_path, monkeypatch
+):
+  """Wherever it is met: by Orbax, which raises its own, or by us."""
+  orbax = checkpoint.ocp.training.Checkpointer.save_checkpointables_async
+  sha256 = files.sha256
+
+  def save(self, step, *args, **more):
+    if step == 4 and where == 'saving':
+      raise ValueError('RESOURCE_EXHAUSTED') from OSError(errno.ENOSPC, 'No space left on device')
+    return orbax(self, step, *args, **more)
+
+  def digest(path):
+    if '/4/' in str(path):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return sha256(path)
+
+  monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, 'save_checkpointables_async', save)
+  if where == 'sealing':
+    monkeypatch.setattr(files, 'sha256', digest)
+  config = tiny_config_of(steps=6)
+  message = rf'no space on .*run/checkpoints while saving step 4 \(needs about 1 MB\); {left}'
+  with pytest.raises(OSError, match=message):
+    loop.train(config, tmp_path / 'run')
+  monkeypatch.undo()
+  loop.train(config, tmp_path / 'run')
+  loop.train(config, tmp_path / 'undisturbed')
+  assert losses(tmp_path / 'run') == losses(tmp_path / 'undisturbed')
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error(whole, tiny_data, monkeypatch):
+  theta = load.Loaded.params
+  poison = lambda self, *c: jax.tree.map(lambda w: w * np.nan, theta(self, *c))  # noqa: E731
+  monkeypatch.setattr(load.Loaded, 'params', poison)
+  with pytest.raises(FloatingPointError, match=r'court/test: the loss of \d+ of \d+ rows is not'):
+    heldout.run(whole, tiny_data, ['court/test'], sharding.make_mesh({'data': 8}), 8)

@@ -1,0 +1,60 @@
+"""The console: signals end a command in one line, progress counts what is done here."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from slm.base import console
+
+SCRIPT = """
+import os, pathlib, signal, sys
+from slm.base import artifact, console
+
+def main(_):
+  print('started', flush=True)
+  if os.environ.get('FOLDER'):
+    with artifact.hold(pathlib.Path(os.environ['FOLDER'])):
+      signal.pause()
+  signal.pause()
+
+console.run(main)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('folder', ['', 'out'])
+def test_a_signal_ends_a_command_in_one_line(number, folder, tmp_path):
+  root = pathlib.Path(__file__).parent.parent
+  process = subprocess.Popen(
+    [sys.executable, '-c', SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    cwd=tmp_path, env={'PYTHONPATH': str(root), 'FOLDER': folder},
+  )  # fmt: skip
+  assert process.stdout.readline() == 'started\n'
+  while folder and not (tmp_path / 'out/writer.lock').exists():
+    assert process.poll() is None
+  process.send_signal(number)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 128 + number
+  assert out == ('interrupted; the same command continues out\n' if folder else 'interrupted\n')
+  assert not err and not list(tmp_path.iterdir())
+
+
+def test_progress_leaves_out_what_comes_before_the_first_unit(monkeypatch, capsys):
+  clock = [0.0]
+  monkeypatch.setattr(console.time, 'monotonic', lambda: clock[0])
+  with console.progress('train', 1000, 'rows') as bar:
+    bar.skip(500)
+    bar.say('compiling')
+    for at in (60, 61, 62, 75, 76):
+      clock[0] = at
+      bar.update(100, loss=1.5)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines == [
+    'train: compiling',
+    'train: 60%  loss 1.5',  # a minute of compilation is no rate
+    'train: 90%  20 rows/s  5 s left  loss 1.5',
+    'train: 100%  25 rows/s  0 s left  loss 1.5',
+  ]
