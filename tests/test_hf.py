@@ -812,9 +812,12 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   shown = card.text('x', {**about, 'history': [newest]}, {'architectures': ['L']}, '')
   assert '- Taught by: big.' in shown and '| distill (kl forward, temperature 2.0) |' in shown
   assert f'| {tmp_path.name}/law |' not in shown and '/law |' in shown
-  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-    assert (tmp_path / 'home' / name).read_bytes() == (source / name).read_bytes()
-  assert verify.verify([tmp_path / 'home'], 1e-4) < 1e-4
+  tuned = load.load(tmp_path / 'tuned', load.mesh_for(tmp_path / 'tuned'))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'home')
+  assert theirs(words[0]).input_ids == [*load.reads(tuned)[1], 3]  # as its rows began
+  template = (tmp_path / 'home' / 'chat_template.jinja').read_text()
+  assert template == theirs.chat_template == '{{ messages }}'
+  assert verify.verify([tmp_path / 'home', tmp_path / 'tuned'], 1e-4) < 1e-4
   before, after = tensors(source), tensors(tmp_path / 'home')
   assert before.keys() == after.keys()
   name = 'model.layers.0.mlp.up_proj.weight'

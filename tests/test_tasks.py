@@ -124,6 +124,14 @@ def test_nothing_to_score_is_refused(scorer):
       scoring.loglikelihoods(scorer, [([5], [6]), empty])
 
 
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path):
+  path = tmp_path / 'hf'
+  convert.export_model(toy.random_run(), path)
+  files.write_json(path / 'added_tokens.json', {'<new>': 400})
+  with pytest.raises(ValueError, match='the tokenizer has 401 ids, the model 400 embeddings'):
+    scoring.open_model(path, MESH(), 8)
+
+
 def test_few_lengths_are_compiled(scorer):
   sizes = {size for size, _ in scoring.batches(range(1, 65), 8, 64)}
   assert sizes == {32, 64}

@@ -66,7 +66,16 @@ def make(
   context: int, begin: Sequence[int], batch_size: int, step: int = 0, dtype: str = 'float32',
   chunk: int = 512,
 ) -> Scorer:  # fmt: skip
-  """Make a scorer of a model's dense weights; batches are rounded up to fill the mesh."""
+  """Make a scorer of a model's dense weights; batches are rounded up to fill the mesh.
+
+  Raises:
+    ValueError: if the tokenizer has more ids than the model has embeddings.
+  """
+  if tok.vocab > model.cfg.vocab:
+    raise ValueError(
+      f'the tokenizer has {tok.vocab:,} ids, the model {model.cfg.vocab:,} embeddings: they do not '
+      'belong together'
+    )
 
   def sums(params, batch):
     out = model.forward(params, batch)

@@ -162,6 +162,8 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
     difference = difference or _compare_texts(first, read, name, there.read)
     worst = max(worst, _compare_logits(batches, here, name, there.logits, tolerance))
     del there
+  if read and read(''):
+    print("rolling likelihoods of lm-evaluation-harness's own `hf` model score the begin token too")
   if difference:
     raise ValueError(difference)
   return worst
@@ -211,6 +213,4 @@ def _compare_texts(path: Path, here: Reader | None, name: str, there: Reader | N
   start = f'begun by the id {begin[0]}' if begin else 'without a begin token'
   end = f', there followed by {tail}' if tail else ''
   print(f'texts, {name}: {len(texts)} are the same ids, {start}{end}  ok')
-  if begin:
-    print("(lm-evaluation-harness's own `hf` model scores the begin token in rolling likelihoods)")
   return ''
