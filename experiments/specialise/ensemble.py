@@ -20,7 +20,7 @@ from scipy.special import logsumexp, softmax
 from slm.base import console, files
 from slm.data import cluster, loader
 from slm.data.tokenizer import load as load_tokenizer
-from slm.objectives import heldout
+from slm.objectives import heldout, losses
 from slm.runs import ledger, load, rundir
 from slm.weights import sharding, tree
 
@@ -62,7 +62,7 @@ def rows(
   tokenizer = load_tokenizer(Path(path) / 'tokenizer')
 
   @jax.jit
-  def losses(theta, e, batch):
+  def token_nll(theta, e, batch):
     # Taken out inside: no second copy of every specialist is held.
     params = loaded.reparam.materialize(theta, loaded.frozen, e)
     params = tree.cast(params, jnp.dtype(cfg['dtype']))
@@ -84,7 +84,7 @@ def rows(
       there = jax.device_put(batch, sharding.batch_sharding(mesh))
       nll = np.zeros(share.shape)
       for e in np.flatnonzero(share.any(axis=(0, 1))):  # the others weigh nothing
-        nll[..., e] = losses(loaded.theta, e, there)
+        nll[..., e] = token_nll(loaded.theta, e, there)
       with np.errstate(divide='ignore'):
         value = -logsumexp(np.log(share) - nll, axis=-1)
       predicted = batch['weights'] > 0
