@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import pathlib
 import subprocess
 import sys
 import unicodedata
@@ -102,15 +103,19 @@ def test_logits_equal_those_of_llama_cpp(case, imported):
   tolerance = TOLERANCES.get(CASES[case][1], TOLERANCES['quantised'])
   tolerance = GELU if found.model.cfg.activation == 'gelu' else tolerance
   prompt = np.random.default_rng(1).integers(4, found.model.cfg.vocab, 40).tolist()
+  check_continuation(path, found, prompt, tolerance)
+
+
+def check_continuation(path, found, prompt, tolerance):
   greedy = {'temperature': 0, 'n_probs': 10, 'cache_prompt': False, 'return_tokens': True}
   ask = functools.partial(ggufs.llama_cpp(path), '/completion', **greedy)
   chosen = ask(prompt=prompt, n_predict=20)['tokens']
   ids = [*prompt, *chosen]
-  steps = [ask(prompt=ids[:n], n_predict=1) for n in range(40, len(ids))]
+  steps = [ask(prompt=ids[:n], n_predict=1) for n in range(len(prompt), len(ids))]
   batch = {'inputs': jnp.array([ids]), 'positions': jnp.arange(len(ids))[None]}
   batch['segments'] = batch['inputs'] * 0 + 1
   logits = unembed(found.theta, found.model.forward(found.theta, batch))
-  logprobs = np.asarray(jax.nn.log_softmax(logits)[0, 39:-1])
+  logprobs = np.asarray(jax.nn.log_softmax(logits)[0, len(prompt) - 1 : -1])
   apart = []
   for mine, token, step in zip(logprobs, chosen, steps, strict=True):
     assert mine.max() - mine[token] < tolerance  # the same choice, but for a tie
@@ -165,13 +170,31 @@ def rebuilt(tokenizer_fields, tmp_path, rows=0):
 def test_byte_pairs_are_those_of_llama_cpp(pre, tmp_path):
   path, tok = rebuilt(byte_pairs(pre), tmp_path)
   assert tok.begins == (pre == 'llama-bpe')
-  assert tok.special() == {'bos': '<|im_start|>', 'eos': '<|im_end|>'}
+  assert (tok.ids.bos, tok.ids.eos) == (1, 2)
   # Qwen's own tokenizer composes characters, llama.cpp does not.
   composed = lambda text: unicodedata.normalize('NFC', text) if pre == 'qwen2' else text
+  check_tokens(path, tok, composed)
+
+
+def check_tokens(path, tok, change=str):
   ask = functools.partial(ggufs.llama_cpp(path), '/tokenize', add_special=True, parse_special=True)
   for text in ggufs.texts(200):
-    expected = ask(content=composed(text))['tokens']
+    expected = ask(content=change(text))['tokens']
     assert [tok.ids.bos] * tok.begins + tok.encode(text) == expected, text
+
+
+def test_the_real_model_is_that_of_llama_cpp():
+  """Where `make model` has put it."""
+  folder = pathlib.Path(__file__).parent.parent / 'models'
+  path, run = folder / 'SmolLM2-135M-Instruct.Q4_1.gguf', folder / 'smollm2-135m-instruct'
+  if not (run / 'result.json').exists():
+    pytest.skip('make model')
+  tok, _ = load.reads(found := loaded(run))
+  check_tokens(path, tok)
+  template = chat.find_template(run / 'tokenizer')
+  talk = [{'role': 'user', 'content': 'What is gravity?'}]
+  prompt = tok.encode(chat.render(talk, template, add_generation_prompt=True))
+  check_continuation(path, found, prompt, TOLERANCES['quantised'])
 
 
 @pytest.mark.parametrize('prefix', [True, False])
@@ -179,9 +202,8 @@ def test_sentencepieces_are_those_of_llama_cpp_and_sentencepiece(prefix, tmp_pat
   fields, original = ggufs.sentencepieces(tmp_path, prefix)
   path, tok = rebuilt(fields, tmp_path)
   assert tok.begins
-  ask = functools.partial(ggufs.llama_cpp(path), '/tokenize', add_special=True, parse_special=True)
+  check_tokens(path, tok)
   for text in ggufs.texts(200):
-    assert [tok.ids.bos, *tok.encode(text)] == ask(content=text)['tokens'], text
     if '<' not in text:
       assert tok.encode(text) == original.encode(text), text
       assert tok.decode(tok.encode(text)) == text

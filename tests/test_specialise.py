@@ -166,7 +166,7 @@ def test_an_index_is_evaluated_as_its_rows(tiny_config, tmp_path, tiny_data):
   ids = loader.Split(tiny_data, 'court', 'train', 'court-2000').ids
   np.testing.assert_allclose(some, every[np.sort(ids)], rtol=1e-6)
   assert 'bpb' in found[names[0]] and 'bpb' not in found[names[1]]
-  with pytest.raises(FileNotFoundError, match='no such index'):
+  with pytest.raises(FileNotFoundError, match='no such index; there are: court-2000, court-8000'):
     heldout.run(tmp_path / 'run', tiny_data, ['court/train@none'], MESH(), 8)
 
 

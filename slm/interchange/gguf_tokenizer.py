@@ -13,6 +13,9 @@ Fields = Mapping[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _MADE_UP = re.compile(r'\[PAD\d+\]')  # by the converter, for rows of the embedding without a token
 _SPACE = '\u2581'
+# Theirs -> that of transformers; the ends of a turn and of a message, which those have no name for.
+_SPECIAL = {'bos': 'bos', 'eos': 'eos', 'unknown': 'unk', 'padding': 'pad'}
+_MORE_ENDS = ('eot', 'eom')
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -54,9 +57,8 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
 
 def special_ids(fields: Fields) -> dict[str, int]:
   """Return those of bos_token_id, eos_token_id and pad_token_id that the file names."""
-  names = {'bos': 'bos', 'eos': 'eos', 'padding': 'pad'}
-  named = {ours: fields.get(f'tokenizer.ggml.{theirs}_token_id') for theirs, ours in names.items()}
-  return {f'{name}_token_id': i for name, i in named.items() if i is not None}
+  named = {ours: fields.get(f'tokenizer.ggml.{key}_token_id') for key, ours in _SPECIAL.items()}
+  return {f'{name}_token_id': i for name, i in named.items() if i is not None and name != 'unk'}
 
 
 def rebuild(path: Path, fields: Fields) -> dict[str, Any]:
@@ -69,47 +71,39 @@ def rebuild(path: Path, fields: Fields) -> dict[str, Any]:
   kind, tokens = get('model'), get('tokens')
   if kind in (None, 'none', 'no_vocab') or not tokens:
     return {}
-  kinds = get('token_type') or [_NORMAL] * len(tokens)
-  if len(kinds) != len(tokens):
-    raise ValueError(f'{path}: {len(tokens)} tokens, but {len(kinds)} values of token_type')
-  for key in ('bos', 'eos', 'eot', 'eom', 'unknown', 'padding'):
-    if (i := get(f'{key}_token_id', 0)) >= len(tokens):
-      raise ValueError(f'{path}: {key}_token_id={i}: there are {len(tokens)} tokens')
   makers = {'gpt2': _byte_pairs, 'llama': _sentencepiece}
   if kind not in makers:
     raise ValueError(f'{path}: tokenizer {kind!r}: expected one of {", ".join(makers)}')
+  kinds = get('token_type') or [_NORMAL] * len(tokens)
+  if len(kinds) != len(tokens):
+    raise ValueError(f'{path}: {len(tokens)} tokens, but {len(kinds)} values of token_type')
+  ids = {key: i for key in _SPECIAL if (i := get(f'{key}_token_id')) is not None}
+  ids |= {key: i for key in _MORE_ENDS if (i := get(f'{key}_token_id')) is not None}
+  for key, i in ids.items():
+    if i >= len(tokens):
+      raise ValueError(f'{path}: {key}_token_id={i}: there are {len(tokens)} tokens')
   vocab = {t: i for i, t in enumerate(tokens) if kinds[i] != _UNUSED or not _MADE_UP.fullmatch(t)}
   parts = makers[kind](path, get, vocab, kinds)
-  begin, end = (get(f'{which}_token_id') for which in ('bos', 'eos'))
-  adds_begin = get('add_bos_token', kind == 'llama' or parts['model']['ignore_merges'])
-  begins = [begin] if adds_begin and begin is not None else []
-  ends = [end] if get('add_eos_token', False) and end is not None else []
-  whole = {
-    'version': '1.0', 'truncation': None, 'padding': None,
-    'added_tokens': [
-      _added(i, tokens[i], kinds[i] != _USER_DEFINED)
-      for i in range(len(tokens)) if kinds[i] in (_CONTROL, _UNKNOWN, _USER_DEFINED)
-    ],
-    'post_processor': _template(tokens, begins, ends) if begins or ends else None, **parts,
-  }  # fmt: skip
+  begins = get('add_bos_token', kind == 'llama' or parts['model']['ignore_merges'])
+  begins = [ids['bos']] if begins and 'bos' in ids else []
+  ends = [ids['eos']] if get('add_eos_token', False) and 'eos' in ids else []
+  parts['post_processor'] = _template(tokens, begins, ends) if begins or ends else None
+  parts['added_tokens'] = [
+    _added(i, tokens[i], kinds[i] != _USER_DEFINED)
+    for i in range(len(tokens)) if kinds[i] in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+  ]  # fmt: skip
   settings = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'add_bos_token': bool(begins),
-    'add_eos_token': bool(ends),
-    'clean_up_tokenization_spaces': False,
-  }
-  named = {'bos': 'bos', 'eos': 'eos', 'unknown': 'unk', 'padding': 'pad'}
-  for theirs, ours in named.items():
-    if (i := get(f'{theirs}_token_id')) is not None:
-      settings[f'{ours}_token'] = tokens[i]
+    'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+    'add_bos_token': bool(begins), 'add_eos_token': bool(ends),
+  }  # fmt: skip
+  settings |= {f'{name}_token': tokens[ids[key]] for key, name in _SPECIAL.items() if key in ids}
   if template := fields.get('tokenizer.chat_template'):
     settings['chat_template'] = template
-  stops = [i for which in ('eos', 'eot', 'eom') if (i := get(f'{which}_token_id')) is not None]
-  generation = special_ids(fields) | {'eos_token_id': [*dict.fromkeys(stops)]}
+  stops = [*dict.fromkeys(ids[key] for key in ('eos', *_MORE_ENDS) if key in ids)]
   return {
-    'tokenizer.json': whole,
+    'tokenizer.json': {'version': '1.0', 'truncation': None, 'padding': None, **parts},
     'tokenizer_config.json': settings,
-    'generation_config.json': generation if stops else special_ids(fields),
+    'generation_config.json': special_ids(fields) | ({'eos_token_id': stops} if stops else {}),
   }
 
 
