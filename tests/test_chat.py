@@ -1,7 +1,5 @@
 """Chat templates against transformers' own rendering."""
 
-import json
-
 import pytest
 
 from slm.data import chat

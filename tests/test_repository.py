@@ -212,3 +212,11 @@ def test_entry_points_fail_with_one_line(arguments, message, tmp_path):
   assert done.stderr.strip().splitlines()[-1].startswith('error: ')
   assert message in done.stderr.strip().splitlines()[-1]
   assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'slm').rglob('*.py')), ids=str)
+def test_functions_are_short(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.FunctionDef):
+      length = node.end_lineno - node.lineno + 1
+      assert length <= 60, f'{path}:{node.lineno} {node.name} has {length} lines'

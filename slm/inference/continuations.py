@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -40,11 +41,8 @@ def write(
   path = load.data_path(run, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
-  if (
-    not 1 <= prompt <= facts['context']
-    or min(count, max_tokens) < 1
-    or not (0 < temperature < math.inf)
-  ):
+  possible = 1 <= prompt <= facts['context'] and min(count, max_tokens) >= 1
+  if not possible or not 0 < temperature < math.inf:
     raise ValueError(
       f'expected --prompt of 1 to {facts["context"]} tokens, --rows and --max_tokens of at least '
       '1 and --temperature above 0'
@@ -59,37 +57,43 @@ def write(
   artifact.claim(folder / _ABOUT, about, 'other continuations')
   tok = tokenizer.load(f'{path}/tokenizer')
   params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg.dtype))
-  sampler = functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0)
-  count = min(count, len(split.ids))
-  ids = loader.spaced(split.ids, count)
-  devices, written = sharding.batch_devices(mesh), 0
-  flops = forward_flops(loaded.model.cfg, prompt + max_tokens)
+  go_on = functools.partial(
+    generate, loaded.model, params, max_tokens=max_tokens, end=tok.ends, known=tok.known,
+    sampler=functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0),
+  )  # fmt: skip
+  ids = loader.spaced(split.ids, min(count, len(split.ids)))
+  flops_per_token = forward_flops(loaded.model.cfg, prompt + max_tokens)
+  written, devices = 0, sharding.batch_devices(mesh)
   size = -(-batch_size // devices) * devices
   with jax.set_mesh(mesh), console.progress('continue', len(ids), 'rows') as progress:
     for start in range(0, len(ids), _SHARD):
       shard, part = folder / f'text-{start:08d}.jsonl', ids[start : start + _SHARD]
       if not shard.exists():
-        lines, made, heard, began = [], 0, 0, time.monotonic()
+        lines, made, processed, began = [], 0, 0, time.monotonic()
         for i in range(0, len(part), size):
           rows = np.pad(part[i : i + size], (0, max(i + size - len(part), 0)), constant_values=-1)
-          read = split.read(rows)
-          begun, mask = prompts(read['tokens'], read['segments'], prompt)
           key = jax.random.fold_in(jax.random.key(seed), start + i)
-          place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
-          found = generate(
-            loaded.model, params, place(begun), place(mask), key, max_tokens=max_tokens,
-            sampler=sampler, end=tok.ends, known=tok.known,
-          )  # fmt: skip
-          lines += _lines(tok, rows, begun, mask, found)
-          made += int((np.asarray(found.lengths) * mask.any(1)).sum())
-          heard += int(mask.sum())  # prompts take a forward pass too
+          begun, mask, completions = _continue(split, rows, prompt, go_on, key, mesh)
+          lines += _lines(tok, rows, begun, mask, completions)
+          made += int((np.asarray(completions.lengths) * mask.any(1)).sum())
+          processed += int(mask.sum())  # prompts take a forward pass too
         files.write_text(shard, ''.join(lines))
-        took = (time.monotonic() - began) * jax.device_count()
-        cost = made, (made + heard) * flops, took
+        seconds = (time.monotonic() - began) * jax.device_count()
+        cost = made, (made + processed) * flops_per_token, seconds
         ledger.spend(folder, 'continue', *cost, ancestors=[about['run']])
       written += len(shard.read_text().splitlines())
       progress.update(len(part))
   return written
+
+
+def _continue(
+  split: loader.Split, rows: np.ndarray, prompt: int, go_on: Callable[..., Completions],
+  key: jax.Array, mesh: jax.sharding.Mesh,
+) -> tuple[np.ndarray, np.ndarray, Completions]:  # fmt: skip
+  """Return the beginnings of a batch of rows, the mask of their tokens and what follows them."""
+  read = split.read(rows)
+  begun, mask = prompts(read['tokens'], read['segments'], prompt)
+  return begun, mask, go_on(*jax.device_put((begun, mask), sharding.batch_sharding(mesh)), key)
 
 
 def _lines(

@@ -73,9 +73,7 @@ def plan(
   theta, where = load.theta_shardings(rep, mesh)
   load.check_groups(cfg, rep, sharding.batch_devices(mesh))
   d, context = cfg.data, cfg.context
-  groups = d.batch_size // d.rows_per_group
-  local_groups = groups // d.accum // sharding.batch_devices(mesh)
-  forward, teacher_flops = forward_flops(model.cfg, context), 0.0
+  local_groups = d.batch_size // d.rows_per_group // d.accum // sharding.batch_devices(mesh)
   memory = _memory(cfg, model.cfg, rep, theta, where, mesh, local_groups)
   if rep.base:
     memory |= _base(cfg, model, rep, theta, mesh)
@@ -84,24 +82,20 @@ def plan(
   if isinstance(cfg.objective, DistillConfig) and not (teacher or cfg.teacher_cache):
     raise ValueError('teacher: --dry_run of a distillation counts its forward passes: name its run')
   if teacher:
-    teacher_flops = distill.flops(cfg.objective, teacher, model.cfg, context)
     memory['teacher'] = _teacher(cfg, teacher, mesh)
     memory['logits of a chunk'] += 4.0 * cfg.objective.chunk * teacher.vocab
   tokens = d.batch_size * context
-  own = getattr(cfg.objective, 'own_share', 0.0)  # the student writes these itself first
-  step_flops = tokens * ((3 + own) * forward + teacher_flops)
-  step_flops += 3 * reparam.materialize_flops(rep, theta, groups)
+  step_flops = _step_flops(cfg, model.cfg, rep, theta, teacher)
   if chip == HERE:
     about, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
+    idle_flops = 0.0  # a timed step has idle experts already
   else:
-    about = CHIPS[chip]
-  # A timed step has idle experts already.
-  idle_flops = 0.0 if chip == HERE else _idle(model.cfg) * tokens
+    about, idle_flops = CHIPS[chip], _idle(model.cfg) * tokens
   return {
     'served parameters': num_params(model.cfg),
     **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
     'trained parameters': _trained(theta),
-    'forward FLOPs per token': forward,
+    'forward FLOPs per token': forward_flops(model.cfg, context),
     'training FLOPs per token': step_flops / tokens,
     'tokens per step': tokens,
     'steps': cfg.steps,
@@ -116,6 +110,20 @@ def plan(
     'assumed MFU': mfu,
     'hours': (step_flops + idle_flops) * cfg.steps / (devices * about.flops * mfu) / 3600,
   }
+
+
+def _step_flops(
+  cfg: RunConfig, model: DecoderConfig, rep: reparam.Reparam, theta: Any,
+  teacher: DecoderConfig | None,
+) -> float:  # fmt: skip
+  """Count the FLOPs of a training step: the student's, its teacher's, and making the weights."""
+  d = cfg.data
+  own = getattr(cfg.objective, 'own_share', 0.0)  # the student writes these itself first
+  per_token = (3 + own) * forward_flops(model, cfg.context)
+  if teacher:
+    per_token += distill.flops(cfg.objective, teacher, model, cfg.context)
+  groups = d.batch_size // d.rows_per_group
+  return d.batch_size * cfg.context * per_token + 3 * reparam.materialize_flops(rep, theta, groups)
 
 
 def _measure(model: models.Model, cfg: RunConfig, devices: int, need: float) -> Chip:
