@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
   c.objective = ConfigDict({'name': 'next_token', 'chunk': 512})  # tokens' logits at once, a device
   c.teacher = ''  # run directory of the distillation teacher
   c.teacher_cache = ''  # instead of it: what slm.signals wrote of its predictions
-  c.init = ''  # run directory whose (dense) weights, and so shape, to start from; '' is random
+  # Run directory whose (dense) weights, and so shape, to start from; '' is random, '?' is refused.
+  c.init = ''
 
   c.data = ConfigDict(
     {

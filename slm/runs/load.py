@@ -56,6 +56,19 @@ def build(cfg: dict[str, Any]) -> tuple[models.Model, reparam.Reparam]:
   return model, reparam.build(cfg['reparam'], model.init)
 
 
+def check_init(cfg: Mapping[str, Any]) -> None:
+  """Refuse a config that leaves open which run to start from.
+
+  Raises:
+    ValueError: saying so.
+  """
+  if cfg['init'] == '?':
+    raise ValueError(
+      f'init: phase {cfg["phase"]!r} starts from the weights of a run: name it with '
+      "--config.init=RUN ('' trains random weights)"
+    )
+
+
 def inherit(cfg: dict[str, Any]) -> dict[str, Any]:
   """Take over from the run that `init` names what its weights decide: the model's shape.
 
@@ -64,6 +77,7 @@ def inherit(cfg: dict[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: if a tuned code does not start from a projected network.
   """
+  check_init(cfg)
   if not cfg['init']:
     return cfg
   how = {name: cfg['model'][name] for name in ('dispatch', 'remat', 'unroll')}

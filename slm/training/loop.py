@@ -35,6 +35,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
   cfg = json.loads(json.dumps(config))
   if not cfg['data']['path']:
     raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
+  load.check_init(cfg)
   if cfg['steps'] < 1:
     raise ValueError(f'steps: expected at least 1, found {cfg["steps"]}')
   if cfg['dtype'] not in DTYPES:
@@ -98,6 +99,30 @@ def make_sums(
   return sums
 
 
+def _check(workdir: Path, cfg: dict[str, Any]) -> bool:
+  """Refuse a directory that holds something else; say whether the run there is to be longer.
+
+  It may be if that changes no step which is done.
+
+  Raises:
+    ValueError: if it holds another run, or a schedule that depends on where it ends.
+  """
+  path, done = workdir / 'config.json', checkpoint.saved_steps(workdir / 'checkpoints')
+  before = files.read_json(path).get('steps', 0) if path.exists() else cfg['steps']
+  longer = done and before < cfg['steps']
+  rundir.check_run(workdir, {**cfg, 'steps': before} if longer else cfg)
+  if longer:
+    old, new = (optim.schedule(cfg['schedule'], steps) for steps in (before, cfg['steps']))
+    same = np.array_equal(*(rate(np.arange(done[0])) for rate in (old, new)))
+    if not same or cfg['objective'].get('on_policy_from'):
+      raise ValueError(
+        f'{workdir}: steps was {before}, now {cfg["steps"]}: the {done[0]} steps that are done '
+        'would have been others; a schedule that is constant, inverse_sqrt, or wsd before its '
+        'decay can be extended (without objective.on_policy_from)'
+      )
+  return bool(longer)
+
+
 def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   """Run or continue a training run; returns what result.json holds.
 
@@ -105,17 +130,19 @@ def train(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     ValueError: if the config, the data or the run directory do not fit together, or another
       process is writing the run.
     FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
-    cli.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
+    console.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
   """
   workdir = Path(workdir)
   cfg = processes.together(lambda: resolve(config))
   processes.agree({**cfg, 'workdir': str(workdir)})
-  processes.together(lambda: rundir.check_run(workdir, cfg))
-  if (workdir / 'result.json').exists():
+  more = processes.together(lambda: _check(workdir, cfg))
+  if (workdir / 'result.json').exists() and not more:
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(cfg['mesh'])
   with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
-    processes.together(lambda: rundir.check_run(workdir, cfg))  # nobody else writes from here on
+    processes.together(lambda: _check(workdir, cfg))  # nobody else writes from here on
+    if jax.process_index() == 0:
+      (workdir / 'result.json').unlink(missing_ok=True)
     return _Run(cfg, workdir, mesh).loop()
 
 
