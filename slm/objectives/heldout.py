@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.base import files
+from slm.base import artifact, files
 from slm.data import loader
 from slm.objectives import losses
 from slm.runs import load, rundir
@@ -115,8 +115,8 @@ def run(
   cfg = loaded.cfg
   row_losses = make_row_losses(loaded.model.forward, cfg['dtype'], cfg['objective']['chunk'], mesh)
   results_path = folder.with_suffix('.json')
-  results = files.read_json(results_path) if results_path.exists() else {}
-  with jax.set_mesh(mesh):
+  with artifact.hold(folder.parent, folder.name), jax.set_mesh(mesh):
+    results = files.read_json(results_path) if results_path.exists() else {}
     for name in sets:
       data_set, _, split = name.partition('/')
       level = loaded.reparam.clusters
