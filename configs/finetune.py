@@ -10,6 +10,7 @@ def get_config():
   """Return a fine-tuning run; set init, data.set and data.index."""
   c = base.get_config()
   c.phase = 'finetune'
+  c.init = '?'  # to be named
   c.steps = 1000
   c.schedule.update(name='constant', peak=5e-4, warmup=10)
   c.eval.every = 20

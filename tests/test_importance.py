@@ -1,5 +1,6 @@
 """Importance sampling: histograms, repeats, caps, closed forms, nested sets."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -142,3 +143,10 @@ def test_top_takes_the_most_frequent_cluster_alone():
   importance.sample(importance.Request(path, 'law', 8, 5000, 'law-top', top=True))
   split = loader.Split(path, 'generic', 'train', 'law-top', 8)
   assert set(split.clusters[split.ids]) == {int(loader.histogram(path, 'law', 'train', 8).argmax())}
+
+
+def test_a_name_stands_for_one_index():
+  request = importance.Request(toy.prepared(), 'law', 8, 5000, 'law-once')
+  assert importance.sample(request) == importance.sample(request)
+  with pytest.raises(ValueError, match=r'law-once.json: another index has this name \(seed was 0'):
+    importance.sample(dataclasses.replace(request, seed=1))

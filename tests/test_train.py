@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs import finetune
 from slm import objectives, reparam
 from slm.base import console, files
 from slm.data import loader
@@ -517,3 +518,45 @@ def test_two_commands_do_not_write_one_run(tiny_config, tmp_path, monkeypatch):
   other.communicate('\n')
   loop.train(tiny_config.to_dict(), tmp_path / 'run')
   assert metrics(tmp_path / 'run') == metrics(tmp_path / 'alone')
+
+
+@pytest.mark.parametrize('name', ['constant', 'inverse_sqrt', 'cosine', 'wsd'])
+def test_a_finished_run_goes_on_where_its_schedule_does_not_depend_on_its_end(
+  name, tiny_config, tmp_path
+):
+  c = tiny_config
+  c.schedule.name, c.schedule.decay, c.eval.every = name, 0.6, 0
+  loop.train(c.to_dict(), tmp_path / 'run')
+  c.steps = 6
+  if name in ('cosine', 'wsd'):
+    with pytest.raises(ValueError, match='run: steps was 4, now 6: the 4 steps that'):
+      loop.train(c.to_dict(), tmp_path / 'run')
+    assert files.read_json(tmp_path / 'run/result.json')['steps'] == 4
+    return
+  assert loop.train(c.to_dict(), tmp_path / 'run')['steps'] == 6
+  loop.train(c.to_dict(), tmp_path / 'at-once')
+  assert metrics(tmp_path / 'run') == metrics(tmp_path / 'at-once')
+  assert equal(theta(tmp_path / 'run'), theta(tmp_path / 'at-once'))
+  c.steps = 4
+  with pytest.raises(ValueError, match='holds another run: steps was 6, now 4'):
+    loop.train(c.to_dict(), tmp_path / 'run')
+
+
+def test_wsd_is_extended_before_it_decays(tiny_config, tmp_path, monkeypatch):
+  c = tiny_config
+  c.schedule.name, c.schedule.decay, c.steps = 'wsd', 0.5, 4
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, 'StopSignal', lambda: Stop(2))
+    with pytest.raises(console.Interrupted):
+      loop.train(c.to_dict(), tmp_path / 'run')
+  c.steps = 6
+  loop.train(c.to_dict(), tmp_path / 'run')
+  loop.train(c.to_dict(), tmp_path / 'at-once')
+  assert metrics(tmp_path / 'run') == metrics(tmp_path / 'at-once')
+
+
+def test_finetuning_names_what_it_starts_from(tiny_config, tmp_path):
+  tiny_config.init, tiny_config.phase = finetune.get_config().init, 'finetune'
+  with pytest.raises(ValueError, match="init: phase 'finetune' starts from the weights of a run"):
+    loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

@@ -131,9 +131,10 @@ def sample(request: Request) -> dict[str, Any]:
   p, q = target / target.sum(), raw / raw.sum()
   chosen = total(rows[ids])
   kl = lambda a: float((p[p > 0] * np.log(p[p > 0] / (a / a.sum() + _FLOOR)[p > 0])).sum())
-  made = dataclasses.asdict(r) | {'how': 'dsir', 'kl_before': kl(q), 'kl_after': kl(chosen)}
-  made.pop('data')  # the directory may move
-  return importance.write_index(generic, r.out, ids, made)
+  asked = dataclasses.asdict(r) | {'how': 'dsir'}
+  del asked['data']  # the directory may move
+  found = {'kl_before': kl(q), 'kl_after': kl(chosen)}
+  return importance.write_index(generic, r.out, ids, asked, **found)
 
 
 def _main(_: list[str]) -> None:

@@ -5,6 +5,8 @@ Run as `python -m slm.data.importance --data=DATA --on=law/train --level=64 --to
 """
 
 import dataclasses
+import hashlib
+import io
 import math
 import pathlib
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader
 
 
@@ -142,10 +144,19 @@ def prefix(order: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:
   return order[: int(np.searchsorted(held, size)) + 1].astype(np.int64)
 
 
-def write_index(data: loader.Split, name: str, ids: np.ndarray, made: dict[str, Any]) -> dict:
-  """Write <data>/index/<name>.npy and .json; the array first, so that the pair is complete."""
+def write_index(
+  data: loader.Split, name: str, ids: np.ndarray, asked: dict[str, Any], **found: Any
+) -> dict[str, Any]:
+  """Write <data>/index/<name>.npy and .json; the array first, so that the pair is complete.
+
+  The JSON says what was asked for and what was found.
+
+  Raises:
+    ValueError: if another index has that name, or another process is writing it.
+  """
   path = data.path / 'index' / f'{name}.npy'
-  files.write_npy(path, ids.astype(np.int64))
+  content = io.BytesIO()
+  np.save(content, ids.astype(np.int64), allow_pickle=False)
   set, split = data.name.split('/')
   about = {
     'set': set,
@@ -153,11 +164,19 @@ def write_index(data: loader.Split, name: str, ids: np.ndarray, made: dict[str, 
     'rows': len(ids),
     'tokens': int(data.counts[ids, 1].sum()),
     'windows': int(data.counts[ids, 0].sum()),
-    'sha256': files.sha256(path),
+    'sha256': hashlib.sha256(content.getbuffer()).hexdigest(),
     'rows_sha256': data.facts['sha256'],
-    'made': made,
+    'made': asked | found,
   }
-  files.write_json(path.with_suffix('.json'), about)
+  record = path.with_suffix('.json')
+  with artifact.hold(path.parent, name):
+    if record.exists() and (old := files.read_json(record))['sha256'] != about['sha256']:
+      was = {key: old['made'].get(key) for key in asked}
+      changed = artifact.difference(was, artifact.plain(asked)) or 'it is of other rows'
+      raise ValueError(f'{record}: another index has this name ({changed}): choose another')
+    with files.replacing(path) as temporary:
+      temporary.write_bytes(content.getbuffer())
+    files.write_json(record, about)
   return about
 
 
@@ -213,13 +232,15 @@ def sample(request: Request) -> dict[str, Any]:
     domain, clusters, num_rows, r.seed, r.smoothing, r.interpolation, r.repeat_cap, each
   )
   found = diagnostics(np.bincount(clusters[ids], each[ids], minlength=r.level), windows)
-  made = dataclasses.asdict(r) | found | {'distinct_rows': len(np.unique(ids))}
   drawn = np.bincount(clusters[ids], minlength=r.level)
-  made['expected_repeats'] = (drawn / np.maximum(rows, 1)).tolist()
-  lost = diagnostics(domain, windows)['mass_without_generic_rows']
-  made['domain_mass_without_generic_rows'] = lost
-  made.pop('data')  # the directory may move
-  return write_index(generic, r.out, ids, made)
+  found |= {
+    'distinct_rows': len(np.unique(ids)),
+    'expected_repeats': (drawn / np.maximum(rows, 1)).tolist(),
+    'domain_mass_without_generic_rows': diagnostics(domain, windows)['mass_without_generic_rows'],
+  }
+  asked = dataclasses.asdict(r)
+  del asked['data']  # the directory may move
+  return write_index(generic, r.out, ids, asked, **found)
 
 
 def _main(_: list[str]) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import models, reparam
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.data import loader
 from slm.objectives import losses
 from slm.runs import load, rundir
@@ -132,36 +132,37 @@ def run(
   """
   folder = rundir.evaluations(workdir)
   summaries = folder.with_suffix('.json')
-  results = files.read_json(summaries) if summaries.exists() else {}
+  read = lambda: files.read_json(summaries) if summaries.exists() else {}
   todo = missing(workdir, path, sets, max_rows)
   if not todo:
-    return results
+    return read()
   loaded = load.load(workdir, mesh)
   load.same_tokenizer(loaded, loader.manifest(path)['tokenizer']['fingerprint'])
   load.same_clusters(loaded, path)
   cfg, level = loaded.cfg, loaded.reparam.clusters
   row_losses = make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   specialist = lambda c: loaded.params(c if level else None)
-  for name in todo:
-    data_set, split, index = loader.parse_on(path, name)
-    facts = loader.facts(path, name)
-    size = min(max_rows or facts['rows'], facts['rows'])
-    title = f'{Path(workdir).name} on {name}'
-    with jax.set_mesh(mesh), console.progress(title, size, 'rows') as progress:
-      values = rows(
-        row_losses, specialist, mesh, path, data_set, split, batch_size, level, max_rows, index,
-        advance=progress.update,
-      )  # fmt: skip
-    if bad := int((~np.isfinite(values)).any(axis=1).sum()):
-      raise FloatingPointError(
-        f'{workdir}: the loss on {name} is not finite in {bad} of {len(values)} rows; the weights '
-        f'of step {loaded.step} are damaged or training diverged'
-      )
-    files.write_npy(folder / f'{name.replace("/", "-")}.npy', values)
-    origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
-    whole = len(values) == facts['rows']
-    results[name] = summary(values, facts['bytes'] if whole else 0) | origin
-    files.write_json(summaries, results)
+  with artifact.hold(folder.parent, folder.name), jax.set_mesh(mesh):
+    results = read()
+    for name in todo:
+      data_set, split, index = loader.parse_on(path, name)
+      facts = loader.facts(path, name)
+      size = min(max_rows or facts['rows'], facts['rows'])
+      with console.progress(f'{Path(workdir).name} on {name}', size, 'rows') as progress:
+        values = rows(
+          row_losses, specialist, mesh, path, data_set, split, batch_size, level, max_rows, index,
+          advance=progress.update,
+        )  # fmt: skip
+      if bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        raise FloatingPointError(
+          f'{workdir}: the loss on {name} is not finite in {bad} of {len(values)} rows; the '
+          f'weights of step {loaded.step} are damaged or training diverged'
+        )
+      files.write_npy(folder / f'{name.replace("/", "-")}.npy', values)
+      origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
+      whole = len(values) == facts['rows']
+      results[name] = summary(values, facts['bytes'] if whole else 0) | origin
+      files.write_json(summaries, results)
   return results
 
 

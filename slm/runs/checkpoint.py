@@ -137,7 +137,7 @@ class Checkpoints:
 
   def _intact(self) -> str:
     """Say which step is the newest that is as it was saved."""
-    steps = _steps(self._directory)
+    steps = saved_steps(self._directory)
     for step in steps:
       folder = self._directory / str(step)
       if (folder / _SUMS).exists() and not damage(folder):
@@ -145,7 +145,7 @@ class Checkpoints:
     return f'step {steps[0]} is there, without checksums' if steps else 'no checkpoint is there'
 
   def _move_damaged_aside(self) -> None:
-    steps = _steps(self._directory)
+    steps = saved_steps(self._directory)
     if jax.process_index() or not steps:
       return
     problems = (damage(self._directory / str(step)) for step in steps)
@@ -194,7 +194,7 @@ class Checkpoints:
       raise ValueError(f'{problem}; {"sound: " + sound if sound else "no other step is sound"}')
 
 
-def _steps(directory: Path) -> list[int]:
+def saved_steps(directory: Path) -> list[int]:
   """List the steps of a directory, newest first."""
   names = (p.name for p in directory.glob('*')) if directory.is_dir() else ()
   return sorted((int(name) for name in names if name.isdecimal()), reverse=True)

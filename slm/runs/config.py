@@ -190,7 +190,8 @@ class RunConfig:
   objective: NextTokenConfig | DistillConfig = _section(NextTokenConfig)
   teacher: str = ''  # run directory of the distillation teacher
   teacher_cache: str = ''  # instead of it: what slm.signals wrote of its predictions
-  init: str = ''  # run directory whose (dense) weights, and so shape, to start from; '': random
+  # Run directory whose (dense) weights, and so shape, to start from; '': random, '?': refused.
+  init: str = ''
   data: loader.DataConfig
   schedule: ScheduleConfig = _section(ScheduleConfig)
   optim: OptimConfig = _section(OptimConfig)
@@ -304,8 +305,14 @@ def inherit(given: dict[str, Any]) -> dict[str, Any]:
   How it is computed stays the config's. Changes `given` and returns it.
 
   Raises:
-    ValueError: if a tuned code does not start from a projected network.
+    ValueError: if the config leaves open which run to start from, or a tuned code does not start
+      from a projected network.
   """
+  if given['init'] == '?':
+    raise ValueError(
+      f'init: phase {given["phase"]!r} starts from the weights of a run: name it with '
+      "--config.init=RUN ('' trains random weights)"
+    )
   if not given['init']:
     return given
   start = of(given['init'])

@@ -1,5 +1,6 @@
 """Train any model by any objective: the only train loop."""
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +35,40 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   workdir = Path(workdir)
   cfg = processes.together(lambda: config.resolve(given))
   processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})
-  processes.together(lambda: config.check_run(workdir, cfg))
-  if (workdir / 'result.json').exists():
+  longer = processes.together(lambda: _extends(workdir, cfg))
+  if (workdir / 'result.json').exists() and not longer:
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(vars(cfg.mesh))
   with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
-    processes.together(lambda: config.check_run(workdir, cfg))  # nobody else writes from here on
+    processes.together(lambda: _extends(workdir, cfg))  # nobody else writes from here on
+    if jax.process_index() == 0:
+      (workdir / 'result.json').unlink(missing_ok=True)
     return _Run(cfg, workdir, mesh).loop()
+
+
+def _extends(workdir: Path, cfg: RunConfig) -> bool:
+  """Refuse a directory that holds something else; say whether the run there is to be longer.
+
+  It may be if that changes no step which is done.
+
+  Raises:
+    ValueError: if it holds another run, or a schedule that depends on where it ends.
+  """
+  done = checkpoint.saved_steps(workdir / 'checkpoints')
+  before = config.of(workdir) if done and (workdir / 'config.json').exists() else cfg
+  if before.steps >= cfg.steps:
+    config.check_run(workdir, cfg)
+    return False
+  config.check_run(workdir, dataclasses.replace(cfg, steps=before.steps))
+  old, new = (optim.schedule(cfg.schedule, c.steps) for c in (before, cfg))
+  same = np.array_equal(*(rate(np.arange(done[0])) for rate in (old, new)))
+  if not same or getattr(cfg.objective, 'on_policy_from', 0):
+    raise ValueError(
+      f'{workdir}: steps was {before.steps}, now {cfg.steps}: the {done[0]} steps that are done '
+      'would have been others; a schedule that is constant, inverse_sqrt, or wsd before its '
+      'decay can be extended (without objective.on_policy_from)'
+    )
+  return True
 
 
 class _Run:
