@@ -73,7 +73,8 @@ def rows(
   values = np.stack([found[i] for i in sorted(found)])
   if bad := int((~np.isfinite(values)).any(1).sum()):
     raise FloatingPointError(
-      f'{data_set}/{split}: the loss of {bad} of {len(values)} rows is not finite'
+      f'the loss on {data_set}/{split} is not finite in {bad} of {len(values)} rows: the weights '
+      'are damaged or training diverged'
     )
   return values
 
@@ -149,15 +150,13 @@ def run(
       facts = loader.facts(path, name)
       size = min(max_rows or facts['rows'], facts['rows'])
       with console.progress(f'{Path(workdir).name} on {name}', size, 'rows') as progress:
-        values = rows(
-          row_losses, specialist, mesh, path, data_set, split, batch_size, level, max_rows, index,
-          advance=progress.update,
-        )  # fmt: skip
-      if bad := int((~np.isfinite(values)).any(axis=1).sum()):
-        raise FloatingPointError(
-          f'{workdir}: the loss on {name} is not finite in {bad} of {len(values)} rows; the '
-          f'weights of step {loaded.step} are damaged or training diverged'
-        )
+        try:
+          values = rows(
+            row_losses, specialist, mesh, path, data_set, split, batch_size, level, max_rows,
+            index, advance=progress.update,
+          )  # fmt: skip
+        except FloatingPointError as e:
+          raise FloatingPointError(f'{workdir}: {e}') from e
       files.write_npy(folder / f'{name.replace("/", "-")}.npy', values)
       origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
       whole = len(values) == facts['rows']
