@@ -110,7 +110,7 @@ def test_rows_are_named_in_one_way(tiny_data):
   for on in ('court', 'court/', 'court/tset', 'court/test@', 'court/test/a', 'x/test', ''):
     with pytest.raises(ValueError) as e:
       parse(on)
-    assert str(e.value).startswith(f'--on={on}: expected SET/SPLIT[@INDEX], such as ')
+    assert str(e.value).startswith(f'{on}: expected SET/SPLIT[@INDEX], such as ')
     assert 'generic/train, generic/validation' in str(e.value)
   with pytest.raises(ValueError, match='such as court/t'):
     parse('court')

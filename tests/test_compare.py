@@ -15,7 +15,7 @@ import studies
 
 from slm.objectives import heldout
 from slm.reporting import comparison, report, stats
-from slm.runs import load
+from slm.runs import config, load
 from slm.training import loop
 from slm.weights import sharding
 
@@ -24,14 +24,15 @@ TOKENS = RNG.integers(20, 256, 300).astype(float)
 HARD = RNG.normal(0, 0.4, 300)  # how much harder a row is than others, for every model
 
 
-def make(path, loss, seed=0, tokens=TOKENS, on=('law/test',), ancestors=(), **config):
+def make(path, loss, seed=0, tokens=TOKENS, on=('law/test',), ancestors=(), **changes):
   """Write a finished run whose loss on its rows is known."""
   noise = np.random.default_rng(seed + 7).normal(0, 0.02, len(tokens))
   rows = np.stack([(loss + HARD[: len(tokens)] + noise) * tokens, tokens], axis=1)
   studies.write_run(path, 'pretrain', 1e14, dict.fromkeys(on, rows))
-  settings = {'phase': 'pretrain', 'eval': {'patience': 0}, 'tokenizer': 'abc', 'seed': seed}
-  data = {'path': str(path.parent / 'data')}
-  studies.write(path / 'config.json', settings | {'data': data} | config)
+  settings = config.defaults() | {'tokenizer': 'abc', 'seed': seed} | changes
+  settings['model']['vocab'] = 256
+  settings['data']['path'] = str(path.parent / 'data')
+  studies.write(path / 'config.json', settings)
   ledger = json.loads((path / 'ledger.json').read_text())
   studies.write(path / 'ledger.json', ledger | {'ancestors': list(map(str, ancestors))})
   return str(path)
@@ -196,9 +197,9 @@ def test_an_evaluation_is_kept_until_weights_or_rows_change(
   known['court/test']['rows_sha256'] = 'other'
   studies.write(run / 'eval.json', known)
   assert heldout.missing(run, tiny_data, ['court/test']) == ['court/test']
-  with pytest.raises(ValueError, match="'court': expected set/split, such as"):
+  with pytest.raises(ValueError, match='court: expected SET.SPLIT'):
     heldout.missing(run, tiny_data, ['court'])
-  with pytest.raises(ValueError, match="no split 'nope'; there are: .*train"):
+  with pytest.raises(ValueError, match='court/nope: expected SET/SPLIT'):
     heldout.missing(run, tiny_data, ['court/nope'])
   nan = lambda *_: lambda params, batch: np.full((len(batch['weights']), 2), np.nan)
   monkeypatch.setattr(heldout, 'make_row_losses', nan)

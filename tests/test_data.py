@@ -330,7 +330,8 @@ def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path):
   made = prepare.prepare(cfg)
   assert made['tokenizer']['begins'] is False and made['tokenizer']['name'] == 'huggingface'
   split, found = loader.Split(cfg.out, 'generic', 'train'), []
-  for tokens, segments in split.read(split.ids):
+  record = split.read(split.ids)
+  for tokens, segments in zip(record['tokens'], record['segments'], strict=True):
     found += [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
   want = [[vocab.get(w, 2) for w in t.split()] + [1] for t in texts]
   assert sorted(found) == sorted(w[i : i + 64] for w in want for i in range(0, len(w) - 1, 63))
@@ -357,8 +358,8 @@ def test_refusals(tmp_path):
   with pytest.raises(ValueError, match=f'bytes tokenizer {about["fingerprint"]}.* expects other'):
     loader.build(cfg(), tokenizer='other')
   for changes, message in {
-    'set': "no set 'nope'; there are: generic, law",
-    'split': "no split 'nope'; there are: test, train",
+    'set': 'nope/train: expected SET/SPLIT.*has generic/test.*law/train',
+    'split': 'law/nope: expected SET/SPLIT.*such as law/test.*law/train',
     'index': 'no such index; there are: law-2000',
   }.items():
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -392,12 +393,12 @@ def test_damaged_directories_are_refused(tmp_path):
   (path / 'manifest.json').write_text(text)
   clusters = path / 'generic/train/clusters.npy'
   np.save(clusters, np.load(clusters)[:-1])
-  with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
+  with pytest.raises(ValueError, match='clusters.npy: has .* bytes, expected .* makes it again'):
     loader.build(cfg(path=str(path)))
   shutil.copy(pathlib.Path(toy.prepared()) / 'generic/train/clusters.npy', clusters)
   owners = path / 'generic/train/documents.npy'
   np.save(owners, np.load(owners)[:-1])
-  with pytest.raises(ValueError, match='rows in the manifest, other files differ'):
+  with pytest.raises(ValueError, match='documents.npy: has .* bytes, expected'):
     loader.build(cfg(path=str(path)))
   index = path / 'index/law-500.npy'
   np.save(index, np.load(index)[::-1].copy())

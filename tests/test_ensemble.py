@@ -106,6 +106,6 @@ def test_ensemble_is_no_worse_than_its_average_member_and_is_a_run(trained, tiny
     ensemble.ensemble(trained, ['court/test'], out)
   with pytest.raises(ValueError, match='--top=3.*expected 1 to 2'):
     ensemble.ensemble(trained, ['court/test'], tmp_path / 'x', top=3)
-  with pytest.raises(ValueError, match='--on=nowhere/test: expected SET/SPLIT'):
+  with pytest.raises(ValueError, match='nowhere/test: expected SET/SPLIT'):
     ensemble.ensemble(trained, ['court/test', 'nowhere/test'], tmp_path / 'x')
   assert not (tmp_path / 'x').exists()

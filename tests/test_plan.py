@@ -179,14 +179,14 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 def test_this_machine_is_timed(monkeypatch):
   monkeypatch.setattr(plan, '_MEASURED_SECONDS', 1e-9)
   tiny = {'embed': 16, 'num_layers': 1, 'num_heads': 1, 'num_kv_heads': 1, 'mlp': 16, 'vocab': 64}
-  cfg = config(SMALL | tiny) | {'mesh': {'data': 1}, 'context': 32}
-  found = plan.plan(cfg, 1, 'cpu', 0.4)
+  cfg = config(SMALL | tiny, **{'mesh.data': 1})
+  found = plan.plan(without_data(cfg, 32), 1, 'cpu', 0.4)
   rate = found['chip FLOP/s']
   assert 1e3 < rate < 1e15 and found['assumed MFU'] == 1
   assert found['hours'] == pytest.approx(found['FLOPs'] / rate / 3600)
   assert f'here, at the {rate:.3g} FLOP/s of a timed step' in plan.text(found)
   with pytest.raises(ValueError, match='--chip=cpu times a step on this machine, one device'):
-    plan.plan({**cfg, 'mesh': {'data': 2}}, 2, 'cpu', 0.4)
+    plan.plan(without_data(config(SMALL | tiny, **{'mesh.data': 2}), 32), 2, 'cpu', 0.4)
 
 
 @pytest.mark.parametrize(('scale', 'count'), [('quick', 19), ('long', 448)])

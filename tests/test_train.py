@@ -20,7 +20,7 @@ from slm import objectives, reparam
 from slm.base import console, files
 from slm.data import loader
 from slm.objectives import heldout
-from slm.reporting import comparison
+from slm.reporting import stats
 from slm.runs import checkpoint, ledger, load, rundir
 from slm.runs.config import resolve, section
 from slm.training import loop, optim, step
@@ -312,8 +312,8 @@ def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
   loop.train(c.to_dict(), tmp_path / 'short')
   at = f'{tmp_path}/long@3'
   assert equal(theta(at), theta(tmp_path / 'short'))
-  short = comparison.training_cost(tmp_path / 'short')
-  assert comparison.training_cost(Path(at)).flops == short.flops > 0
+  short = stats.training_cost(tmp_path / 'short')
+  assert stats.training_cost(Path(at)).flops == short.flops > 0
   data = tiny_config.data.path
   found = [heldout.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
   assert found[0] == found[1]
@@ -349,10 +349,10 @@ def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, t
     ({'model.vocab': 10}, 'model.vocab=10: the tokenizer has'),
     ({'schedule.warmup': 9}, 'schedule.warmup=9: expected less than steps=4'),
     ({'reparam.name': 'lorra'}, "reparam.name: expected one of .* found 'lorra'"),
-    ({'data.set': 'nowhere'}, "no set 'nowhere'"),
+    ({'data.set': 'nowhere'}, 'nowhere/validation: expected SET/SPLIT'),
     ({'data.path': ''}, 'data.path: expected the directory'),
     ({'init': '/nowhere'}, '/nowhere/config.json: no such file'),
-    ({'eval.split': 'later'}, "no split 'later'"),
+    ({'eval.split': 'later'}, 'generic/later: expected SET/SPLIT'),
     ({'eval.batch_size': 0}, 'eval.batch_size: expected at least 1, found 0'),
     ({'optim.clip': -1.0}, 'optim.clip: expected a norm, or 0 for none, found -1.0'),
   ],

@@ -17,7 +17,7 @@ def read(kind: type[T], values: Mapping[str, Any], where: str = '') -> T:
   dataclasses is the one whose default `name` is the mapping's.
 
   Raises:
-    ValueError: naming the key, if it is unknown, of another type, or its value is refused.
+    ValueError: naming the key, if it is unknown, missing, of another type, or its value is refused.
   """
   if not isinstance(values, Mapping):
     raise ValueError(f'{where or kind.__name__}: expected a section of keys, found {values!r}')
@@ -28,6 +28,10 @@ def read(kind: type[T], values: Mapping[str, Any], where: str = '') -> T:
       hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(hints)}'
       raise ValueError(f'{where or "config"}: has no key {key!r}; {hint}')
   dotted = lambda key: f'{where}.{key}' if where else key
+  for field in dataclasses.fields(kind):
+    needed = field.init and field.default is field.default_factory is dataclasses.MISSING
+    if needed and field.name not in values:
+      raise ValueError(f'{where or "config"}: lacks the key {field.name!r}')
   return kind(**{key: convert(hints[key], value, dotted(key)) for key, value in values.items()})
 
 

@@ -109,12 +109,12 @@ def parse_on(path: str | Path, on: str, split: str = '') -> tuple[str, str, str]
     example = named if named in sets else next(iter(sets))
     there = ', '.join(f'{name}/{part}' for name, parts in sets.items() for part in parts)
     raise ValueError(
-      f'--on={on}: expected SET/SPLIT[@INDEX], such as {example}/{next(iter(sets[example]))}; '
+      f'{on}: expected SET/SPLIT[@INDEX], such as {example}/{next(iter(sets[example]))}; '
       f'{path} has {there}'
     )
   if split and match[2] != split:
     raise ValueError(
-      f'--on={on}: expected {match[1]}/{split}: what is held out chooses no data and no model'
+      f'{on}: expected {match[1]}/{split}: what is held out chooses no data and no model'
     )
   return match[1], match[2], match[3] or ''
 
