@@ -41,16 +41,16 @@ def several(data, run, *changes, count=2):
 
 def ended(process):
   """Wait for a process; return its status and the last line of its errors."""
-  _, err = process.communicate(timeout=120)
+  _, err = process.communicate(timeout=300)
   return process.returncode, err.strip().splitlines()[-1]
 
 
 def test_two_processes_equal_one(tiny_data, tmp_path):
   two = several(tiny_data, tmp_path / 'two', {}, {})
-  found = [process.communicate(timeout=120) for process in two]
+  found = [process.communicate(timeout=300) for process in two]
   assert [process.returncode for process in two] == [0, 0], found
   one = start(tiny_data, tmp_path / 'one')
-  out, err = one.communicate(timeout=120)
+  out, err = one.communicate(timeout=300)
   assert one.returncode == 0, err
   read = lambda run, key: [line[key] for line in rundir.read_metrics(tmp_path / run) if key in line]
   for key in ('loss', 'eval_loss'):
