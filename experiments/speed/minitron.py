@@ -98,8 +98,8 @@ def importing(scale: Scale, folder: Path) -> dict[str, Entry]:
 # The high-water mark of this program's own memory: that of getrusage survives an exec.
 _PEAK = """
 import sys, jax
-from slm import sharding
-from slm.hf import convert
+from slm.weights import sharding
+from slm.interchange import convert
 def most():
   lines = open('/proc/self/status').read().split('\\n')
   return 1024 * int(next(x for x in lines if x.startswith('VmHWM')).split()[1])
