@@ -5,7 +5,8 @@ r"""Take a model of `transformers` in, or a run out.
     python -m slm.hf verify HF_DIR [OTHER_HF_DIR or RUN] [--tolerance=1e-4]
     python -m slm.hf card HF_DIR [--licence=apache-2.0]
 
-`verify` and its dependency transformers are the extra slm[hf]; nothing else needs it.
+`verify` compares logits and the ids that texts become, with transformers and with a run. It and its
+dependency transformers are the extra slm[hf]; nothing else needs it.
 """
 
 from pathlib import Path

@@ -93,10 +93,12 @@ def _named(content: Mapping[str, bytes], ids: Mapping[str, int]) -> set[int]:
   """Return the ids that files beside a tokenizer name, as numbers or as tokens."""
   found: set[int] = set()
   tokens: list[str] = []
-  templates = [text.decode() for name, text in content.items() if name.endswith('.jinja')]
+  templates: list[str] = []
   for name, text in content.items():
     with files.reading(name):
       found |= ids_in(name, text)
+      if name.endswith('.jinja'):
+        templates.append(text.decode())
       if name in (tokenizer.SETTINGS, 'special_tokens_map.json'):
         for key, value in json.loads(text).items():
           if key.endswith(('_token', '_tokens')):

@@ -65,9 +65,16 @@ def ours(path: Path) -> tuple[Side, int, str]:
 
 
 def native(run: Path, dtype: str) -> Side:
-  """Return a run as it is, its weights rounded to the type they were exported in."""
+  """Return a run as it is, its weights rounded to the type they were exported in.
+
+  Raises:
+    ValueError: if it is not finished, or holds several specialists.
+  """
   loaded = load.load(run, load.mesh_for(run), finished=True)
-  read = _reader(*load.reads(loaded)) if loaded.cfg.tokenizer else None
+  try:
+    read = _reader(*load.reads(loaded))
+  except FileNotFoundError:  # its data are gone, or it has none
+    read = None
   model, rounded = loaded.model, tree.cast(loaded.params(), jnp.dtype(dtype))
   del loaded  # and its weights with it
   return Side(_logits(model, tree.cast(rounded, jnp.dtype('float32'))), read)
