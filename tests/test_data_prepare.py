@@ -130,6 +130,11 @@ def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
   path.write_text(path.read_text() + ' ')
   with pytest.raises(ValueError, match='bpe.json has other content since it was prepared'):
     prepare._same_contents(tmp_path, stamps, prepare._contents(cfg, {}, stamps))
+  prepare._sources(cfg, tmp_path / 'out')
+  record = files.read_json(tmp_path / 'out/prepare.json')
+  assert str(path) in record.pop('contents')
+  files.write_json(tmp_path / 'out/prepare.json', record)  # as earlier versions wrote it
+  prepare._sources(cfg, tmp_path / 'out')
 
 
 def test_what_an_earlier_version_prepared_goes_by_sizes(cfg, tmp_path):

@@ -123,11 +123,12 @@ def _sources(cfg: PrepareConfig, out: Path) -> dict[str, dict[str, dict[str, int
   paths = {s: {k: sources.expand(v) for k, v in splits.items()} for s, splits in cfg.sets.items()}
   flat = lambda listed: {p: n for splits in listed.values() for v in splits.values()
                          for p, n in v.items()}  # fmt: skip
-  # Earlier versions kept the sizes alone.
+  # Earlier versions kept the sizes of the texts alone.
   known = old.get('contents', {p: [n] for p, n in flat(old.get('sources', {})).items()})
   now = _contents(cfg, flat(paths), known)
   if old:
-    _same_contents(out, known, now)
+    compared = now if 'contents' in old else {p: now[p] for p in flat(paths)}
+    _same_contents(out, known, compared)
   else:
     files.write_json(record, {'config': wanted, 'sources': paths, 'contents': now})
   return paths
