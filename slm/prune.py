@@ -21,10 +21,9 @@ from pathlib import Path
 from absl import flags
 
 from slm.base import console
-from slm.data import loader
 from slm.models import observe
 from slm.pruning import commands, search, slicing
-from slm.runs import config, load
+from slm.runs import config
 
 
 def _search(f: flags.FlagValues) -> None:
@@ -46,8 +45,7 @@ def main(argv: list[str]) -> None:
   """Run the command."""
   f = flags.FLAGS
   if argv[1:] == ['calibrate'] and f.run and f.out:
-    rows = loader.parse_on(load.data_path(f.run, f.data), f.on)
-    stats = commands.calibrate(f.run, f.data, f.out, *rows, f.rows, f.batch_size)
+    stats = commands.calibrate(f.run, f.data, f.out, f.on, f.rows, f.batch_size)
     print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
   elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
     wanted = slicing.read_sizes(f.sizes)

@@ -450,8 +450,7 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   own = settings.TokenizerConfig('huggingface', 0, str(source / 'tokenizer.json'))
   data = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=own)
   prepare.prepare(data)
-  where = {'data_set': 'law', 'split': 'train', 'index': '', 'rows': 16, 'batch_size': 8}
-  commands.calibrate(str(tmp_path / 'run'), data.out, str(tmp_path / 'stats'), **where)
+  commands.calibrate(str(tmp_path / 'run'), data.out, str(tmp_path / 'stats'), 'law/train', 16, 8)
   cut = tmp_path / 'cut'
   commands.cut(str(tmp_path / 'run'), [str(tmp_path / 'stats')], {'vocab': 272}, str(cut))
   convert.export_model(cut, tmp_path / 'home')

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 
 def calibrate(run, out, rows=40, **more):
-  how = {'data_set': 'generic', 'split': 'train', 'index': '', 'batch_size': 8, **more}
+  how = {'on': 'generic/train', 'batch_size': 8, **more}
   return commands.calibrate(str(run), '', str(out), rows=rows, **how)
 
 
@@ -164,7 +164,7 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
 def test_what_a_cut_needs_is_measured_on_the_same_rows(trained, tmp_path, monkeypatch):
   run, _ = trained
   stats = calibrate(run, tmp_path / 'a', rows=16)
-  other = calibrate(run, tmp_path / 'b', rows=16, data_set='law')
+  other = calibrate(run, tmp_path / 'b', rows=16, on='law/train')
   a, b = (str(tmp_path / name) for name in 'ab')
   wanted = {'embed': 8, 'mlp': 16, 'layers': 2}
   how = {'by': 'taylor', 'depth': 'window', 'norm_gain': 'calibrated'}
@@ -231,7 +231,7 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
   )
   run = tmp_path / 'run'
   load.write_dense(run, cfg, load.build(cfg)[0].init(jax.random.key(0)), [])
-  stats = calibrate(run, tmp_path / 'a', rows=16, data_set='law')
+  stats = calibrate(run, tmp_path / 'a', rows=16, on='law/train')
   cut = lambda size: commands.cut(
     str(run), [str(tmp_path / 'a')], {'vocab': size, 'mlp': 16}, str(tmp_path / 'small')
   )

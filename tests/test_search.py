@@ -79,7 +79,7 @@ def teacher(tmp_path_factory):
   c.model.update({k: v for k, v in dataclasses.asdict(WHOLE).items() if k in c.model})
   loop.train(c.to_dict(), root / 'teacher')
   commands.calibrate(
-    str(root / 'teacher'), '', str(root / 'stats'), 'generic', 'train', '', rows=32, batch_size=8
+    str(root / 'teacher'), '', str(root / 'stats'), 'generic/train', rows=32, batch_size=8
   )
   return root / 'teacher', root / 'stats'
 

@@ -24,7 +24,6 @@ from slm.inference import tasks
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, search, slicing
-from slm.runs import rundir
 from slm.training import loop
 from slm.weights import sharding
 from slm.weights.count import num_params
@@ -66,10 +65,8 @@ class Study:
 
   def evaluate(self, path: Path, on: str) -> Path:
     """Evaluate a run on a set's test split, unless that was done."""
-    folder = rundir.evaluations(path)
-    if not (folder / f'{on}-test.npy').exists():
-      rows = self.scale.test_rows
-      heldout.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32, max_rows=rows)
+    rows = self.scale.test_rows
+    heldout.run(path, str(self.root / 'data'), [f'{on}/test'], self.mesh, 32, max_rows=rows)
     return path
 
   def teachers(self) -> None:
@@ -87,7 +84,7 @@ class Study:
     """Score a run's units on a set."""
     out = self.root / 'stats' / f'{run.name}-{on}'
     commands.calibrate(
-      str(run), '', str(out), on, 'train', '', rows=self.scale.calibration, batch_size=32
+      str(run), '', str(out), f'{on}/train', rows=self.scale.calibration, batch_size=32
     )
     return out
 

@@ -34,10 +34,8 @@ DEPTH = ('influence', 'perplexity', 'window')
 About = dict[str, Any]
 
 
-def calibrate(
-  run: str, path: str, out: str, data_set: str, split: str, index: str, rows: int, batch_size: int
-) -> Stats:
-  """Sum a run's activations over rows of its data; started again it continues.
+def calibrate(run: str, path: str, out: str, on: str, rows: int, batch_size: int) -> Stats:
+  """Sum a run's activations over the rows SET/SPLIT[@INDEX]; started again it continues.
 
   Raises:
     ValueError: if the run is unfinished or holds several models, its tokenizer is another, or the
@@ -51,6 +49,7 @@ def calibrate(
     raise ValueError(f'{run} holds several models: take one out with slm.specialise first')
   path = str(Path(path or loaded.cfg.data.path).resolve())
   load.same_tokenizer(loaded, loader.manifest(path)['tokenizer']['fingerprint'])
+  data_set, split, index = loader.parse_on(path, on)
   asked = {
     'run': str(Path(run).resolve()), 'step': loaded.step, 'data': path, 'set': data_set,
     'split': split, 'index': index, 'rows': rows, 'batch_size': batch_size,

@@ -30,9 +30,7 @@ from slm.weights.count import num_params
 class CalibrateConfig:
   """The rows that units are scored on."""
 
-  set: str = 'generic'
-  split: str = 'train'
-  index: str = ''
+  on: str = 'generic/train'  # SET/SPLIT[@INDEX]
   rows: int = 1024
   batch_size: int = 16
 
@@ -123,9 +121,8 @@ def minitron(given: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     loop.train(_correction(recover, correct, runs['teacher'], correct.steps), teacher)
   elif pays:
     recover = _meanwhile(cfg, recover, correct)
-  c = cfg.calibrate
   stats = str(folder / 'stats')
-  commands.calibrate(str(teacher), cfg.data, stats, c.set, c.split, c.index, c.rows, c.batch_size)
+  commands.calibrate(str(teacher), cfg.data, stats, **vars(cfg.calibrate))
   commands.cut(str(teacher), [stats], sizes, str(folder / 'cut'), **vars(cfg.cut))
   recover = dataclasses.replace(recover, init=str(folder / 'cut'), teacher=str(teacher))
   loop.train(schema.plain(recover), folder / 'student')
@@ -234,17 +231,16 @@ def _probe(
   bootstrap's 95 % interval.
   """
   loop.train(_correction(recover, correct, teacher, cfg.probe.steps), run)
-  name, values = recover.data.set, []
+  on, rows = f'{recover.data.set}/validation', {}
   for path in (teacher, run):
     mesh = sharding.fit_mesh(scoring.shape(path).embed)
-    heldout.run(path, cfg.data, [f'{name}/validation'], mesh, recover.eval.batch_size)
-    values.append(files.read_npy(rundir.evaluations(path) / f'{name}-validation.npy'))
-  nll, tokens = np.stack([v[:, 0] for v in values], axis=1), values[0][:, 1]
-  documents = files.read_npy(Path(cfg.data) / name / 'validation' / 'documents.npy')
-  many = documents if len(np.unique(documents)) > 1 else ()
-  drawn = stats.resample(nll, tokens, 0, documents=many)
-  low, high = np.quantile(drawn[:, 0] - drawn[:, 1], (0.025, 0.975)).tolist()
-  gain = float((nll[:, 0] - nll[:, 1]).sum() / tokens.sum())
+    heldout.run(path, cfg.data, [on], mesh, recover.eval.batch_size)
+    rows[path, 0] = heldout.kept(path, on)[0]
+  by_run = stats.losses(rows, 0, on, stats.documents(cfg.data, on))
+  before, after = by_run[teacher], by_run[run]
+  gain = before.seeds[0] - after.seeds[0]
+  drawn = before.replicates[0] - after.replicates[0]
+  low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
   return {'gain': gain, 'interval': [low, high], 'pays': low > cfg.probe.worth}
 
 
