@@ -48,8 +48,22 @@ class DistributedConfig:
   timeout: int = 300  # seconds to wait for the others at the start
 
 
+class ObjectiveConfig:
+  """What the loop and the plan ask of any objective."""
+
+  @property
+  def own_share(self) -> float:
+    """Return the share of all steps that are on the student's own text."""
+    return 0.0
+
+  @property
+  def counts_to_the_end(self) -> bool:
+    """Return whether what a step does depends on how many steps there are."""
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
-class NextTokenConfig:
+class NextTokenConfig(ObjectiveConfig):
   """The next-token loss."""
 
   chunk: int = 512  # tokens whose logits exist at once, on a device
@@ -59,7 +73,7 @@ class NextTokenConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(ObjectiveConfig):
   """(1 - mixing) CE + mixing T^2 KL to a teacher."""
 
   chunk: int = 256  # half of next_token's: two models' logits at once
@@ -113,6 +127,11 @@ class DistillConfig:
   def own_share(self) -> float:
     """Return the share of all steps that are on the student's own text."""
     return self.on_policy * (1 - self.on_policy_from)
+
+  @property
+  def counts_to_the_end(self) -> bool:
+    """Return whether own text begins after a share of all steps."""
+    return self.on_policy > 0 and self.on_policy_from > 0
 
 
 @dataclasses.dataclass(frozen=True)

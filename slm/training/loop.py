@@ -62,11 +62,11 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
   config.check_run(workdir, dataclasses.replace(cfg, steps=before.steps))
   old, new = (optim.schedule(cfg.schedule, c.steps) for c in (before, cfg))
   same = np.array_equal(*(rate(np.arange(done[0])) for rate in (old, new)))
-  if not same or getattr(cfg.objective, 'on_policy_from', 0):
+  if not same or cfg.objective.counts_to_the_end:
     raise ValueError(
       f'{workdir}: steps was {before.steps}, now {cfg.steps}: the {done[0]} steps that are done '
       'would have been others; a schedule that is constant, inverse_sqrt, or wsd before its '
-      'decay can be extended (without objective.on_policy_from)'
+      'decay can be extended, with an objective that does not count to the end'
     )
   return True
 

@@ -118,8 +118,8 @@ def _step_flops(
 ) -> float:  # fmt: skip
   """Count the FLOPs of a training step: the student's, its teacher's, and making the weights."""
   d = cfg.data
-  own = getattr(cfg.objective, 'own_share', 0.0)  # the student writes these itself first
-  per_token = (3 + own) * forward_flops(model, cfg.context)
+  written = cfg.objective.own_share  # the student writes these itself first
+  per_token = (3 + written) * forward_flops(model, cfg.context)
   if teacher:
     per_token += distill.flops(cfg.objective, teacher, model, cfg.context)
   groups = d.batch_size // d.rows_per_group
