@@ -1,5 +1,6 @@
 """SentencePiece, byte and Hugging Face tokenizers behind encode, decode and ids."""
 
+import abc
 import dataclasses
 import hashlib
 import io
@@ -39,7 +40,7 @@ class Ids:
   eos: int  # what training writes after a text
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
   """Text to token ids and back.
 
   `fingerprint` is the SHA-256 of the file that defines it; where files beside that one change the
@@ -71,13 +72,13 @@ class Tokenizer:
     """Return the id that stands for an empty context: the begin token, or else the end token."""
     return self.ids.eos if self.ids.bos is None else self.ids.bos
 
+  @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
     """Decode; special tokens and ids without a token give nothing."""
-    raise NotImplementedError
 
   def begun(self, text: str, begin: Sequence[int]) -> list[int]:
     """Encode with the ids `begin` before the text, unless it has its begin token already."""
@@ -92,9 +93,9 @@ class Tokenizer:
     texts = [self.decode(before), self.decode([*before, *more])]
     return texts[1][len(os.path.commonprefix(texts)) :]
 
+  @abc.abstractmethod
   def special(self) -> dict[str, str]:
     """Return the text of the tokens that are not text by what they are for; bytes have none."""
-    raise NotImplementedError
 
   def _prints(self, special: Iterable[int]) -> np.ndarray:
     """Say which ids are printed, bool [vocab]: not begin, end and other special tokens."""
