@@ -188,7 +188,9 @@ def plot(by_set: dict[str, list[Line]]) -> figures.Plot:
       for y, x in enumerate(lines):
         color, marker = figures.style(y)
         d = x.difference
-        if d is not None:
+        if d is None:  # the first model, which the others are compared with
+          ax.plot(0, y, marker='o', mfc='white', color=figures.INK)
+        else:
           ends = [[d.value - d.low], [d.high - d.value]]
           ax.errorbar(d.value, y, xerr=ends, color=color, marker=marker, capsize=2)
       ax.set(title=name, xlabel=f'nats/token above {labels[0]}')

@@ -93,5 +93,6 @@ def _training(models: Sequence[Model]) -> figures.Plot | None:
     figures.legend(figure, {m.label: style[m.refs[0]] for m in shown})
     return figures.save(
       figure, 'training', 'Training curves',
-      'Look for curves that still fall at their end: those runs would gain from more tokens.',
+      'Look for curves that still fall at their end: those runs would gain from more tokens. Each '
+      'run is evaluated on its own `eval.set`: levels compare only where that is the same.',
     )  # fmt: skip
