@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from slm.base import console, files
+from slm.base import artifact, console, files
 from slm.inference import scoring
 from slm.objectives import heldout
 from slm.reporting import comparison, tables
@@ -40,8 +40,9 @@ def main(_: list[str]) -> None:
     print(f'{comparison.note(lines)}\n\n{tables.text(comparison.table(lines))}\n')
   if f.out:
     every = [line for lines in by_set.values() for line in lines]
-    files.write_text(Path(f.out) / 'results.csv', comparison.results_csv(every))
-    files.write_text(Path(f.out) / 'differences.svg', comparison.plot(by_set).file)
+    with artifact.hold(Path(f.out)):
+      files.write_text(Path(f.out) / 'results.csv', comparison.results_csv(every))
+      files.write_text(Path(f.out) / 'differences.svg', comparison.plot(by_set).file)
 
 
 if __name__ == '__main__':

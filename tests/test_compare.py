@@ -1,6 +1,7 @@
 """Arbitrary runs compared: paired differences, what is refused, what is kept; and their report."""
 
 import csv
+import fcntl
 import json
 import math
 import re
@@ -146,6 +147,10 @@ def test_the_report_of_runs_is_of_their_directories_alone(tmp_path):
   assert [x['verdict'] for x in lines] == ['', 'better']
   report.report(models[:1], ['law/test', 'law/ood'], out)
   assert 'law/ood' in (out / 'report.html').read_text()
+  with (out / 'writer.lock').open('w') as lock:  # as another process that writes holds it
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match='out: is being written by another process'):
+      report.report(models, ['law/test'], out)
 
 
 def test_a_run_and_its_ancestors_are_counted_once(tmp_path):

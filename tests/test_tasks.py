@@ -1,6 +1,7 @@
 """Tasks: likelihoods against full logits one by one, scores by hand, resumption, refusals."""
 
 import dataclasses
+import fcntl
 import functools
 import gzip
 import json
@@ -345,6 +346,17 @@ def test_it_continues_where_it_stopped(run, tmp_path, monkeypatch, capsys):
   log.write_text(log.read_text().replace('"scores"', '"scores', 1))
   with pytest.raises(ValueError, match='sea.jsonl: damaged'):
     tasks.run(run, [path], MESH(), 8)
+
+
+def test_two_processes_do_not_write_one_runs_answers(run, tmp_path):
+  path = write(tmp_path / 'good.jsonl', [MC, MC])
+  with (run / 'tasks.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # of another open file, as another process's is
+    with pytest.raises(ValueError, match='run: is being written by another process'):
+      tasks.run(run, [path], MESH(), 8)
+    assert not (run / 'tasks').exists() and not (run / 'tasks.json').exists()
+  tasks.run(run, [path], MESH(), 8)
+  assert not (run / 'tasks.lock').exists()
 
 
 def toy_copy(run):

@@ -25,7 +25,7 @@ from slm.base import console, files
 from slm.data import sources, tokenizer
 from slm.inference import scoring
 from slm.models.config import DecoderConfig
-from slm.runs import rundir
+from slm.runs import processes, rundir
 from slm.weights import tree
 from slm.weights.axes import Params
 
@@ -310,22 +310,23 @@ def run(
   folder = rundir.evaluations(ref, 'tasks')
   scorer = scoring.open_model(ref, mesh, batch_size, data=data)
   there, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
-  results = files.read_json(there) if there.exists() else {}
-  for (name, items), path in zip(read_items.items(), paths, strict=True):
-    chosen = [x for x in items if split in ('', x.get('split'))][: limit or None]
-    if not chosen:
-      raise ValueError(f'{path}: no item has split {split!r}')
-    max_tokens = min(KINDS[items[0]['type']].max_tokens, scorer.context // 2)
-    asked = {
-      'sha256': files.sha256(Path(path)), 'step': scorer.step, 'weights': weights,
-      'context': scorer.context, 'shots': shots, 'seed': seed * bool(shots),
-      'max_tokens': max_tokens,
-    }  # fmt: skip
-    records = _records(scorer, folder / f'{name}.jsonl', items, chosen, asked)
-    made = {**asked, 'type': items[0]['type'], 'split': split, 'limit': limit}
-    results[name] = summary([records[x['id']] for x in chosen]) | made
-    if not jax.process_index():
-      files.write_json(there, results)
+  with processes.hold(folder.parent, folder.name):
+    results = files.read_json(there) if there.exists() else {}
+    for (name, items), path in zip(read_items.items(), paths, strict=True):
+      chosen = [x for x in items if split in ('', x.get('split'))][: limit or None]
+      if not chosen:
+        raise ValueError(f'{path}: no item has split {split!r}')
+      max_tokens = min(KINDS[items[0]['type']].max_tokens, scorer.context // 2)
+      asked = {
+        'sha256': files.sha256(Path(path)), 'step': scorer.step, 'weights': weights,
+        'context': scorer.context, 'shots': shots, 'seed': seed * bool(shots),
+        'max_tokens': max_tokens,
+      }  # fmt: skip
+      records = _records(scorer, folder / f'{name}.jsonl', items, chosen, asked)
+      made = {**asked, 'type': items[0]['type'], 'split': split, 'limit': limit}
+      results[name] = summary([records[x['id']] for x in chosen]) | made
+      if not jax.process_index():
+        files.write_json(there, results)
   return {name: results[name] for name in names}
 
 

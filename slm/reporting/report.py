@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from slm.base import files
+from slm.base import artifact, files
 from slm.reporting import comparison, figures, page
 from slm.reporting.comparison import Line, Model
 from slm.reporting.stats import Cost, training_cost
@@ -18,6 +18,7 @@ _LEDGER_NOTE = (
 )
 
 
+@artifact.writes('out')
 def report(models: Sequence[Model], sets: Sequence[str], out: Path) -> dict[str, list[Line]]:
   """Write report.html, table.md, results.csv and plots/ from run directories; return the losses."""
   by_set = {name: comparison.compare(models, name) for name in sets}

@@ -108,10 +108,10 @@ def agree(cfg: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-  """Hold a directory that all processes write: process 0 does, for all."""
+def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
+  """Hold a directory, or `name` in it, that all processes write: process 0 does, for all."""
   with contextlib.ExitStack() as stack:
-    together(lambda: jax.process_index() or stack.enter_context(artifact.hold(folder)))
+    together(lambda: jax.process_index() or stack.enter_context(artifact.hold(folder, name)))
     yield
 
 
