@@ -82,6 +82,22 @@ def test_calibration_continues_where_it_stopped(trained, tmp_path, monkeypatch):
     commands.read(tmp_path / 'halves')
 
 
+def test_a_pass_that_another_process_finished_meanwhile_is_not_added_to(
+  trained, tmp_path, monkeypatch
+):
+  stats = calibrate(trained[0], tmp_path / 'stats', rows=16)
+  begun, calls = commands._begun, []
+
+  def late(folder, name, request):
+    calls.append(name)
+    return begun(folder, name, request) if len(calls) > 1 else ({'asked': request}, {})
+
+  monkeypatch.setattr(commands, '_begun', late)
+  again = calibrate(trained[0], tmp_path / 'stats', rows=16)
+  assert len(calls) == 2
+  jax.tree.map(np.testing.assert_array_equal, again, stats)
+
+
 def test_weights_are_split_over_the_devices_that_divide_them(trained, tmp_path):
   """Of 8 devices a model of 16 channels is on all, one of 12 on groups of 4; sums are the same."""
   assert dict(load.mesh_for(trained[0]).shape)['fsdp'] == 8
@@ -155,7 +171,7 @@ def test_a_cut_run_is_a_run_like_any_other(trained, tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       commands.cut(str(run), [str(tmp_path / 'stats')], refused, str(tmp_path / 'x'), align=4)
-  with pytest.raises(ValueError, match='is of run'):
+  with pytest.raises(ValueError, match='expected a calibration of run'):
     small = str(tmp_path / 'small')
     commands.cut(small, [str(tmp_path / 'stats')], {'mlp': 8}, str(tmp_path / 'x'), align=4)
   assert not (tmp_path / 'x').exists()
@@ -197,12 +213,12 @@ def test_what_a_cut_needs_is_measured_on_the_same_rows(trained, tmp_path, monkey
   assert chance == 24 / 259 and share == len(set.intersection(*mine)) / 24 < 1
   assert commands.compare([a, a], {'heads': 2})['heads'] == (1.0, 0.5)
   for args, message in (
-    (([a], {'mlp': 8}, {'mix': 0.3}), 'expected one, or two and 0 to 1, found 1 and 0.3'),
+    (([a], {'mlp': 8}, {'mix': 0.3}), 'or two and a share from 0 to 1; found 1 and 0.3'),
     (([a], {'mlp': 12}, {}), 'mlp=12: expected a multiple of 8'),
   ):
     with pytest.raises(ValueError, match=message):
       commands.cut(str(run), *args[:2], str(tmp_path / 'x'), **args[2])
-  with pytest.raises(ValueError, match='compare takes two, found 1'):
+  with pytest.raises(ValueError, match='compare takes two calibrations, found 1'):
     commands.compare([a], {'mlp': 8})
 
 
@@ -311,8 +327,8 @@ def test_heads_share_the_key_value_heads():
   slicing.check_sizes(grouped, {'heads': 4}, 0)
   slicing.check_sizes(alone, {'heads': 4, 'kv_heads': 4}, 0)
   for cfg, heads, message in (
-    (alone, 4, 'heads=4: expected a multiple of the 8 key-value heads; with kv_heads=4 beside it'),
-    (grouped, 6, 'heads=6: expected a multiple of the 4 key-value heads; with kv_heads=3 beside'),
+    (alone, 4, 'heads=4: expected a multiple of the 8 key-value heads, or kv_heads=4 beside it'),
+    (grouped, 6, 'heads=6: expected a multiple of the 4 key-value heads, or kv_heads=3 beside'),
     (grouped, 3, 'heads=3: expected a multiple of the 4 key-value heads$'),
   ):
     with pytest.raises(ValueError, match=message):
