@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_prune import logits_of, make, sets
+from test_prune import logits_of, make, masked, sets
 from test_prune_scores import rows
 
 from slm.pruning import importance, measure, slicing
@@ -134,7 +134,7 @@ def test_norms_are_calibrated_by_what_is_kept(name):
   scale, r = np.asarray(params['blocks'][site]['scale']), found['blocks'][site]['gain'][:, None]
   want = ((1 + scale) * r - 1 if c.norm_offset else scale * r)[:, kept['embed']]
   np.testing.assert_allclose(small['blocks'][site]['scale'], want, rtol=1e-5, atol=1e-6)
-  silent = slicing.mask(params, c, kept)
+  silent = masked(params, c, kept)
   exact, same = slicing.cut(silent, c, kept, 'sqrt')
   close, cfg = slicing.cut(silent, c, kept, 'calibrated', ratios(silent))
   assert cfg == same

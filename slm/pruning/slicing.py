@@ -1,8 +1,8 @@
-"""Cut a model down to what is kept of each axis; a leaf's axes say where to cut it.
+"""Cutting a model to kept indices of each axis; the axis table says where each leaf is cut.
 
-Kept sets are index arrays by axis: 'embed', 'vocab' and 'layers' [n], and per layer 'mlp', 'heads',
-'kv_heads', 'experts' and 'shared_mlp' [l,n] (the MLPs of experts [l,e,n]); indices count from 0 in
-the model that is cut. Every layer keeps equally many, so that what comes out is an ordinary model.
+Kept indices are arrays by axis: 'embed', 'vocab' and 'layers' [n], and per layer 'mlp', 'heads',
+'kv_heads', 'experts' and 'shared_mlp' [l,n] (the MLPs of experts [l,e,n]); they count from 0 in the
+model that is cut. Every layer keeps equally many, so that the result is an ordinary model.
 """
 
 import dataclasses
@@ -39,34 +39,35 @@ def read_sizes(text: str) -> dict[str, int]:
   Raises:
     ValueError: if a part is not of that form.
   """
-  found = {}
+  sizes = {}
   for part in filter(None, text.split(',')):
     axis, _, size = part.partition('=')
     if axis not in SIZES or not size.isdigit():
       raise ValueError(f'sizes: expected axis=size of {", ".join(SIZES)}, found {part!r}')
-    if axis in found:
+    if axis in sizes:
       raise ValueError(f'sizes: {axis} is named twice')
-    found[axis] = int(size)
-  return found
+    sizes[axis] = int(size)
+  return sizes
 
 
 def check_options(wanted: dict[str, int], task: str, norm_gain: str) -> None:
-  """Refuse options of axes that are not cut.
+  """Refuse options that concern an axis which is not cut.
 
   Raises:
-    ValueError: naming the option.
+    ValueError: naming the option and the axis.
   """
   for name, value, axis in (('task', task, 'layers'), ('norm_gain', norm_gain, 'embed')):
     if value not in ('', 'none') and axis not in wanted:
-      raise ValueError(f'{name}={value}: is for cutting {axis}, which sizes does not name')
+      raise ValueError(f'{name}={value} needs a size of {axis}, which sizes does not name')
   if 'kv_heads' in wanted and 'heads' not in wanted:
     raise ValueError('sizes: kv_heads: expected a size of heads beside it')
 
 
 def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
-  """Refuse sizes that are not there, or that accelerators do badly with.
+  """Refuse sizes that the model does not have, and widths that are slow on accelerators.
 
-  align 0: multiples of 128 of at least 1024, otherwise of 8.
+  Widths must be multiples of `align`; 0 stands for 128 where the whole width is at least 1024, and
+  for 8 elsewhere.
 
   Raises:
     ValueError: naming the axis.
@@ -78,21 +79,21 @@ def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
       raise ValueError(f'sizes: {axis}={size}: expected 1 to {whole}')
   kv, per_kv = wanted.get('kv_heads', cfg.num_kv_heads), cfg.num_heads // cfg.num_kv_heads
   if (heads := wanted.get('heads', kv)) % kv:
-    beside = f'; with kv_heads={heads // per_kv} beside it whole groups go' * (not heads % per_kv)
+    groups = f', or kv_heads={heads // per_kv} beside it' * (not heads % per_kv)
     raise ValueError(
-      f'sizes: heads={heads}: expected a multiple of the {kv} key-value heads{beside}'
+      f'sizes: heads={heads}: expected a multiple of the {kv} key-value heads{groups}'
     )
   for axis in wanted.keys() & {'vocab', 'embed', 'mlp', 'shared_mlp'}:
-    by = align or (128 if getattr(cfg, SIZES[axis]) >= 1024 else 8)
-    if wanted[axis] % by:
+    multiple = align or (128 if getattr(cfg, SIZES[axis]) >= 1024 else 8)
+    if wanted[axis] % multiple:
       raise ValueError(
-        f'sizes: {axis}={wanted[axis]}: expected a multiple of {by}, which accelerators want; '
-        'align=1 allows any'
+        f'sizes: {axis}={wanted[axis]}: expected a multiple of {multiple}, for the speed of '
+        'accelerators; align=1 allows any'
       )
 
 
 def check(cfg: DecoderConfig, kept: Kept) -> None:
-  """Refuse kept sets that do not fit the model.
+  """Refuse kept indices that do not fit the model.
 
   Raises:
     ValueError: naming the axis and what is wrong with its indices.
@@ -101,7 +102,7 @@ def check(cfg: DecoderConfig, kept: Kept) -> None:
     if axis not in SIZES:
       raise ValueError(f'prune: unknown axis {axis!r}, expected some of {", ".join(SIZES)}')
     size, index = getattr(cfg, SIZES[axis]), np.asarray(index)
-    lead = {'vocab': 0, 'embed': 0, 'layers': 0}.get(axis, 1)
+    lead = int(axis not in ('vocab', 'embed', 'layers'))
     lead += axis == 'mlp' and bool(cfg.num_experts)
     if index.ndim != lead + 1 or not index.shape[-1]:
       raise ValueError(f'prune: {axis} has indices of shape {index.shape}')
@@ -109,8 +110,8 @@ def check(cfg: DecoderConfig, kept: Kept) -> None:
       raise ValueError(f'prune: {axis} has {index.shape[0]} rows for {cfg.num_layers} layers')
     if index.min() < 0 or index.max() >= size or (np.diff(index, axis=-1) <= 0).any():
       raise ValueError(f'prune: {axis}: expected ascending indices below {size}')
-  if ('kv_heads' in kept or 'heads' in kept) and (uneven := _uneven_groups(cfg, kept)):
-    raise ValueError(f'prune: {uneven}')
+  if 'kv_heads' in kept or 'heads' in kept:
+    _check_groups(cfg, kept)
   if 'experts' in kept and kept['experts'].shape[-1] < cfg.experts_per_token:
     raise ValueError(
       f'prune: {kept["experts"].shape[-1]} experts are fewer than the '
@@ -118,20 +119,21 @@ def check(cfg: DecoderConfig, kept: Kept) -> None:
     )
 
 
-def _uneven_groups(cfg: DecoderConfig, kept: Kept) -> str:
-  """Say what is wrong if query heads are not shared equally by the kept key-value heads."""
-  groups = cfg.num_heads // cfg.num_kv_heads
-  heads = kept.get('heads', np.tile(np.arange(cfg.num_heads), (cfg.num_layers, 1)))
-  kv = kept.get('kv_heads', np.tile(np.arange(cfg.num_kv_heads), (cfg.num_layers, 1)))
-  for layer, (mine, of) in enumerate(zip(heads, kv, strict=True)):
-    counts = np.bincount(mine // groups, minlength=cfg.num_kv_heads)
-    if len(set(counts[of])) != 1 or counts.sum() != counts[of].sum():
-      return f'layer {layer} keeps {counts.tolist()} query heads of its key-value heads {of}'
-  return ''
+def _check_groups(cfg: DecoderConfig, kept: Kept) -> None:
+  """Refuse query heads that the kept key-value heads do not share equally."""
+  every = lambda count: np.tile(np.arange(count), (cfg.num_layers, 1))
+  heads, kv = kept.get('heads', every(cfg.num_heads)), kept.get('kv_heads', every(cfg.num_kv_heads))
+  for layer, (queries, groups) in enumerate(zip(heads, kv, strict=True)):
+    group_size = cfg.num_heads // cfg.num_kv_heads
+    counts = np.bincount(queries // group_size, minlength=cfg.num_kv_heads)
+    if len(set(counts[groups])) != 1 or counts.sum() != counts[groups].sum():
+      raise ValueError(
+        f'prune: layer {layer} keeps {counts.tolist()} query heads of its key-value heads {groups}'
+      )
 
 
 def shape(cfg: DecoderConfig, kept: Kept, gain: str = 'none') -> DecoderConfig:
-  """Return the shape of what is kept."""
+  """Return the shape of the model cut to the kept indices."""
   sizes = {SIZES[axis]: int(np.shape(index)[-1]) for axis, index in kept.items()}
   if 'layers' in kept and cfg.layer_types:
     types = tuple(cfg.layer_types[i] for i in kept['layers'])
@@ -144,130 +146,84 @@ def shape(cfg: DecoderConfig, kept: Kept, gain: str = 'none') -> DecoderConfig:
 
 
 def axes(path: tuple[Any, ...]) -> tuple[str, ...]:
-  """Return a leaf's axes; an expert that every token goes to has a width of its own."""
+  """Return a leaf's axes; the width of a shared expert is 'shared_mlp'."""
   shared = any(k.key == 'shared' for k in path)
   return tuple('shared_mlp' if shared and a == 'mlp' else a for a in leaf_axes(path))
 
 
-def take(path: tuple[Any, ...], leaf: jax.Array, kept: Kept) -> jax.Array:
-  """Take what is kept of a leaf, along each of its axes."""
+def _take(path: tuple[Any, ...], leaf: jax.Array, kept: Kept) -> jax.Array:
+  """Take the kept indices of a leaf along its axes; along 'layers' last, as others are by layer."""
   names = axes(path)
-  for place, axis in enumerate(names):
-    if axis in kept and axis != 'layers':
-      leaf = _take_along(leaf, kept[axis], names, place)
-  if 'layers' in names and 'layers' in kept:
-    leaf = jnp.take(leaf, kept['layers'], axis=names.index('layers'))
+  for axis in sorted(names, key=lambda name: name == 'layers'):
+    if axis not in kept:
+      continue
+    index, place = kept[axis], names.index(axis)
+    if index.ndim == 1:
+      leaf = jnp.take(leaf, index, axis=place)
+    else:  # [l,n] or, of each expert, [l,e,n]
+      dims = [1] * leaf.ndim
+      for name, size in zip(('layers', 'experts'), index.shape[:-1], strict=False):
+        dims[names.index(name)] = size
+      dims[place] = index.shape[-1]
+      leaf = jnp.take_along_axis(leaf, jnp.asarray(index).reshape(dims), axis=place)
   return leaf
-
-
-def _take_along(
-  leaf: jax.Array, index: np.ndarray, names: tuple[str, ...], place: int
-) -> jax.Array:
-  """Take indices [n], or [l,n] and [l,e,n] where each layer (and expert) has its own."""
-  if index.ndim == 1:
-    return jnp.take(leaf, index, axis=place)
-  shape = [1] * leaf.ndim
-  shape[place] = index.shape[-1]
-  for lead, axis in enumerate(('layers', 'experts')[: index.ndim - 1]):
-    shape[names.index(axis)] = index.shape[lead]
-  return jnp.take_along_axis(leaf, jnp.asarray(index).reshape(shape), axis=place)
 
 
 def cut(
   params: Params, cfg: DecoderConfig, kept: Kept, gain: str = 'none', ratios: Params | None = None
 ) -> tuple[Params, DecoderConfig]:
-  """Return the weights and the shape of what is kept.
+  """Return the weights and the shape of the model cut to the kept indices.
 
-  A norm divides by the root mean square over fewer channels, so its output shrinks. With
-  gain='sqrt' every scale (and epsilon) makes up for it as if what was cut had been zero: then the
-  result computes exactly what the whole model does with those channels masked (of heads that are
-  normed, up to the epsilon, which they share). 'none' leaves them.
-
-  What is cut is not zero, though: with gain='calibrated' each norm's scale is multiplied by its
-  r = E[rms(kept) / rms(all)] over tokens of the whole model (`ratios`, a leaf 'gain' [l] or scalar
-  beside each 'scale', see measure.shrinkage) in the place of sqrt(whole / kept). Epsilon and the
-  norms over all heads are as with 'sqrt', and channels that are zero give exactly 'sqrt'.
+  A norm over fewer channels divides by another root mean square. gain='none' leaves the scales as
+  they are. 'sqrt' multiplies each by sqrt(whole / kept), and epsilon by whole / kept, as if the
+  channels that go had been zero: the result computes exactly what the whole model does with those
+  channels masked (except that norms over heads share their epsilon). 'calibrated' multiplies by the
+  measured E[rms(kept) / rms(all)] instead (`ratios`, a leaf 'gain' [l] or scalar beside each
+  'scale', see measure.shrinkage); epsilon and the norms over all heads are as with 'sqrt'.
 
   Raises:
-    ValueError: if the kept sets do not fit, or the gain is unknown or lacks its ratios.
+    ValueError: if the kept indices do not fit, or the gain is unknown or lacks its ratios.
   """
   check(cfg, kept)
   if gain not in GAINS:
     raise ValueError(f'prune: expected a gain of {GAINS}, found {gain!r}')
   if gain == 'calibrated' and 'embed' in kept and not ratios:
     raise ValueError("prune: gain 'calibrated' needs the ratios of measure.shrinkage")
-  kept = _of_kept_experts(kept)
+  kept = {axis: np.asarray(index) for axis, index in kept.items()}
+  if 'experts' in kept and 'mlp' in kept:  # the neurons of the experts that stay
+    kept['mlp'] = np.take_along_axis(kept['mlp'], kept['experts'][..., None], axis=1)
   new = shape(cfg, kept, gain)
   if gain != 'none':
     params = _regain(params, cfg, new, ratios if gain == 'calibrated' else None)
-  found = jax.tree_util.tree_map_with_path(lambda path, w: take(path, w, kept), params)
+  params = jax.tree_util.tree_map_with_path(lambda path, w: _take(path, w, kept), params)
   if cfg.embed_scale and new.embed < cfg.embed:
     # The stream starts as the embedding times sqrt(embed), which is now smaller.
-    found = _restream(found, math.sqrt(cfg.embed / new.embed), cfg)
-  return found, new
-
-
-def _of_kept_experts(kept: Kept) -> dict[str, np.ndarray]:
-  """Drop the kept neurons of experts that go."""
-  found = {axis: np.asarray(index) for axis, index in kept.items()}
-  if 'experts' in found and 'mlp' in found:
-    found['mlp'] = np.take_along_axis(found['mlp'], found['experts'][..., None], axis=1)
-  return found
+    factor, final = math.sqrt(cfg.embed / new.embed), params['final_norm']['scale']
+    params = {**params, 'embedding': params['embedding'] * factor}
+    if cfg.tied:  # the embedding is the head too
+      final = (1 + final) / factor - 1 if cfg.norm_offset else final / factor
+      params['final_norm'] = {'scale': final}
+  return params, new
 
 
 def _regain(
   params: Params, cfg: DecoderConfig, new: DecoderConfig, ratios: Params | None
 ) -> Params:
-  """Multiply the scales of norms over cut axes."""
-  measured = {path[:-1]: r for path, r in flatten(ratios or {})}
+  """Multiply the scales of norms over cut axes by the measured ratios, or sqrt(whole / kept)."""
+  measured = {path[:-1]: ratio for path, ratio in flatten(ratios or {})}
   shares = {
     'scale': cfg.embed / new.embed,
     'q_scale_all': cfg.num_heads / new.num_heads,
     'k_scale_all': cfg.num_kv_heads / new.num_kv_heads,
   }
 
-  def one(path, scale):
+  def regain(path, scale):
     share, site = shares.get(path[-1].key, 1.0), tuple(k.key for k in path[:-1])
     if share == 1:
       return scale
-    by = math.sqrt(share)
+    factor = math.sqrt(share)
     if site in measured and path[-1].key == 'scale':
-      by = jnp.asarray(measured[site], scale.dtype)[..., None]
-    return (1 + scale) * by - 1 if cfg.norm_offset else scale * by
+      factor = jnp.asarray(measured[site], scale.dtype)[..., None]
+    return (1 + scale) * factor - 1 if cfg.norm_offset else scale * factor
 
-  return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _restream(params: Params, by: float, cfg: DecoderConfig) -> Params:
-  """Multiply what the stream starts with, and nothing else."""
-  embedding, final = params['embedding'] * by, params['final_norm']['scale']
-  found = {**params, 'embedding': embedding}
-  if cfg.tied:  # the embedding is the head too
-    final = (1 + final) / by - 1 if cfg.norm_offset else final / by
-    found['final_norm'] = {'scale': final}
-  return found
-
-
-def mask(params: Params, cfg: DecoderConfig, kept: Kept) -> Params:
-  """Return the whole model with everything that is not kept set to zero: what `cut` is tested by.
-
-  Layers, experts and vocabulary cannot be masked by zeros and stay.
-  """
-  check(cfg, kept)
-
-  def one(path, leaf):
-    names = axes(path)
-    for place, axis in enumerate(names):
-      if axis not in kept or axis in ('layers', 'experts', 'vocab'):
-        continue
-      index = np.asarray(kept[axis])
-      there = np.zeros((*index.shape[:-1], leaf.shape[place]), bool)
-      np.put_along_axis(there, index, True, axis=-1)
-      shape = [1] * leaf.ndim
-      shape[place] = leaf.shape[place]
-      for lead, name in enumerate(('layers', 'experts')[: index.ndim - 1]):
-        shape[names.index(name)] = index.shape[lead]
-      leaf = leaf * there.reshape(shape)
-    return leaf
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(regain, params)
