@@ -314,7 +314,9 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
   bad = c.to_dict()
   bad['recover'] |= {'teacher_cache': 'x'} if steps else {}
   bad['recover']['objective'] |= {} if steps else {'on_policy': 0.5}
-  with pytest.raises(ValueError, match='teacher_cache: here' if steps else 'needs mixing=1 and'):
+  with pytest.raises(
+    ValueError, match='teacher_cache: the recipe distils' if steps else 'needs mixing=1 and'
+  ):
     recipe.minitron(bad, tmp_path / 'bad')
   for change, message in (
     ({'data': bad['recover']['data'] | {'set': 'none'}}, 'none'),
@@ -324,7 +326,7 @@ def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_
       recipe.minitron({**c.to_dict(), 'recover': c.recover.to_dict() | change}, tmp_path / 'bad')
   with pytest.raises(ValueError, match='whole: holds a run'):
     recipe.minitron(c.to_dict(), tmp_path / 'whole')
-  with pytest.raises(ValueError, match='sizes: vocab: a teacher has'):
+  with pytest.raises(ValueError, match='sizes: vocab: teacher and student need'):
     recipe.dry_run({**c.to_dict(), 'sizes': 'vocab=64'}, 8, 'h100', 0.4)
   assert not (tmp_path / 'bad').exists()
   found = recipe.minitron(c.to_dict(), tmp_path / 'small')

@@ -1,8 +1,7 @@
-"""From a big model to a small one that transformers loads: Minitron end to end."""
+"""Minitron end to end: from a large model to a small one that transformers loads."""
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from slm.interchange import card, convert, families, verify
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, slicing
-from slm.reporting import stats
+from slm.reporting import stats, tables
 from slm.runs import config, ledger, rundir
 from slm.runs.config import RunConfig
 from slm.training import loop, optim, plan
@@ -37,43 +36,43 @@ class CalibrateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CutConfig:
-  """How a teacher is cut, see slm.prune cut; with a task its items choose the window of layers."""
+  """Options of slm.prune cut."""
 
   norm_gain: str = 'none'
   depth: str = 'influence'
-  task: str = ''
-  limit: int = 0
+  task: str = ''  # file of items that choose the window of layers instead
+  limit: int = 0  # items of it that are used, from the first; 0: all
   align: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """A short correction of the teacher, to find out whether it pays."""
+  """A short correction of the teacher, which shows whether correcting it pays."""
 
-  steps: int = 0  # 0: it is left as it is
-  worth: float = 0.01  # nats that its held-out loss must fall by
+  steps: int = 0  # 0: no probe, and no correction
+  worth: float = 0.01  # nats by which the held-out loss must fall
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  """What is written at the end."""
+  """The model that is exported for transformers."""
 
   dtype: str = ''  # '': as imported
   licence: str = ''
-  tolerance: float = 1e-4  # of logits computed by transformers
+  tolerance: float = 1e-4  # largest difference from the logits of transformers
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConfig:
   """A recipe from a teacher to an exported student; `recover` and `correct` are training configs.
 
-  If `probe` pays, the teacher is corrected: by `correct` before it is cut, or with correct.steps=0
-  while it teaches.
+  If the probe pays, the teacher is corrected: by `correct` before it is cut, or with
+  correct.steps=0 while it teaches.
   """
 
   teacher: str = ''  # run directory, or a directory of transformers
   data: str = ''  # made by slm.data.prepare with the teacher's tokenizer
-  model: dict[str, Any] = dataclasses.field(default_factory=dict)  # its shape, for --dry_run alone
+  model: dict[str, Any] = dataclasses.field(default_factory=dict)  # teacher's shape, for --dry_run
   context: int = 0  # tokens in a row, for --dry_run
   calibrate: CalibrateConfig = CalibrateConfig()
   sizes: str = ''  # what to keep: axis=size,... of embed, mlp, heads, layers
@@ -84,9 +83,13 @@ class RecipeConfig:
   export: ExportConfig = ExportConfig()
 
   def training(self, shape: DecoderConfig) -> tuple[RunConfig, RunConfig]:
-    """Return `recover` and `correct` as they stand, of a model of this shape."""
+    """Return `recover` and `correct` as configs of a model of this shape."""
     given = (self.recover, self.correct)
     return tuple(config.read({**c, 'model': config.shaped(c['model'], shape)}) for c in given)
+
+
+def _read(given: Mapping[str, Any]) -> RecipeConfig:
+  return schema.read(RecipeConfig, artifact.plain(dict(given)))
 
 
 @artifact.writes('workdir')
@@ -99,7 +102,7 @@ def minitron(given: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   Raises:
     ValueError: if a part of the config does not fit the teacher or the data.
   """
-  cfg, folder = schema.read(RecipeConfig, json.loads(json.dumps(dict(given)))), Path(workdir)
+  cfg, folder = _read(given), Path(workdir)
   for key in ('teacher', 'data', 'sizes'):
     if not getattr(cfg, key):
       raise ValueError(f'{key}: expected a value, found nothing')
@@ -109,84 +112,78 @@ def minitron(given: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   if (teacher / 'config.json').exists() and rundir.of_transformers(teacher):
     convert.import_model(teacher, folder / 'teacher')
     teacher = folder / 'teacher'
-  recover, correct = cfg.training(scoring.shape(teacher))
+  shape = scoring.shape(teacher)
+  recover, correct = cfg.training(shape)
   recover = dataclasses.replace(recover, data=dataclasses.replace(recover.data, path=cfg.data))
-  _check(cfg, recover, correct, scoring.shape(teacher), sizes)
+  together = _check(cfg, recover, correct, shape)
   runs, summary, pays = {'teacher': teacher}, {}, False
   if cfg.probe.steps:
-    summary['probe'] = _probe(cfg, recover, correct, teacher, folder / 'probe')
-    runs['probe'], pays = folder / 'probe', summary['probe']['pays']
+    runs['probe'] = folder / 'probe'
+    summary['probe'] = _probe(cfg, recover, correct, teacher, runs['probe'])
+    pays = summary['probe']['pays']
   if pays and correct.steps:
     runs['corrected'] = teacher = folder / 'corrected'
     loop.train(_correction(recover, correct, runs['teacher'], correct.steps), teacher)
   elif pays:
-    recover = _meanwhile(cfg, recover, correct)
-  stats = str(folder / 'stats')
-  commands.calibrate(str(teacher), cfg.data, stats, **vars(cfg.calibrate))
-  commands.cut(str(teacher), [stats], sizes, str(folder / 'cut'), **vars(cfg.cut))
-  recover = dataclasses.replace(recover, init=str(folder / 'cut'), teacher=str(teacher))
-  loop.train(schema.plain(recover), folder / 'student')
-  convert.export_model(folder / 'student', folder / 'export', dtype=cfg.export.dtype)
-  card.write(folder / 'export', cfg.export.licence)
-  summary |= _summary(runs | {'cut': folder / 'cut', 'student': folder / 'student'}, cfg, recover)
-  summary |= _verified(folder, cfg.export.tolerance)
+    recover = together
+  runs |= {'cut': folder / 'cut', 'student': folder / 'student'}
+  calibration = str(folder / 'stats')
+  commands.calibrate(str(teacher), cfg.data, calibration, **vars(cfg.calibrate))
+  commands.cut(str(teacher), [calibration], sizes, str(runs['cut']), **vars(cfg.cut))
+  recover = dataclasses.replace(recover, init=str(runs['cut']), teacher=str(teacher))
+  loop.train(schema.plain(recover), runs['student'])
+  export = folder / 'export'
+  convert.export_model(runs['student'], export, dtype=cfg.export.dtype)
+  card.write(export, cfg.export.licence)
+  summary |= _summary(runs, cfg, recover)
+  if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
+    summary['verified'] = worst = verify.verify([export, runs['student']], cfg.export.tolerance)
+    if worst > cfg.export.tolerance:
+      raise ValueError(f'{export}: its logits differ from those of transformers by {worst:.3g}')
   files.write_json(folder / 'summary.json', summary)
   return summary
 
 
-def _verified(folder: Path, tolerance: float) -> dict[str, float]:
-  """Compare the export with transformers, where that is installed."""
-  if not (importlib.util.find_spec('transformers') and importlib.util.find_spec('torch')):
-    return {}
-  worst = verify.verify([folder / 'export', folder / 'student'], tolerance)
-  if worst > tolerance:
-    raise ValueError(f'{folder / "export"}: transformers computes other logits, by {worst:.3g}')
-  return {'verified': worst}
-
-
 def _check(
-  cfg: RecipeConfig, recover: RunConfig, correct: RunConfig, teacher: DecoderConfig,
-  sizes: Mapping[str, int],
-) -> None:  # fmt: skip
-  """Refuse a recipe that some part of would fail, before any work."""
-  slicing.check_sizes(teacher, sizes, cfg.cut.align)
-  _check_vocabulary(sizes)
-  _exportable(teacher, sizes)
+  cfg: RecipeConfig, recover: RunConfig, correct: RunConfig, teacher: DecoderConfig
+) -> RunConfig:
+  """Refuse a recipe of which a part would fail; returns the recovery of `_together`."""
+  sizes, student = slicing.read_sizes(cfg.sizes), _student(cfg, teacher)
+  if not ('layers' in sizes and teacher.layer_types):  # where the types depend on the layers kept
+    families.find(student)
   if recover.distributed.enable:
     raise ValueError(
-      'recover.distributed.enable: start slm.prune, slm.train and slm.hf by themselves'
+      'recover.distributed.enable: the recipe runs on one process; on several run slm.prune, '
+      'slm.train and slm.hf by themselves'
     )
   if recover.teacher_cache:
-    raise ValueError('recover.teacher_cache: here the teacher itself is asked')
+    raise ValueError('recover.teacher_cache: the recipe distils from the teacher itself')
   slicing.check_options(sizes, cfg.cut.task, cfg.cut.norm_gain)
-  # At the rate that the probe tries, not at the student's.
-  objectives.build(_meanwhile(cfg, recover, correct).objective, {})
+  together = _together(cfg, recover, correct)
+  objectives.build(together.objective, {})
   optim.schedule(recover.schedule, recover.steps)
   loader.Split(cfg.data, recover.data.set, recover.data.split, recover.data.index)
+  return together
 
 
-def _check_vocabulary(sizes: Mapping[str, int]) -> None:
-  if 'vocab' in sizes:
-    raise ValueError(
-      "sizes: vocab: a teacher has its student's tokenizer: cut it to that vocabulary first, with "
-      'slm.prune, and prepare the data with its tokenizer'
-    )
-
-
-def _exportable(teacher: DecoderConfig, sizes: Mapping[str, int]) -> None:
-  """Refuse a shape that no architecture of transformers has, before anything is trained.
-
-  Of layers of several types it depends on which are kept: that is not known yet.
+def _student(cfg: RecipeConfig, teacher: DecoderConfig) -> DecoderConfig:
+  """Return the shape of the student.
 
   Raises:
-    ValueError: saying why.
+    ValueError: if a size does not fit, or the vocabulary is to be cut.
   """
-  if not ('layers' in sizes and teacher.layer_types):
-    families.find(slicing.shape(teacher, {axis: np.arange(n) for axis, n in sizes.items()}))
+  sizes = slicing.read_sizes(cfg.sizes)
+  slicing.check_sizes(teacher, sizes, cfg.cut.align)
+  if 'vocab' in sizes:
+    raise ValueError(
+      'sizes: vocab: teacher and student need the same tokenizer: first cut the teacher to that '
+      'vocabulary with slm.prune, and prepare the data with its tokenizer'
+    )
+  return slicing.shape(teacher, {axis: np.arange(size) for axis, size in sizes.items()})
 
 
-def _meanwhile(cfg: RecipeConfig, recover: RunConfig, correct: RunConfig) -> RunConfig:
-  """Return the recovery under a teacher that learns beside it, if the probe can ask for that.
+def _together(cfg: RecipeConfig, recover: RunConfig, correct: RunConfig) -> RunConfig:
+  """Return the recovery with a teacher that is corrected while it teaches, if the recipe asks so.
 
   Raises:
     ValueError: if the teacher would learn faster than the student.
@@ -196,9 +193,8 @@ def _meanwhile(cfg: RecipeConfig, recover: RunConfig, correct: RunConfig) -> Run
   share = correct.schedule.peak / recover.schedule.peak
   if share > 1:
     raise ValueError(
-      f'correct.schedule.peak={correct.schedule.peak:g}: expected at most '
-      f'recover.schedule.peak={recover.schedule.peak:g} of a teacher that is corrected meanwhile '
-      '(correct.steps=0)'
+      f'correct.schedule.peak={correct.schedule.peak:g}: with correct.steps=0 expected at most '
+      f'recover.schedule.peak={recover.schedule.peak:g}, as the teacher learns with the student'
     )
   objective = dataclasses.replace(recover.objective, correct=share)
   return dataclasses.replace(recover, objective=objective)
@@ -207,28 +203,21 @@ def _meanwhile(cfg: RecipeConfig, recover: RunConfig, correct: RunConfig) -> Run
 def _correction(
   recover: RunConfig, correct: RunConfig, teacher: str | Path, steps: int
 ) -> dict[str, Any]:
-  """Return the config of a teacher's training on the text of the recovery."""
-  d, schedule = recover.data, correct.schedule
-  warmup = min(schedule.warmup, steps // 10)
-  return schema.plain(
-    dataclasses.replace(
-      correct,
-      phase='correct',
-      init=str(teacher),
-      steps=steps,
-      data=dataclasses.replace(correct.data, path=d.path, set=d.set, index=d.index),
-      schedule=dataclasses.replace(schedule, warmup=warmup),
-    )
-  )
+  """Return the config that trains a teacher on the text of the recovery."""
+  rows, schedule = recover.data, correct.schedule
+  data = dataclasses.replace(correct.data, path=rows.path, set=rows.set, index=rows.index)
+  schedule = dataclasses.replace(schedule, warmup=min(schedule.warmup, steps // 10))
+  changes = {'phase': 'correct', 'init': str(teacher), 'data': data, 'schedule': schedule}
+  return schema.plain(dataclasses.replace(correct, steps=steps, **changes))
 
 
 def _probe(
   cfg: RecipeConfig, recover: RunConfig, correct: RunConfig, teacher: Path, run: Path
 ) -> dict[str, Any]:
-  """Find out whether correcting a teacher pays (arXiv 2408.11796, section 3.1), by a short run.
+  """Measure by a short run whether correcting a teacher pays (arXiv 2408.11796, section 3.1).
 
-  It does if the held-out loss falls by more than what is asked, at the lower end of the paired
-  bootstrap's 95 % interval.
+  It does if the held-out loss falls by more than cfg.probe.worth at the lower end of the 95 %
+  interval of the paired bootstrap.
   """
   loop.train(_correction(recover, correct, teacher, cfg.probe.steps), run)
   on, rows = f'{recover.data.set}/validation', {}
@@ -236,11 +225,11 @@ def _probe(
     mesh = sharding.fit_mesh(scoring.shape(path).embed)
     heldout.run(path, cfg.data, [on], mesh, recover.eval.batch_size)
     rows[path, 0] = heldout.kept(path, on)[0]
-  by_run = stats.losses(rows, 0, on, stats.documents(cfg.data, on))
-  before, after = by_run[teacher], by_run[run]
+  losses = stats.losses(rows, 0, on, stats.documents(cfg.data, on))
+  before, after = losses[teacher], losses[run]
+  gains = before.replicates[0] - after.replicates[0]
+  low, high = np.quantile(gains, (0.025, 0.975)).tolist()
   gain = before.seeds[0] - after.seeds[0]
-  drawn = before.replicates[0] - after.replicates[0]
-  low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
   return {'gain': gain, 'interval': [low, high], 'pays': low > cfg.probe.worth}
 
 
@@ -255,40 +244,42 @@ def _summary(runs: Mapping[str, Path], cfg: RecipeConfig, recover: RunConfig) ->
     mesh = sharding.fit_mesh(shapes[name].embed)
     loss = heldout.run(path, cfg.data, [on], mesh, recover.eval.batch_size)[on]
     phases = ledger.read_ledger(path)['phases'] if name != 'teacher' else []
+    phases = [p for p in phases if p['phase'] != 'evaluate']
     rows[name] = {
       'parameters': sum(num_params(shapes[name]).values()),
       'loss': loss['loss'],
       'bits per byte': loss['bpb'],
-      'flops': sum(p['flops'] for p in phases if p['phase'] != 'evaluate'),
-      'tokens': sum(p['tokens'] for p in phases if p['phase'] != 'evaluate'),
+      'flops': sum(p['flops'] for p in phases),
+      'tokens': sum(p['tokens'] for p in phases),
       'ms per token': 1e3 * speed[name]['token'] if name in speed else None,
     }
   return {'on': on, 'models': rows, 'machine': jax.devices()[0].device_kind}
 
 
-def table(found: Mapping[str, Any]) -> str:
-  """Lay out a summary for reading."""
-  lines = [
-    f'{"":9s} {"parameters":>12s} {"loss":>8s} {"bits/byte":>10s} {"ms/token":>9s} '
-    f'{"tokens":>12s} {"FLOPs":>9s}'
+def table(summary: Mapping[str, Any]) -> str:
+  """Format a summary for a terminal."""
+  head = ['', 'parameters', 'loss', 'bits/byte', 'ms/token', 'tokens', 'FLOPs']
+  rows = [
+    [
+      name,
+      f'{m["parameters"]:,}',
+      f'{m["loss"]:.4f}',
+      f'{m["bits per byte"]:.4f}',
+      '' if m['ms per token'] is None else f'{m["ms per token"]:.2f}',
+      *((f'{m["tokens"]:,}', f'{m["flops"]:.2e}') if m['flops'] else ('', '')),
+    ]
+    for name, m in summary['models'].items()
   ]
-  for name, m in found['models'].items():
-    speed = '' if m['ms per token'] is None else f'{m["ms per token"]:.2f}'
-    cost = f'{m["tokens"]:12,} {m["flops"]:9.2e}' if m['flops'] else ''
+  lines = [tables.text((head, rows))]
+  lines.append(f'loss in nats per token on {summary["on"]}, decoding at one row on this machine')
+  if probe := summary.get('probe'):
+    low, high = probe['interval']
     lines.append(
-      f'{name:9s} {m["parameters"]:12,} {m["loss"]:8.4f} {m["bits per byte"]:10.4f} {speed:>9s} '
-      f'{cost}'
+      f"a short correction lowers the teacher's held-out loss by {probe['gain']:.4f} "
+      f'[{low:.4f}, {high:.4f}]: it was {"corrected" if probe["pays"] else "left as it is"}'
     )
-  lines.append(f'loss in nats per token on {found["on"]}, decoding at one row on this machine')
-  if 'probe' in found:
-    p = found['probe']
-    lines.append(
-      f"a short correction lowers the teacher's held-out loss by {p['gain']:.4f} "
-      f'[{p["interval"][0]:.4f}, {p["interval"][1]:.4f}]: '
-      + ('it was corrected' if p['pays'] else 'it was left as it is')
-    )
-  if 'verified' in found:
-    lines.append(f'transformers computes the same logits, within {found["verified"]:.1e}')
+  if 'verified' in summary:
+    lines.append(f'transformers computes the same logits, within {summary["verified"]:.1e}')
   else:
     lines.append("not verified: transformers or torch is not installed (pip install 'slm[hf]')")
   return '\n'.join(lines)
@@ -297,32 +288,29 @@ def table(found: Mapping[str, Any]) -> str:
 def dry_run(
   given: Mapping[str, Any], devices: int, chip: str, mfu: float
 ) -> tuple[DecoderConfig, DecoderConfig, str]:
-  """Plan a recipe: the shapes before and after, and what the recovery takes on which mesh.
+  """Plan a recipe: the shapes of teacher and student, and the plan of the recovery as text.
 
   Raises:
     ValueError: if neither a teacher nor its shape is given, or a size does not fit.
   """
-  cfg = schema.read(RecipeConfig, json.loads(json.dumps(dict(given))))
+  cfg = _read(given)
   if not (cfg.teacher or cfg.model):
     raise ValueError('teacher or model: expected one of them, found neither')
   if cfg.teacher:
     teacher = scoring.shape(Path(cfg.teacher))
   else:
     teacher = schema.read(DecoderConfig, cfg.model, 'model')
-  sizes = slicing.read_sizes(cfg.sizes)
-  slicing.check_sizes(teacher, sizes, cfg.cut.align)
-  _check_vocabulary(sizes)
-  student = slicing.shape(teacher, {axis: np.arange(n) for axis, n in sizes.items()})
+  student = _student(cfg, teacher)
   context = cfg.context or (loader.manifest(cfg.data)['context'] if cfg.data else 0)
   if not context:
     raise ValueError('data or context: expected one of them, found neither')
   recover = dataclasses.replace(cfg.training(student)[0], context=context)
   correct = dataclasses.replace(cfg.training(teacher)[1], context=context)
-  recover = _meanwhile(cfg, recover, correct)
+  recover = _together(cfg, recover, correct)
   text = f'{"teacher parameters":28} {sum(num_params(teacher).values()):,}\n'
   text += plan.text(plan.plan(recover, devices, chip, mfu, teacher))
   if cfg.probe.steps:
-    given = _correction(recover, correct, '', cfg.probe.steps + correct.steps)
+    longest = _correction(recover, correct, '', cfg.probe.steps + correct.steps)
     text += '\n\nthe probe, and the correction of the teacher if it pays\n'
-    text += plan.text(plan.plan(config.read(given), devices, chip, mfu))
+    text += plan.text(plan.plan(config.read(longest), devices, chip, mfu))
   return teacher, student, text
