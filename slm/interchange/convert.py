@@ -229,7 +229,8 @@ def _settings(
   hf = tokenizer_files.parse(content, 'config.json')
   content.pop('config.json', None)
   if not imported:  # what there is of a config came with the tokenizer alone
-    hf = {'max_position_embeddings': loaded.cfg.context} | families.token_ids(hf)
+    ids = {key: hf[key] for key in families.TOKEN_IDS if hf.get(key) is not None}
+    hf = {'max_position_embeddings': loaded.cfg.context, **ids}
   if folder and tokenizer_files.is_there(content):
     tok, begin = load.reads(loaded, folder.parent)
     hf = hf if imported else tokenizer_files.token_ids(tok) | hf

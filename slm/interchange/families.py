@@ -1,29 +1,31 @@
-"""config.json of a Hugging Face model to the shape of a decoder, and back.
+"""Translation between the config.json of a Hugging Face model and the shape of a decoder.
 
-A family is a row of a table: what it fixes, which of its keys mean which of ours, and what
-transformers takes for the keys that a config.json leaves out.
+A family is one `model_type` of transformers and one row of `FAMILIES`: the fields that all its
+models share, the keys of its config.json, and the values that transformers assumes for absent keys.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from slm.models.config import DecoderConfig
 
 Keys = Mapping[str, Any]
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}
-# Ours -> theirs, in every family.
-_COMMON = {
+# Field of DecoderConfig -> key of config.json, unless a family names another.
+_KEYS = {
   'vocab': 'vocab_size',
   'embed': 'hidden_size',
   'num_layers': 'num_hidden_layers',
   'num_heads': 'num_attention_heads',
   'num_kv_heads': 'num_key_value_heads',
   'head_dim': 'head_dim',
+  'mlp': 'intermediate_size',
+  'activation': 'hidden_act',
   'norm_eps': 'rms_norm_eps',
   'tied': 'tie_word_embeddings',
 }
-# What would change the computation and is not computed here -> the values that do not.
+# Keys that change the computation and are not supported -> the values that leave it unchanged.
 _NEUTRAL = {
   'quantization_config': (None,),
   'partial_rotary_factor': (None, 1.0),
@@ -40,16 +42,14 @@ class Family:
   """A model_type of transformers.
 
   Attributes:
-    architecture: its class.
-    defaults: what transformers takes for keys that config.json leaves out, beside `_DEFAULTS`.
-    fixed: fields of DecoderConfig that all its models share.
-    keys: further fields -> their keys.
-    attention: which layers see a window, and which no positions: a reader and a writer.
-    mlp: the key of the width of its MLPs, or of each expert's.
-    activation: the key of its activation.
-    experts: where the router and the experts lie in a layer, and the experts' three matrices.
-    divides: whether transformers insists that the heads divide the hidden size.
-    square: whether it takes the heads to be as wide as the hidden size, whatever head_dim says.
+    architecture: the class name in transformers.
+    defaults: values that transformers assumes for absent keys, in addition to `_DEFAULTS`.
+    fixed: fields of DecoderConfig that all models of the family share.
+    keys: field -> key, in addition to `_KEYS`; `bias` stands for qkv_bias and out_bias.
+    attention: how the types of layers are derived, see `_layer_types`.
+    experts: the module of router and experts in a layer, and the experts' gate, up and down.
+    heads_divide_embed: whether transformers requires num_heads to divide embed.
+    heads_fill_embed: whether transformers requires num_heads * head_dim to equal embed.
   """
 
   architecture: str
@@ -57,19 +57,17 @@ class Family:
   fixed: Keys = dataclasses.field(default_factory=dict)
   keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
   attention: str = 'full'
-  mlp: str = 'intermediate_size'
-  activation: str = 'hidden_act'
   experts: tuple[str, str, str, str] = ()
-  divides: bool = False
-  square: bool = False
+  heads_divide_embed: bool = False
+  heads_fill_embed: bool = False
 
 
-# What transformers 5.23 takes for keys that are left out, where a family does not say otherwise.
+# Values that transformers 5.23 assumes for absent keys, unless a family has another.
 _DEFAULTS = {
   'hidden_size': 4096,
   'num_hidden_layers': 32,
   'num_attention_heads': 32,
-  'num_key_value_heads': None,  # as many as attention heads
+  'num_key_value_heads': None,  # num_attention_heads
   'head_dim': None,  # hidden_size / num_attention_heads
   'max_position_embeddings': 32_768,
   'hidden_act': 'silu',
@@ -87,56 +85,16 @@ _DEFAULTS = {
   'pad_token_id': None,
 }
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+# Keys kept from the config.json of another family: they do not affect the computation.
+_CARRIED = (*TOKEN_IDS, 'max_position_embeddings', 'initializer_range')
 
-
-def _every_window(hf: Keys) -> list[str]:
-  """Read Mistral's sliding_window: every layer has it."""
-  return ['full' if hf['sliding_window'] is None else 'window'] * hf['num_hidden_layers']
-
-
-def _late_window(hf: Keys) -> list[str]:
-  """Read Qwen's: from layer max_window_layers on."""
-  n = hf['num_hidden_layers']
-  first = n if hf['sliding_window'] is None else hf['max_window_layers']
-  return ['full' if i < first else 'window' for i in range(n)]
-
-
-def _mixed_window(hf: Keys) -> list[str]:
-  """Read Gemma's: all layers but each `sliding_window_pattern`th."""
-  step = hf['sliding_window_pattern']
-  return ['full' if (i + 1) % step == 0 else 'window' for i in range(hf['num_hidden_layers'])]
-
-
-def _nope(hf: Keys) -> list[str]:
-  """Read SmolLM3's: no positions in each no_rope_layer_interval-th layer."""
-  if hf['use_sliding_window']:
-    raise ValueError('use_sliding_window=True: not supported beside no_rope_layers')
-  n, step, kept = hf['num_hidden_layers'], hf['no_rope_layer_interval'], hf.get('no_rope_layers')
-  if kept is None:
-    kept = [int((i + 1) % step != 0) for i in range(n)]
-  if len(kept) < n:
-    raise ValueError(f'no_rope_layers: expected {n} of them, one for each layer, found {kept}')
-  return ['full' if rope else 'nope' for rope in kept[:n]]
-
-
-# Kind of attention -> how the types of layers are read where layer_types does not name them.
-_ATTENTION: dict[str, Callable[[Keys], list[str]]] = {
-  'full': lambda hf: ['full'] * hf['num_hidden_layers'],
-  'every': _every_window,
-  'late': _late_window,
-  'mixed': _mixed_window,
-  'nope': _nope,
-}
-
-# Of a source of another family, what says nothing of the computation.
-_KEPT = (*TOKEN_IDS, 'max_position_embeddings', 'initializer_range')
+_BIAS = {'bias': 'attention_bias'}
+_BIASES = {**_BIAS, 'mlp_bias': 'mlp_bias'}
 _GEMMA = {'norms': 'sandwich', 'norm_offset': True, 'embed_scale': True}
 _GEMMA_KEYS = {
-  'query_scale': 'query_pre_attn_scalar',
-  'attention_cap': 'attn_logit_softcapping',
-  'logit_cap': 'final_logit_softcapping',
-  'bias': 'attention_bias',
-}
+  **_BIAS, 'activation': 'hidden_activation', 'query_scale': 'query_pre_attn_scalar',
+  'attention_cap': 'attn_logit_softcapping', 'logit_cap': 'final_logit_softcapping',
+}  # fmt: skip
 _GEMMA_DEFAULTS = {
   'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
   'num_attention_heads': 8, 'num_key_value_heads': 4, 'head_dim': 256,
@@ -147,19 +105,17 @@ _QWEN_DEFAULTS = {
   'vocab_size': 151_936, 'intermediate_size': 22_016, 'num_key_value_heads': 32,
   'sliding_window': 4096, 'max_window_layers': 28,
 }  # fmt: skip
-_BIAS = {'bias': 'attention_bias'}  # of q, k, v and o alike
-# transformers 5 renamed one of these to the other: read either, write both.
-_COUNTS = ('num_experts', 'num_local_experts')
+# transformers 5 renamed one of these to the other: either is read, both are written.
+_EXPERT_COUNTS = ('num_experts', 'num_local_experts')
 _EXPERTS = ('mlp', 'gate_proj', 'up_proj', 'down_proj')
-_ROUTED = {
+_EXPERT_KEYS = {
   **_BIAS, 'num_experts': 'num_experts', 'experts_per_token': 'num_experts_per_tok',
   'renormalise': 'norm_topk_prob',
 }  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
   'llama': Family(
-    'LlamaForCausalLM', divides=True,
-    keys={**_BIAS, 'mlp_bias': 'mlp_bias'},
+    'LlamaForCausalLM', keys=_BIASES, heads_divide_embed=True,
     defaults={
       'vocab_size': 32_000, 'intermediate_size': 11_008, 'max_position_embeddings': 2048,
       'bos_token_id': 1, 'eos_token_id': 2,
@@ -181,8 +137,7 @@ FAMILIES: dict[str, Family] = {
     defaults={**_QWEN_DEFAULTS, 'head_dim': 128},
   ),
   'smollm3': Family(
-    'SmolLM3ForCausalLM', attention='nope',
-    keys={**_BIAS, 'mlp_bias': 'mlp_bias'},
+    'SmolLM3ForCausalLM', attention='nope', keys=_BIASES,
     defaults={
       'vocab_size': 128_256, 'hidden_size': 2048, 'intermediate_size': 11_008,
       'num_hidden_layers': 36, 'num_attention_heads': 16, 'num_key_value_heads': 4,
@@ -191,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     },
   ),
   'gemma2': Family(
-    'Gemma2ForCausalLM', attention='mixed', activation='hidden_activation', divides=True,
+    'Gemma2ForCausalLM', attention='mixed', heads_divide_embed=True,
     fixed=_GEMMA, keys=_GEMMA_KEYS,
     defaults={
       **_GEMMA_DEFAULTS, 'vocab_size': 256_000, 'max_position_embeddings': 8192,
@@ -199,7 +154,7 @@ FAMILIES: dict[str, Family] = {
     },
   ),
   'gemma3_text': Family(
-    'Gemma3ForCausalLM', attention='mixed', activation='hidden_activation', divides=True,
+    'Gemma3ForCausalLM', attention='mixed', heads_divide_embed=True,
     fixed={**_GEMMA, 'qk_norm': 'head'}, keys=_GEMMA_KEYS,
     defaults={
       **_GEMMA_DEFAULTS, 'vocab_size': 262_208, 'max_position_embeddings': 131_072,
@@ -225,7 +180,7 @@ FAMILIES: dict[str, Family] = {
     experts=('block_sparse_moe', 'w1', 'w3', 'w2'),
   ),
   'olmoe': Family(
-    'OlmoeForCausalLM', square=True, fixed={'qk_norm': 'all'}, keys=_ROUTED,
+    'OlmoeForCausalLM', heads_fill_embed=True, fixed={'qk_norm': 'all'}, keys=_EXPERT_KEYS,
     defaults={
       'vocab_size': 50_304, 'hidden_size': 2048, 'intermediate_size': 2048,
       'num_hidden_layers': 16, 'num_attention_heads': 16, 'max_position_embeddings': 4096,
@@ -235,31 +190,25 @@ FAMILIES: dict[str, Family] = {
     experts=_EXPERTS,
   ),
   'qwen3_moe': Family(
-    'Qwen3MoeForCausalLM', attention='every', fixed={'qk_norm': 'head'}, keys=_ROUTED,
+    'Qwen3MoeForCausalLM', attention='every', fixed={'qk_norm': 'head'},
+    keys={**_EXPERT_KEYS, 'mlp': 'moe_intermediate_size'},
     defaults={
       'vocab_size': 151_936, 'hidden_size': 2048, 'moe_intermediate_size': 768,
       'num_hidden_layers': 24, 'num_key_value_heads': 4, 'sliding_window': 4096,
       'num_experts': 128, 'num_experts_per_tok': 8,
     },
-    mlp='moe_intermediate_size',
     experts=_EXPERTS,
   ),
 }  # fmt: skip
-# Families whose windows count only where use_sliding_window is true.
-_SWITCHED = ('qwen2', 'qwen3', 'qwen3_moe')
-
-
-def token_ids(hf: Keys) -> dict[str, Any]:
-  """Return the token ids that a config.json names."""
-  return {key: hf[key] for key in TOKEN_IDS if hf.get(key) is not None}
+# Families that ignore sliding_window unless use_sliding_window is true.
+_WINDOW_SWITCH = ('qwen2', 'qwen3', 'qwen3_moe')
 
 
 def resolve(hf: Keys) -> dict[str, Any]:
-  """Return config.json with transformers' own value of every key that it leaves out.
+  """Complete config.json with the values that transformers assumes for absent keys.
 
   Raises:
-    ValueError: naming the key, if the architecture is unknown or a value asks for something that
-      is not computed here.
+    ValueError: naming the key, if the family or the value of a key is not supported.
   """
   name = hf.get('model_type')
   if name not in FAMILIES:
@@ -269,60 +218,81 @@ def resolve(hf: Keys) -> dict[str, Any]:
     if hf.get(key) not in allowed:
       raise ValueError(f'{key}={hf[key]!r}: expected one of {allowed}')
   full = {**_DEFAULTS, **family.defaults, **hf}
-  if family.experts:
-    count = next((hf[key] for key in _COUNTS if hf.get(key) is not None), None)
-    full |= {} if count is None else dict.fromkeys(_COUNTS, count)
-  if name in _SWITCHED and not full['use_sliding_window']:
+  counts = [hf[key] for key in _EXPERT_COUNTS if hf.get(key) is not None]
+  if family.experts and counts:
+    full |= dict.fromkeys(_EXPERT_COUNTS, counts[0])
+  if name in _WINDOW_SWITCH and not full['use_sliding_window']:
     full['sliding_window'] = None
   if name == 'gemma2':
-    full['sliding_window_pattern'] = 2  # whatever it says
+    full['sliding_window_pattern'] = 2  # transformers ignores the key
   return full
 
 
 def read(hf: Keys) -> dict[str, Any]:
-  """Turn config.json into DecoderConfig fields.
+  """Return the fields of DecoderConfig that config.json describes.
 
   Raises:
-    ValueError: naming the key, if the architecture is unknown or a value asks for something that
-      is not computed here.
+    ValueError: as `resolve` does.
   """
   hf = resolve(hf)
   family = FAMILIES[hf['model_type']]
-  keys = {**_COMMON, **family.keys, 'mlp': family.mlp}
-  found = {ours: hf[key] for ours, key in keys.items()}
-  if found['num_kv_heads'] is None:
-    found['num_kv_heads'] = found['num_heads']
-  if found['head_dim'] is None:
-    found['head_dim'] = found['embed'] // (found['num_heads'] or 1)  # 0 is refused later
+  keys = {**_KEYS, **family.keys}
+  fields = {field: hf[key] for field, key in keys.items()}
+  if fields['num_kv_heads'] is None:
+    fields['num_kv_heads'] = fields['num_heads']
+  if fields['head_dim'] is None:
+    fields['head_dim'] = fields['embed'] // (fields['num_heads'] or 1)  # DecoderConfig refuses 0
   for cap in ('attention_cap', 'logit_cap'):
-    found[cap] = found.get(cap) or 0.0
-  if 'bias' in found:
-    bias = found.pop('bias')
-    found |= {'qkv_bias': bias, 'out_bias': bias}
-  act = hf[family.activation]
-  if act not in _ACTIVATIONS:
-    raise ValueError(f'{family.activation}={act!r}: expected one of {", ".join(_ACTIVATIONS)}')
-  found['activation'] = _ACTIVATIONS[act]
-  types = _layer_types(hf, family)
+    fields[cap] = fields.get(cap) or 0.0
+  if 'bias' in fields:
+    fields['qkv_bias'] = fields['out_bias'] = fields.pop('bias')
+  if fields['activation'] not in _ACTIVATIONS:
+    key, value = keys['activation'], fields['activation']
+    raise ValueError(f'{key}={value!r}: expected one of {", ".join(_ACTIVATIONS)}')
+  fields['activation'] = _ACTIVATIONS[fields['activation']]
+  types = _layer_types(hf, family.attention)
   if set(types) != {'full'}:
-    found['layer_types'] = tuple(types)
-  found['window'] = hf['sliding_window'] if 'window' in types else 0
-  return {**family.fixed, **found, **_read_rope(hf, types)}
+    fields['layer_types'] = tuple(types)
+  fields['window'] = hf['sliding_window'] if 'window' in types else 0
+  return {**family.fixed, **fields, **_read_rope(hf, types)}
 
 
-def _layer_types(hf: Keys, family: Family) -> list[str]:
-  types = _ATTENTION[family.attention](hf)
-  if family.attention in ('late', 'mixed') and hf.get('layer_types'):
-    names = {'full_attention': 'full', 'sliding_attention': 'window'}
-    unknown = set(hf['layer_types']) - set(names)
-    if unknown:
-      raise ValueError(f'layer_types: expected {tuple(names)}, found {sorted(unknown)}')
-    types = [names[t] for t in hf['layer_types']]
-  return types
+_LAYER_TYPES = {'full_attention': 'full', 'sliding_attention': 'window'}
 
 
-# Ours -> theirs, of the RoPE types that have more than a theta.
-_SCALING = {
+def _layer_types(hf: Keys, attention: str) -> list[str]:
+  """Return the type of each layer, as in DecoderConfig.layer_types."""
+  layers, window = range(hf['num_hidden_layers']), hf['sliding_window']
+  if attention in ('late', 'mixed') and hf.get('layer_types'):
+    if unknown := set(hf['layer_types']) - set(_LAYER_TYPES):
+      raise ValueError(f'layer_types: expected {tuple(_LAYER_TYPES)}, found {sorted(unknown)}')
+    return [_LAYER_TYPES[name] for name in hf['layer_types']]
+  if attention == 'nope':
+    return _nope_layers(hf)
+  full = {
+    'full': lambda i: True,
+    'every': lambda i: window is None,
+    'late': lambda i: window is None or i < hf['max_window_layers'],
+    'mixed': lambda i: (i + 1) % hf['sliding_window_pattern'] == 0,
+  }[attention]
+  return ['full' if full(i) else 'window' for i in layers]
+
+
+def _nope_layers(hf: Keys) -> list[str]:
+  if hf['use_sliding_window']:
+    raise ValueError('use_sliding_window=True: not supported beside no_rope_layers')
+  count, step, has_rope = (
+    hf.get(key) for key in ('num_hidden_layers', 'no_rope_layer_interval', 'no_rope_layers')
+  )
+  if has_rope is None:
+    has_rope = [(i + 1) % step != 0 for i in range(count)]
+  if len(has_rope) < count:
+    raise ValueError(f'no_rope_layers: expected {count} of them, one per layer, found {has_rope}')
+  return ['full' if rope else 'nope' for rope in has_rope[:count]]
+
+
+# RoPE type -> the fields that it has besides theta, and their keys.
+_ROPE_KEYS = {
   'default': {},
   'linear': {'rope_factor': 'factor'},
   'llama3': {
@@ -335,131 +305,133 @@ _SCALING = {
 
 
 def _read_rope(hf: Keys, types: list[str]) -> dict[str, Any]:
-  """Read either dialect: rope_parameters (transformers 5), or rope_theta and rope_scaling (4)."""
-  scaling, theta_window = {**(hf.get('rope_parameters') or {})}, 0.0
-  if hf['model_type'] == 'gemma3_text':  # one for each type of layer
+  """Read rope_parameters (transformers 5), or rope_theta and rope_scaling (transformers 4)."""
+  scaling, window_theta = {**(hf.get('rope_parameters') or {})}, 0.0
+  if hf['model_type'] == 'gemma3_text':  # rope_parameters has a section for each type of layer
     local = {'rope_theta': hf['rope_local_base_freq'], **(scaling.get('sliding_attention') or {})}
     if (kind := local.get('rope_type', 'default')) != 'default':
       raise ValueError(f'rope_parameters.sliding_attention: rope_type {kind!r} is not supported')
     scaling = {**(scaling.get('full_attention') or {}), **(hf.get('rope_scaling') or {})}
-    theta_window = float(local['rope_theta']) if 'window' in types else 0.0
-  elif hf.get('rope_scaling'):  # of both dialects transformers takes the older
+    window_theta = float(local['rope_theta']) if 'window' in types else 0.0
+  elif hf.get('rope_scaling'):  # transformers prefers it to rope_parameters
     scaling = {**hf['rope_scaling']}
   scaling = {'rope_theta': hf['rope_theta'], **scaling}
   kind = scaling.get('rope_type', scaling.get('type', 'default'))
-  if kind not in _SCALING:
-    raise ValueError(f'rope_type {kind!r}: expected one of {", ".join(_SCALING)}')
-  if (part := scaling.get('partial_rotary_factor')) not in (None, 1.0):
-    raise ValueError(f'partial_rotary_factor={part!r}: expected one of (None, 1.0)')
+  if kind not in _ROPE_KEYS:
+    raise ValueError(f'rope_type {kind!r}: expected one of {", ".join(_ROPE_KEYS)}')
+  if (fraction := scaling.get('partial_rotary_factor')) not in (None, 1.0):
+    raise ValueError(f'partial_rotary_factor={fraction!r}: expected one of (None, 1.0)')
   if kind == 'llama3':
-    length = hf.get('original_max_position_embeddings')  # goes before what rope_parameters say
-    scaling.setdefault('original_max_position_embeddings', hf['max_position_embeddings'])
-    scaling |= {} if length is None else {'original_max_position_embeddings': length}
+    context = 'original_max_position_embeddings'  # at the top level it overrides the section's
+    scaling.setdefault(context, hf['max_position_embeddings'])
+    if hf.get(context) is not None:
+      scaling[context] = hf[context]
   if not isinstance(theta := scaling['rope_theta'], int | float):
     raise ValueError(f'rope_theta: expected a number, found {theta!r}')
-  found = {'rope': kind, 'rope_theta': float(theta), 'rope_theta_window': theta_window}
-  for ours, key in _SCALING[kind].items():
+  for key in _ROPE_KEYS[kind].values():
     if key not in scaling:
       raise ValueError(f'rope_type {kind!r}: no key {key!r}')
-    found[ours] = scaling[key]
-  return found
+  fields = {field: scaling[key] for field, key in _ROPE_KEYS[kind].items()}
+  return {'rope': kind, 'rope_theta': float(theta), 'rope_theta_window': window_theta, **fields}
 
 
 def write(cfg: DecoderConfig, name: str, source: Keys | None = None) -> dict[str, Any]:
-  """Turn a shape into config.json of a family, in the dialects of transformers 4 and 5.
+  """Return the config.json of a shape in a family, in the dialects of transformers 4 and 5.
 
-  Keys that say nothing of the shape (token ids, lengths) are taken over from `source`.
+  Keys of `source` that do not affect the computation (token ids, lengths) are carried over.
 
   Raises:
-    ValueError: if the family cannot be that shape, naming the first field that differs.
+    ValueError: if the family cannot have the shape, naming the first field that differs.
   """
-  family = FAMILIES[name]
-  if family.divides and cfg.embed % cfg.num_heads:
+  family, source = FAMILIES[name], source or {}
+  if family.heads_divide_embed and cfg.embed % cfg.num_heads:
     raise ValueError(f'{name} needs num_heads={cfg.num_heads} to divide embed={cfg.embed}')
-  if family.square and cfg.embed != cfg.num_heads * cfg.head_dim:
+  if family.heads_fill_embed and cfg.embed != cfg.num_heads * cfg.head_dim:
     raise ValueError(
       f'{name} needs num_heads={cfg.num_heads} times head_dim={cfg.head_dim} to be '
-      f'embed={cfg.embed}, whose norms of queries and keys are that wide'
+      f'embed={cfg.embed}, the width of its norms of queries and keys'
     )
-  source = source or {}
-  if source.get('model_type') != name:
-    full = resolve(source) if source.get('model_type') in FAMILIES else source
-    source = {key: full[key] for key in _KEPT if key in full}
-    # Absent stays absent: null where this family would take an id of its own.
-    for key in TOKEN_IDS:
-      if source.get(key) is None and source.pop(key, None) != {**_DEFAULTS, **family.defaults}[key]:
-        source[key] = None
-  values = dataclasses.asdict(cfg) | {'bias': cfg.out_bias}
-  hf = {**source, **{key: values[ours] for ours, key in _COMMON.items()}}
-  hf |= {key: values[ours] for ours, key in family.keys.items()} | {family.mlp: cfg.mlp}
-  act = next(k for k, v in _ACTIVATIONS.items() if v == cfg.activation)
-  hf |= {'model_type': name, 'architectures': [family.architecture], 'hidden_act': act}
+  values = dataclasses.asdict(cfg)
+  runtime = {field: values[field] for field in ('dispatch', 'remat', 'unroll')}
+  activation = next(key for key, value in _ACTIVATIONS.items() if value == cfg.activation)
+  scale = cfg.query_scale or cfg.head_dim
+  values |= {
+    'activation': activation,
+    'bias': cfg.out_bias,
+    'query_scale': int(scale) if scale == int(scale) else scale,
+    'attention_cap': cfg.attention_cap or None,
+    'logit_cap': cfg.logit_cap or None,
+  }
+  hf = {**(source if source.get('model_type') == name else _carried(source, family))}
+  hf |= {key: values[field] for field, key in {**_KEYS, **family.keys}.items()}
+  hf |= {'model_type': name, 'architectures': [family.architecture], 'hidden_act': activation}
   if family.experts:
-    hf |= dict.fromkeys(_COUNTS, cfg.num_experts)
-  if name.startswith('gemma'):
-    hf['hidden_activation'] = act
-    scale = cfg.query_scale or cfg.head_dim
-    hf['query_pre_attn_scalar'] = int(scale) if scale == int(scale) else scale
-    hf |= {key: hf[key] or None for key in ('attn_logit_softcapping', 'final_logit_softcapping')}
+    hf |= dict.fromkeys(_EXPERT_COUNTS, cfg.num_experts)
   hf |= _write_attention(cfg, name) | _write_rope(cfg, name)
-  back = dataclasses.asdict(DecoderConfig(**{**read(hf), **_runtime(cfg)}))
-  for key, value in dataclasses.asdict(cfg).items():
-    if back[key] != value and not (key == 'query_scale' and (value or cfg.head_dim) == back[key]):
-      raise ValueError(f'{name} cannot have {key}={value!r} (it would be read as {back[key]!r})')
+  reread = dataclasses.asdict(DecoderConfig(**read(hf), **runtime))
+  for field, value in dataclasses.asdict(cfg).items():
+    same = (value or cfg.head_dim) if field == 'query_scale' else value
+    if reread[field] not in (value, same):
+      raise ValueError(f'{name} cannot have {field}={value!r} (it is read as {reread[field]!r})')
   return hf
 
 
-def _runtime(cfg: DecoderConfig) -> dict[str, Any]:
-  """Return the fields that say how, not what, is computed."""
-  return {key: getattr(cfg, key) for key in ('dispatch', 'remat', 'unroll')}
+def _carried(source: Keys, family: Family) -> dict[str, Any]:
+  """Return the keys of another family's config.json that apply to any family."""
+  full = resolve(source) if source.get('model_type') in FAMILIES else source
+  defaults = {**_DEFAULTS, **family.defaults}
+  carried = {key: full[key] for key in _CARRIED if key in full}
+  for key in TOKEN_IDS:
+    if carried.get(key) is None:  # null only where absence would mean the family's own id
+      carried.pop(key, None)
+      carried |= {} if defaults[key] is None else {key: None}
+  return carried
 
 
 def _write_attention(cfg: DecoderConfig, name: str) -> dict[str, Any]:
-  family, types = FAMILIES[name], cfg.layer_types or ('full',) * cfg.num_layers
-  if family.attention == 'full':
+  attention, types = FAMILIES[name].attention, cfg.layer_types or ('full',) * cfg.num_layers
+  if attention == 'full':
     return {}
-  if family.attention == 'nope':
-    kept = [int(t != 'nope') for t in types]
-    return {'no_rope_layers': kept, 'use_sliding_window': False, 'layer_types': None}
-  found: dict[str, Any] = {'sliding_window': cfg.window or None}
-  if name in _SWITCHED:
-    found |= {'use_sliding_window': bool(cfg.window)}
-  if family.attention == 'late' and cfg.window:
-    found['max_window_layers'] = types.index('window')
-  if family.attention in ('late', 'mixed'):
-    names = {'full': 'full_attention', 'window': 'sliding_attention'}
-    found['layer_types'] = [names.get(t, t) for t in types]
-  return found
+  if attention == 'nope':
+    has_rope = [int(kind != 'nope') for kind in types]
+    return {'no_rope_layers': has_rope, 'use_sliding_window': False, 'layer_types': None}
+  keys: dict[str, Any] = {'sliding_window': cfg.window or None}
+  if name in _WINDOW_SWITCH:
+    keys['use_sliding_window'] = bool(cfg.window)
+  if attention == 'late' and cfg.window:
+    keys['max_window_layers'] = types.index('window')
+  if attention in ('late', 'mixed'):
+    names = {kind: key for key, kind in _LAYER_TYPES.items()}
+    keys['layer_types'] = [names.get(kind, kind) for kind in types]
+  return keys
 
 
 def _write_rope(cfg: DecoderConfig, name: str) -> dict[str, Any]:
-  values = dataclasses.asdict(cfg)
   scaling = {'rope_type': cfg.rope}
-  scaling |= {key: values[ours] for ours, key in _SCALING[cfg.rope].items()}
-  found: dict[str, Any] = {
+  scaling |= {key: getattr(cfg, field) for field, key in _ROPE_KEYS[cfg.rope].items()}
+  rope = {**scaling, 'rope_theta': cfg.rope_theta}
+  keys: dict[str, Any] = {
     'rope_theta': cfg.rope_theta,
     'rope_scaling': None if cfg.rope == 'default' else scaling,
-    'rope_parameters': {**scaling, 'rope_theta': cfg.rope_theta},
+    'rope_parameters': rope,
   }
   if name == 'gemma3_text':
-    local = cfg.rope_theta_window or cfg.rope_theta
-    found['rope_local_base_freq'] = local
-    found['rope_parameters'] = {
-      'full_attention': found['rope_parameters'],
-      'sliding_attention': {'rope_type': 'default', 'rope_theta': local},
-    }
-  return found
+    theta = cfg.rope_theta_window or cfg.rope_theta
+    local = {'rope_type': 'default', 'rope_theta': theta}
+    keys['rope_local_base_freq'] = theta
+    keys['rope_parameters'] = {'full_attention': rope, 'sliding_attention': local}
+  return keys
 
 
 def find(cfg: DecoderConfig, source: Keys | None = None) -> tuple[str, dict[str, Any]]:
-  """Choose the family that a shape is of, the source's if it can be, and write its config.json.
+  """Return a family that can have a shape, the source's if possible, and its config.json.
 
   Raises:
-    ValueError: if no family has that shape, with what kept the first from it.
+    ValueError: if no family can, with the reason of the first one tried.
   """
-  first = (source or {}).get('model_type')
+  preferred = (source or {}).get('model_type')
   reasons = []
-  for name in sorted(FAMILIES, key=lambda n: n != first):
+  for name in sorted(FAMILIES, key=lambda family: family != preferred):
     try:
       return name, write(cfg, name, source)
     except ValueError as e:
