@@ -1,12 +1,12 @@
-r"""Take a model of `transformers` in, or a run out.
+r"""Import a model of `transformers`, or export a run as one.
 
     python -m slm.hf import HF_DIR RUN
     python -m slm.hf export RUN HF_DIR [--dtype=bfloat16]
     python -m slm.hf verify HF_DIR [OTHER_HF_DIR or RUN] [--tolerance=1e-4]
     python -m slm.hf card HF_DIR [--licence=apache-2.0]
 
-`verify` compares logits and the ids that texts become, with transformers and with a run. It and its
-dependency transformers are the extra slm[hf]; nothing else needs it.
+`verify` compares logits and token ids with transformers, and with a second directory or a run. It
+needs transformers, the extra slm[hf].
 """
 
 from pathlib import Path
@@ -48,7 +48,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('dtype', '', 'export: float32 | bfloat16 | float16; default: as imported.')
-  flags.DEFINE_float('tolerance', 1e-4, 'verify: largest difference of logits allowed, relative '
-                     'to the largest logit.')  # fmt: skip
-  flags.DEFINE_string('licence', '', 'card: SPDX name of the licence, if it is yours to choose.')
+  flags.DEFINE_float('tolerance', 1e-4, 'verify: allowed difference of logits over the largest.')
+  flags.DEFINE_string('licence', '', 'card: SPDX identifier of the licence, if you may choose it.')
   console.run(main, positional=True)

@@ -111,8 +111,8 @@ def directories(tmp_path_factory):
 
 def tensors(path):
   with contextlib.ExitStack() as stack:
-    found = weights.Tensors(path, stack)
-    return {n: (found.dtype(n), found.read(n)) for n in found.files}
+    opened = weights.Tensors(path, stack)
+    return {n: (opened.dtype(n), opened.read(n)) for n in opened.files}
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -129,19 +129,19 @@ def test_logits_equal_those_of_transformers(case, directories, capsys):
 def test_in_and_out_again_are_the_same_bytes(case, dtype, directories, tmp_path):
   source = directories(case, dtype)
   convert.import_model(source, tmp_path / 'run')
-  about = convert.export_model(tmp_path / 'run', tmp_path / 'out')
-  assert about['dtype'] == dtype
+  lineage = convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert lineage['dtype'] == dtype
   before, after = tensors(source), tensors(tmp_path / 'out')
   assert before.keys() == after.keys()
   for name, (kind, w) in before.items():
     assert after[name][0] == kind and after[name][1].tobytes() == w.tobytes(), name
   old, new = (transformers.AutoConfig.from_pretrained(p) for p in (source, tmp_path / 'out'))
-  mine = {k: v for k, v in new.to_dict().items() if k in old.to_dict()}
+  actual = {k: v for k, v in new.to_dict().items() if k in old.to_dict()}
   expected = old.to_dict()
   for key in ('_name_or_path', 'transformers_version', 'torch_dtype', 'dtype'):
-    mine.pop(key, None)
+    actual.pop(key, None)
     expected.pop(key, None)
-  assert mine == expected
+  assert actual == expected
 
 
 @pytest.mark.parametrize('case', ['gemma3', 'mixtral', 'qwen3'])
@@ -431,17 +431,17 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   model = transformers.AutoModelForCausalLM.from_pretrained(source)
   model.resize_token_embeddings(whole.vocab + 5)
   model.save_pretrained(source)
-  about = {
+  tokenizer_config = {
     'bos_token': '<s>',
     'eos_token': '</s>',
     'pad_token': '<fill>',
     'model_max_length': 99,
   }
-  about |= {
+  tokenizer_config |= {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'added_tokens_decoder': {str(fill): {'content': '<fill>', 'special': True}},
   }
-  (source / 'tokenizer_config.json').write_text(json.dumps(about))
+  (source / 'tokenizer_config.json').write_text(json.dumps(tokenizer_config))
   (source / 'chat_template.jinja').write_text('{{ messages }}')
   reserved = whole.vocab + 3  # an end id that the tokenizer lacks
   (source / 'generation_config.json').unlink()
@@ -454,11 +454,11 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   cut = tmp_path / 'cut'
   commands.cut(str(tmp_path / 'run'), [str(tmp_path / 'stats')], {'vocab': 272}, str(cut))
   convert.export_model(cut, tmp_path / 'home')
-  mine = tokenizer.load(cut / 'tokenizer')
+  tok = tokenizer.load(cut / 'tokenizer')
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'home')
-  assert len(theirs) == mine.vocab == 271 < whole.vocab  # and a row of no token
+  assert len(theirs) == tok.vocab == 271 < whole.vocab  # and a row of no token
   for text in toy.documents(['law', 'sea'], 4, 0):
-    assert theirs.encode(text, add_special_tokens=False) == mine.encode(text)
+    assert theirs.encode(text, add_special_tokens=False) == tok.encode(text)
   ids = json.loads((tmp_path / 'home' / 'config.json').read_text())
   new = {t: theirs.convert_tokens_to_ids(t) for t in ('<s>', '</s>', '<fill>', '<turn>')}
   assert new['<fill>'] < 272 < fill and theirs.pad_token_id == new['<fill>'] == ids['pad_token_id']
@@ -466,8 +466,8 @@ def test_a_vocabulary_that_was_cut_goes_home_with_its_own_ids(directories, tmp_p
   assert ids['eos_token_id'] == [new['</s>'], new['<turn>'], 271]
   decoding = json.loads((tmp_path / 'home' / 'generation_config.json').read_text())
   assert set(decoding['eos_token_id']) == set(ids['eos_token_id'])
-  said = json.loads((tmp_path / 'home' / 'tokenizer_config.json').read_text())
-  assert said['added_tokens_decoder'][str(new['<fill>'])]['content'] == '<fill>'
+  written = json.loads((tmp_path / 'home' / 'tokenizer_config.json').read_text())
+  assert written['added_tokens_decoder'][str(new['<fill>'])]['content'] == '<fill>'
   assert theirs.chat_template == '{{ messages }}' and theirs.model_max_length == 99
   assert verify.verify([tmp_path / 'home', cut], 1e-4) < 1e-4
 
@@ -479,8 +479,8 @@ def test_two_types_of_16_bits_become_one_that_holds_both(directories, tmp_path):
   norm = arrays['model.norm.weight'].astype(weights.jax.numpy.bfloat16)
   safetensors.numpy.save_file({**arrays, 'model.norm.weight': norm}, file, {'format': 'pt'})
   convert.import_model(tmp_path / 'model', tmp_path / 'run')
-  about = convert.export_model(tmp_path / 'run', tmp_path / 'out')
-  assert about['dtype'] == 'float32'
+  lineage = convert.export_model(tmp_path / 'run', tmp_path / 'out')
+  assert lineage['dtype'] == 'float32'
   for name, (_, w) in tensors(tmp_path / 'out').items():
     np.testing.assert_array_equal(
       w,
@@ -647,13 +647,13 @@ def test_an_export_reads_and_ends_texts_as_the_model_did(kind, tmp_path, capsys,
   assert ('pad_token_id' in config) == ('pad_token_id' in decoding) == (kind == 'sentencepiece')
   assert verify.verify([tmp_path / 'out', path], 1e-4) < 1e-4
   shown = capsys.readouterr().out
-  assert shown.count('are the same ids, begun by the id') == 2 * len(begin), shown
+  assert shown.count('with begin token') == 2 * len(begin), shown
   # Without the begin token that is told, first of all.
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     if (tmp_path / 'out' / name).exists():
-      about = json.loads((tmp_path / 'out' / name).read_text())
-      about |= {'post_processor': None} if name == 'tokenizer.json' else {'add_bos_token': False}
-      (tmp_path / 'out' / name).write_text(json.dumps(about))
+      content = json.loads((tmp_path / 'out' / name).read_text())
+      content |= {'post_processor': None} if name == 'tokenizer.json' else {'add_bos_token': False}
+      (tmp_path / 'out' / name).write_text(json.dumps(content))
   if begin:
     with pytest.raises(ValueError, match=r"out: the text '' is .* for .*, and .* here"):
       verify.verify([tmp_path / 'out', path], 1e-4)
@@ -676,8 +676,8 @@ ENDS = ['<s>', '</s>', '<turn>']
 
 def test_every_end_token_goes_along(foreign, tmp_path):
   """Those of config.json and of generation_config.json, which was not told of them all."""
-  about = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': '{{ messages }}'}
-  (foreign / 'tokenizer_config.json').write_text(json.dumps(about))
+  tokenizer_config = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': '{{ messages }}'}
+  (foreign / 'tokenizer_config.json').write_text(json.dumps(tokenizer_config))
   edit(foreign, eos_token_id=[2, 319])
   decoding = {'eos_token_id': 2, 'temperature': 0.5}
   (foreign / 'generation_config.json').write_text(json.dumps(decoding))
@@ -697,7 +697,7 @@ def test_tokens_embeddings_and_ids_in_use_are_three_sizes(foreign, tmp_path):
   convert.import_model(foreign, tmp_path / 'run')
   tokens = tokenizer.load(foreign).vocab
   assert convert.remarks(tmp_path / 'run') == [
-    f'320 embeddings, {tokens} ids of tokens: the last {320 - tokens} have none'
+    f'320 embeddings for {tokens} tokens: the last {320 - tokens} are unused'
   ]
   convert.export_model(tmp_path / 'run', tmp_path / 'out')
   assert tensors(tmp_path / 'out')['model.embed_tokens.weight'][1].shape[0] == 320
@@ -731,15 +731,15 @@ def test_tokens_embeddings_and_ids_in_use_are_three_sizes(foreign, tmp_path):
 def test_a_run_remembers_what_an_export_was_made_from(foreign, tmp_path):
   convert.export_model(tmp_path / 'first' / 'run', tmp_path / 'whole')
   convert.import_model(tmp_path / 'whole', tmp_path / 'again')
-  about = convert.export_model(tmp_path / 'again', tmp_path / 'out')
-  assert [x['phase'] for x in about['history']] == ['import', 'pretrain']
-  assert about['made_from'] == ['whole', 'random weights']
-  assert '| run | pretrain | next_token |' in card.text('x', about, {'architectures': ['L']}, '')
-  assert str(tmp_path) not in json.dumps(about)
+  lineage = convert.export_model(tmp_path / 'again', tmp_path / 'out')
+  assert [x['phase'] for x in lineage['history']] == ['import', 'pretrain']
+  assert lineage['made_from'] == ['whole', 'random weights']
+  assert '| run | pretrain | next_token |' in card.text('x', lineage, {'architectures': ['L']}, '')
+  assert str(tmp_path) not in json.dumps(lineage)
   convert.import_model(tmp_path / 'out', tmp_path / 'third')
-  about = convert.export_model(tmp_path / 'third', tmp_path / 'last')
-  assert [x['phase'] for x in about['history']] == ['import', 'import', 'pretrain']
-  assert about['made_from'] == ['out', 'whole', 'random weights']
+  lineage = convert.export_model(tmp_path / 'third', tmp_path / 'last')
+  assert [x['phase'] for x in lineage['history']] == ['import', 'import', 'pretrain']
+  assert lineage['made_from'] == ['out', 'whole', 'random weights']
   for wrong in ('[]', '{}', '{"history": [{"run": 1}], "made_from": []}', '[' * 100_000):
     (tmp_path / 'whole' / convert.LINEAGE).write_text(wrong)
     with pytest.raises(ValueError, match=f'whole/{convert.LINEAGE}: ') as e:
@@ -756,12 +756,12 @@ def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
   (tmp_path / 'big/tokenizer/chat_template.jinja').write_text('{{ big }}')
   signals = tmp_path / 'signals'
   signals.mkdir()
-  about = {'teacher': str(tmp_path / 'big'), 'mode': 'topk', 'data': '', 'on': 'law/train'}
+  manifest = {'teacher': str(tmp_path / 'big'), 'mode': 'topk', 'data': '', 'on': 'law/train'}
   (signals / 'signals.json').write_text(
-    json.dumps({**about, 'rows_sha256': 'ab', 'tokenizer': 'cd', 'step': 0})
+    json.dumps({**manifest, 'rows_sha256': 'ab', 'tokenizer': 'cd', 'step': 0})
   )
   cost = [ledger.phase_entry('signals', 7, 8e3, 0.5)]
-  ledger.write_ledger(signals, cost, [about['teacher']])
+  ledger.write_ledger(signals, cost, [manifest['teacher']])
   loaded = load.load(base, load.mesh_for(base))
   live = {'teacher': str(tmp_path / 'big')}
   for more, ancestors in ((live, []), ({'teacher_cache': str(signals)}, [str(signals)])):
@@ -804,11 +804,11 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   c.init, c.data.path, c.data.set, c.steps = str(tmp_path / 'run'), data.out, 'law', 4
   c.data.index, c.eval.split = '', 'test'
   loop.train(c.to_dict(), tmp_path / 'tuned')
-  about = convert.export_model(tmp_path / 'tuned', tmp_path / 'home')
-  assert [x['phase'] for x in about['history']] == ['pretrain', 'import']
+  lineage = convert.export_model(tmp_path / 'tuned', tmp_path / 'home')
+  assert [x['phase'] for x in lineage['history']] == ['pretrain', 'import']
   taught = {'name': 'distill', 'kl': 'forward', 'temperature': 2.0, 'chunk': 512}
-  newest = {**about['history'][0], 'teacher': 'big', 'objective': taught}
-  shown = card.text('x', {**about, 'history': [newest]}, {'architectures': ['L']}, '')
+  newest = {**lineage['history'][0], 'teacher': 'big', 'objective': taught}
+  shown = card.text('x', {**lineage, 'history': [newest]}, {'architectures': ['L']}, '')
   assert '- Taught by: big.' in shown and '| distill (kl forward, temperature 2.0) |' in shown
   assert f'| {tmp_path.name}/law |' not in shown and '/law |' in shown
   tuned = load.load(tmp_path / 'tuned', load.mesh_for(tmp_path / 'tuned'))
@@ -822,5 +822,5 @@ def test_an_imported_model_is_a_run_like_any_other(directories, tmp_path, tiny_c
   name = 'model.layers.0.mlp.up_proj.weight'
   assert np.abs(before[name][1] - after[name][1]).max() > 0
   (tmp_path / 'run').rename(tmp_path / 'elsewhere')
-  with pytest.raises(ValueError, match='run: gone, and .*tuned was made from it'):
+  with pytest.raises(ValueError, match='run: is missing; .*tuned was made from it'):
     convert.export_model(tmp_path / 'tuned', tmp_path / 'again')

@@ -1,4 +1,4 @@
-"""A model card from what an exported directory says of itself."""
+"""Model cards of exported directories, written from their lineage."""
 
 from pathlib import Path
 from typing import Any
@@ -7,31 +7,36 @@ from slm.base import files
 from slm.runs.rundir import LINEAGE
 
 _UNKNOWN = 'not stated'
+# Settings of a distillation objective that a card shows.
+_DISTILLATION = (
+  'kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'on_policy_from', 'on_policy_kl',
+  'correct',
+)  # fmt: skip
 
 
 def write(path: Path, licence: str = '') -> str:
-  """Write README.md beside the weights; returns its path.
+  """Write the README.md of an exported directory and return its path.
 
   Raises:
-    ValueError: if the directory was not exported here.
+    ValueError: if the directory is not an export.
   """
   if not (path / LINEAGE).exists():
     raise ValueError(f'{path}: holds no {LINEAGE}: only an exported directory has a card')
-  about, hf = files.read_json(path / LINEAGE), files.read_json(path / 'config.json')
-  files.write_text(path / 'README.md', text(path.name, about, hf, licence))
+  lineage, hf = files.read_json(path / LINEAGE), files.read_json(path / 'config.json')
+  files.write_text(path / 'README.md', text(path.name, lineage, hf, licence))
   return str(path / 'README.md')
 
 
-def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> str:
-  """Write the card: front matter, shape, lineage from the newest run to the oldest, cost."""
-  history = about['history']
+def text(name: str, lineage: dict[str, Any], hf: dict[str, Any], licence: str) -> str:
+  """Return a card: front matter, architecture, and the runs behind the model with their costs."""
+  history = lineage['history']
   lines = ['---', f'license: {licence or "other"}', 'library_name: transformers', '---', '']
   lines += [f'# {name}', '']
   lines += [
-    f'- Architecture: {hf["architectures"][0]}, {about["total_parameters"]:,} parameters, '
-    f'{about["dtype"]}.',
-    f'- Made from: {", ".join(about["made_from"])}.',
-    *(f'- Taught by: {x["teacher"]}.' for x in history[:1] if x.get('teacher')),
+    f'- Architecture: {hf["architectures"][0]}, {lineage["total_parameters"]:,} parameters, '
+    f'{lineage["dtype"]}.',
+    f'- Made from: {", ".join(lineage["made_from"])}.',
+    *(f'- Taught by: {entry["teacher"]}.' for entry in history[:1] if entry.get('teacher')),
     f'- Licence of this model: {licence or _UNKNOWN}. Licences of the models and data it was made '
     f'from: {_UNKNOWN}; theirs apply.',
     '',
@@ -39,19 +44,18 @@ def text(name: str, about: dict[str, Any], hf: dict[str, Any], licence: str) -> 
     '',
     '| run | phase | objective | tokens | FLOPs | device-seconds | validation loss | text | rows |',
     '| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |',
+    *map(row, history),
   ]
-  lines += map(row, history)
-  pruned = [x['prune'] for x in history if 'prune' in x]
-  for entry in pruned:
-    lines += ['', f'Pruned: kept indices {entry["sha256"][:16]}, shape {entry["shape"]}.']
-  lines += ['', f'Files: tokenizer {", ".join(about["tokenizer"]) or "none"}.', '']
+  for prune in (entry['prune'] for entry in history if 'prune' in entry):
+    lines += ['', f'Pruned: kept indices {prune["sha256"][:16]}, shape {prune["shape"]}.']
+  lines += ['', f'Files: tokenizer {", ".join(lineage["tokenizer"]) or "none"}.', '']
   return '\n'.join(lines)
 
 
 def row(entry: dict[str, Any]) -> str:
-  """Write the row of a run of the lineage."""
-  spent = [p for p in entry['cost'] if p['phase'] != 'evaluate']
-  total = lambda key: sum(p[key] for p in spent)
+  """Return the table row of an entry of the lineage."""
+  phases = [phase for phase in entry['cost'] if phase['phase'] != 'evaluate']
+  total = lambda key: sum(phase[key] for phase in phases)
   loss = entry.get('result', {}).get('loss')
   return (
     f'| {entry["run"]} | {entry["phase"]} | {_objective(entry)} | '
@@ -63,13 +67,8 @@ def row(entry: dict[str, Any]) -> str:
 
 
 def _objective(entry: dict[str, Any]) -> str:
-  """Say what was minimised, if anything was: a distillation with all that makes it one."""
-  found = entry['objective']
+  objective = entry['objective']
   if entry['phase'] in ('prune', 'import', 'select'):
     return 'none'
-  how = ', '.join(f'{k} {found[k]}' for k in _HOW if found.get(k))
-  return f'{found["name"]} ({how})' if how else found['name']
-
-
-_HOW = ('kl', 'temperature', 'mixing', 'top_k', 'states', 'on_policy', 'on_policy_from',
-        'on_policy_kl', 'correct')  # fmt: skip
+  settings = ', '.join(f'{key} {objective[key]}' for key in _DISTILLATION if objective.get(key))
+  return f'{objective["name"]} ({settings})' if settings else objective['name']

@@ -1,4 +1,4 @@
-"""A directory of `transformers` to a run directory, and a run to a directory of `transformers`."""
+"""Import models of `transformers` as run directories; export runs as models of `transformers`."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from slm import models
@@ -26,10 +25,10 @@ from slm.weights.axes import Params
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
-  """Read config.json: what it holds, and the shape.
+  """Read the config.json of a directory: its content, and the shape that it describes.
 
   Raises:
-    ValueError: naming the file, if it is damaged or describes something not computed here.
+    ValueError: naming the file, if it is missing, damaged or of an unsupported model.
   """
   file = path / 'config.json'
   rundir.refuse_unfinished(path)
@@ -45,24 +44,23 @@ def read_config(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
       raise ValueError(f'{file}: {e}') from None
 
 
-class Read(NamedTuple):
-  """A model of transformers: weights, config.json, and what its files say of the tensors."""
+class Imported(NamedTuple):
+  """A model of transformers in memory."""
 
   model: models.Model
   params: Params
-  hf: dict[str, Any]
-  dtype: str  # the widest type of the weights' tensors
-  buffers: list[str]  # tensors that are not weights, and were left out
+  hf: dict[str, Any]  # config.json
+  dtype: str  # the widest type of the tensors that are weights
+  buffers: list[str]  # names of the tensors that are not weights
 
 
-def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any = None) -> Read:
-  """Read a model of transformers onto a mesh.
+def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any = None) -> Imported:
+  """Load a model of transformers onto a mesh, in its own type or in `dtype`.
 
-  Weights have that type, or `dtype`. Each device's part is read tensor by tensor, from `gguf` if
-  an open GGUF file holds the directory's weights.
+  The weights are read from `gguf`, an open GGUF file, if one is given.
 
   Raises:
-    ValueError: naming the file or tensor that is missing, damaged, left over or of another shape.
+    ValueError: naming the file or tensor that is missing, damaged, unknown or of the wrong shape.
   """
   path = Path(path)
   hf, shape = read_config(path)
@@ -71,33 +69,30 @@ def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any =
   with contextlib.ExitStack() as stack:
     tensors = gguf or weights.Tensors(path, stack)
     try:
-      planned, buffers = weights.plan(tensors, shape, hf['model_type'], shapes)
-      own = weights.dtype_of(tensors, planned)
-      dtype = dtype or own
-      params = weights.load(
-        tensors, planned, shapes, sharding.shardings(shapes, mesh),
-        np.dtype(getattr(ml_dtypes, dtype, dtype)),
-      )  # fmt: skip
+      plan, buffers = weights.plan(tensors, shape, hf['model_type'], shapes)
+      own_dtype = weights.dtype_of(tensors, plan)
+      target, places = np.dtype(dtype or own_dtype), sharding.shardings(shapes, mesh)
+      params = weights.load(tensors, plan, shapes, places, target)
     except ValueError as e:
       raise ValueError(f'{path}: {e}') from None
-  return Read(model, params, hf, own, buffers)
+  return Imported(model, params, hf, own_dtype, buffers)
 
 
 @artifact.writes('workdir')
 def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> RunConfig:
-  """Write a model of transformers as a run directory that everything else takes.
+  """Import a model of transformers as a run directory.
 
-  `gguf` is an open GGUF file of which `path` holds the config and the tokenizer.
+  With an open GGUF file `gguf`, `path` provides only the config and the tokenizer.
 
   Raises:
-    ValueError: as `read` does, or if the directory holds something else.
+    ValueError: as `read` does, or if `workdir` holds something else.
   """
   path, workdir = Path(path), Path(workdir)
   hf, shape = read_config(path)
   content = tokenizer_files.read(path)
   tok = tokenizer.load(path) if tokenizer_files.is_there(content) else None
   tokenizer_files.check_ids(path, shape.vocab, tok)
-  origin = gguf.path if gguf else path
+  source = gguf.path if gguf else path
   mesh = sharding.fit_mesh(shape.embed)
   cfg = RunConfig(
     phase='import',
@@ -107,56 +102,59 @@ def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> Run
     data=DataConfig(set=''),
     tokenizer=tok.fingerprint if tok else '',
     hf={
-      'path': str(origin.resolve()),
+      'path': str(source.resolve()),
       'config': hf,
-      'files': _stamps(origin, workdir),
-      **_ancestors(path),
+      'files': _stamps(source, workdir),
+      **_earlier_lineage(path),
     },
   )
   config.check_run(workdir, cfg)
   if (workdir / 'result.json').exists():
     return cfg
   with jax.set_mesh(mesh):
-    found = read(path, mesh, gguf=gguf)
+    imported = read(path, mesh, gguf=gguf)
     config.write_run(workdir, cfg)
     tokenizer_files.write(workdir / 'tokenizer', content)
-  load.write_dense(workdir, cfg, found.params, [], dtype=found.dtype, left_out=found.buffers)
+  load.write_dense(
+    workdir, cfg, imported.params, [], dtype=imported.dtype, left_out=imported.buffers
+  )
   return cfg
 
 
 def remarks(run: str | Path) -> list[str]:
-  """Say what an imported model's files held that is of no use, in a line each."""
-  run, said = Path(run), []
-  if unused := files.read_json(run / 'result.json').get('left_out', []):
-    more = ', ...' if len(unused) > 1 else ''
-    said.append(f'left out: {len(unused)} tensors that are not weights ({unused[0]}{more})')
+  """Describe the tensors and embeddings of an imported model that nothing uses, a line each."""
+  run, lines = Path(run), []
+  if buffers := files.read_json(run / 'result.json').get('left_out', []):
+    more = ', ...' if len(buffers) > 1 else ''
+    lines.append(f'left out: {len(buffers)} tensors that are not weights ({buffers[0]}{more})')
   cfg = config.of(run)
-  rows, ids = cfg.model.vocab, 0
-  if cfg.tokenizer and (ids := tokenizer.load(run / 'tokenizer').vocab) < rows:
-    said.append(f'{rows:,} embeddings, {ids:,} ids of tokens: the last {rows - ids:,} have none')
-  return said
+  rows, tokens = cfg.model.vocab, 0
+  if cfg.tokenizer and (tokens := tokenizer.load(run / 'tokenizer').vocab) < rows:
+    unused = rows - tokens
+    lines.append(f'{rows:,} embeddings for {tokens:,} tokens: the last {unused:,} are unused')
+  return lines
 
 
-def _ancestors(path: Path) -> dict[str, Any]:
-  """Return what an export of slm says it was made from; nothing of other directories.
+def _earlier_lineage(path: Path) -> dict[str, Any]:
+  """Return `made_from` and `history` of a directory that slm exported, {} for any other.
 
   Raises:
-    ValueError: naming the file, if it is not what an export writes.
+    ValueError: naming the file, if an export would not have written it.
   """
   if not (path / LINEAGE).exists():
     return {}
-  about = files.read_json(path / LINEAGE)
+  lineage = files.read_json(path / LINEAGE)
   with files.reading(path / LINEAGE, 'the lineage of an export'):
-    for entry in about['history']:
+    for entry in lineage['history']:
       card.row(entry)
-    return {'made_from': list(map(str, about['made_from'])), 'history': about['history']}
+    return {'made_from': list(map(str, lineage['made_from'])), 'history': lineage['history']}
 
 
 def _stamps(path: Path, workdir: Path) -> dict[str, list[Any]]:
-  """Return size, time of change and hash of every file of weights: other weights, another run."""
+  """Return size, modification time and hash of each weight file, by name."""
   folder, paths = (path.parent, [path]) if path.is_file() else (path, path.glob('*.safetensors'))
-  there = (workdir / 'config.json').exists()
-  known = (config.of(workdir).hf or {}).get('files', {}) if there else {}
+  imported = (workdir / 'config.json').exists()
+  known = (config.of(workdir).hf or {}).get('files', {}) if imported else {}
   stamps = artifact.contents(sorted(paths), {str(folder / n): stamp for n, stamp in known.items()})
   return {Path(name).name: stamp for name, stamp in stamps.items()}
 
@@ -165,16 +163,15 @@ def _stamps(path: Path, workdir: Path) -> dict[str, list[Any]]:
 def export_model(
   run: str | Path, out: str | Path, dtype: str = '', shard_bytes: int = weights.SHARD_BYTES
 ) -> dict[str, Any]:
-  """Write a run's dense model as a directory that transformers loads unchanged.
+  """Export a run's dense model as a directory that transformers loads; return its lineage.
 
-  `dtype` '' is the type that the weights were imported with, float32 for others. What came with
-  the model it was made from (tokenizer, chat template, token ids) is carried over; a teacher's is
-  not.
+  With `dtype` '' weights keep the type that they were imported in, or are float32. The tokenizer,
+  chat template and token ids of the run or of the runs that it was initialised from go with them.
 
   Raises:
-    ValueError: if weights cannot have that type, the run is unfinished or holds several
-      specialists, no architecture of transformers has its shape, a run it was made from is gone, or
-      the directory holds something else.
+    ValueError: if the type is unknown, the run is unfinished or holds several specialists, no
+      family of transformers can have its shape, a run that it was made from is missing, or `out`
+      holds something else.
   """
   run, out = Path(run), Path(out)
   if dtype not in ('', *weights.DTYPES.values()):
@@ -183,52 +180,50 @@ def export_model(
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
   history = lineage(run)
-  _check_place(out, Path(history[0]['run']).name)
+  _check_out(out, Path(history[0]['run']).name)
   ancestry = line(history)
-  origin = next((x['hf'] for x in ancestry if 'hf' in x), {})
+  origin = next((entry['hf'] for entry in ancestry if 'hf' in entry), {})
   content, hf = _settings(loaded, ancestry, bool(origin))
   family, hf = families.find(loaded.model.cfg, hf)
   dtype = dtype or origin.get('dtype', 'float32')
   hf |= {'torch_dtype': dtype, 'dtype': dtype}
   history = [_public(entry) for entry in history]
-  # The directory is marked first, so that an export cut short can be begun again; and it does not
-  # load before its config is there, last.
+  # The lineage comes first, to mark an unfinished export as one, and config.json last: without it
+  # the directory does not load.
   files.write_json(out / LINEAGE, {'unfinished': True, 'history': history[:1]})
   for path in (out / 'config.json', out / 'README.md', *out.glob('*.tmp')):
-    path.unlink(missing_ok=True)  # the card is of the weights that were there
+    path.unlink(missing_ok=True)  # README.md describes the previous weights
   tokenizer_files.write(out, content)
-  sizes = weights.save(
-    loaded.params(), loaded.model.cfg, family, out, np.dtype(getattr(ml_dtypes, dtype, dtype)),
-    shard_bytes,
-  )  # fmt: skip
+  sizes = weights.save(loaded.params(), loaded.model.cfg, family, out, np.dtype(dtype), shard_bytes)
   files.write_json(out / 'config.json', hf)
-  about = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': [*content]}
-  before = ancestry if 'hf' in ancestry[0] else ancestry[1:]
-  steps = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in before]
-  about['made_from'] = [*steps, *(origin.get('made_from', []) if origin else ['random weights'])]
-  about['history'] = history
-  files.write_json(out / LINEAGE, about)
-  return about
+  sources = ancestry if 'hf' in ancestry[0] else ancestry[1:]
+  names = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in sources]
+  names += origin.get('made_from', []) if origin else ['random weights']
+  result = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': [*content]}
+  result |= {'made_from': names, 'history': history}
+  files.write_json(out / LINEAGE, result)
+  return result
 
 
-def _check_place(out: Path, run: str) -> None:
-  """Refuse a directory that holds something else than an export, whole or begun, of a run."""
-  if artifact.occupied(out) and not (out / LINEAGE).exists():
-    raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
-  if (out / LINEAGE).exists():
-    before = files.read_json(out / LINEAGE).get('history', [{'run': run}])[0]['run']
-    if before != run:
-      raise ValueError(f'{out}: holds the export of {before}, not of {run}: choose another one')
+def _check_out(out: Path, run: str) -> None:
+  """Refuse a directory that holds anything but a complete or partial export of `run`."""
+  if not (out / LINEAGE).exists():
+    if artifact.occupied(out):
+      raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
+    return
+  exported = files.read_json(out / LINEAGE).get('history', [{'run': run}])[0]['run']
+  if exported != run:
+    raise ValueError(f'{out}: holds the export of {exported}, not of {run}: choose another one')
 
 
 def _settings(
   loaded: load.Loaded, ancestry: list[dict[str, Any]], imported: bool
 ) -> tuple[tokenizer_files.Files, dict[str, Any]]:
-  """Return the tokenizer's files of an export, and what its config.json takes over."""
+  """Return the tokenizer files of an export, and the keys that its config.json carries over."""
   folder, content = tokenizer_files.of_line(ancestry)
   hf = tokenizer_files.parse(content, 'config.json')
   content.pop('config.json', None)
-  if not imported:  # what there is of a config came with the tokenizer alone
+  if not imported:  # the tokenizer's config.json, not the model's
     ids = {key: hf[key] for key in families.TOKEN_IDS if hf.get(key) is not None}
     hf = {'max_position_embeddings': loaded.cfg.context, **ids}
   if folder and tokenizer_files.is_there(content):
@@ -239,37 +234,37 @@ def _settings(
 
 
 def line(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Return those of a lineage whose weights became the newest run's: no teachers."""
-  by_run = {x['run']: x for x in history}
-  found = [history[0]]
-  while source := found[-1].get('init'):
-    found.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
-  return found
+  """Select from a lineage the runs that each was initialised from, newest first; no teachers."""
+  by_run = {entry['run']: entry for entry in history}
+  ancestry = [history[0]]
+  while source := ancestry[-1].get('init'):
+    ancestry.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
+  return ancestry
 
 
 def lineage(run: str | Path) -> list[dict[str, Any]]:
-  """List a run and what its weights came from, newest first, with their costs and data.
+  """List a run and all runs and signals that it was made from, newest first, with their costs.
 
   Raises:
-    ValueError: naming a run that weights came from and that is not there any more.
+    ValueError: naming a run that another was initialised from and that is missing.
   """
-  entries, todo, seen = [], [Path(run)], set()
-  while todo:
-    path, step = rundir.split_ref(todo.pop(0))
-    known = (path / 'config.json').exists() or (path / signals.ABOUT).exists()
-    if path.resolve() in seen or not known:
+  entries, pending, seen = [], [Path(run)], set()
+  while pending:
+    path, step = rundir.split_ref(pending.pop(0))
+    is_run = (path / 'config.json').exists()
+    if path.resolve() in seen or not (is_run or (path / signals.ABOUT).exists()):
       continue
     seen.add(path.resolve())
     cost = ledger.read_ledger(path)
-    about, sources = _of_run(path) if (path / 'config.json').exists() else (_of_signals(path), [])
-    about |= {'run': str(path.resolve()), 'step': step, 'cost': cost['phases']}
-    entries += [about, *about.get('hf', {}).get('history', [])]
-    todo += [Path(source) for source in (*sources, *cost['ancestors'])]
+    entry, sources = _run_entry(path) if is_run else (_signals_entry(path), [])
+    entry |= {'run': str(path.resolve()), 'step': step, 'cost': cost['phases']}
+    entries += [entry, *entry.get('hf', {}).get('history', [])]
+    pending += [Path(source) for source in (*sources, *cost['ancestors'])]
   return entries
 
 
-def _of_run(path: Path) -> tuple[dict[str, Any], list[str]]:
-  """Return what a lineage says of a run, and the runs that it was made from."""
+def _run_entry(path: Path) -> tuple[dict[str, Any], list[str]]:
+  """Return a run's entry in a lineage, and the runs that it was made from."""
   cfg = config.of(path)
   values = schema.plain(cfg)
   entry = {
@@ -279,16 +274,15 @@ def _of_run(path: Path) -> tuple[dict[str, Any], list[str]]:
     'set': cfg.data.set,
     'rows_sha256': cfg.rows,
     'tokenizer_sha256': cfg.tokenizer,
-    'config_sha256': hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+    'config_sha256': _sha256(values),
   }
   entry |= {key: values[key] for key in ('teacher', 'prune') if values.get(key)}
   if cfg.teacher_cache:
-    about = Path(cfg.teacher_cache) / signals.ABOUT
-    entry['teacher'] = files.read_json(about)['teacher'] if about.exists() else str(about.parent)
-  source = cfg.init or (cfg.specialist or {}).get('of', '')
-  if source and not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
-    raise ValueError(f'{source}: gone, and {path} was made from it: it has its tokenizer and type')
-  if source:
+    file = Path(cfg.teacher_cache) / signals.ABOUT
+    entry['teacher'] = files.read_json(file)['teacher'] if file.exists() else str(file.parent)
+  if source := cfg.init or (cfg.specialist or {}).get('of', ''):
+    if not (rundir.split_ref(Path(source))[0] / 'config.json').exists():
+      raise ValueError(f'{source}: is missing; {path} was made from it and needs its tokenizer')
     entry['init'] = source
   if (path / 'result.json').exists():
     entry['result'] = files.read_json(path / 'result.json')
@@ -297,27 +291,27 @@ def _of_run(path: Path) -> tuple[dict[str, Any], list[str]]:
   return entry, [name for name in (source, cfg.teacher) if name]
 
 
-def _of_signals(path: Path) -> dict[str, Any]:
-  """Return what a lineage says of a teacher's signals."""
-  about = files.read_json(path / signals.ABOUT)
+def _signals_entry(path: Path) -> dict[str, Any]:
+  """Return the entry in a lineage of a directory of teacher signals."""
+  manifest = files.read_json(path / signals.ABOUT)
   return {
     'phase': 'signals',
-    'objective': {'name': about['mode']},
-    'data': about['data'],
-    'set': about['on'].partition('/')[0],
-    'rows_sha256': about['rows_sha256'],
-    'tokenizer_sha256': about['tokenizer'],
-    'config_sha256': hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+    'objective': {'name': manifest['mode']},
+    'data': manifest['data'],
+    'set': manifest['on'].partition('/')[0],
+    'rows_sha256': manifest['rows_sha256'],
+    'tokenizer_sha256': manifest['tokenizer'],
+    'config_sha256': _sha256(manifest),
   }
 
 
+def _sha256(values: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _public(entry: Mapping[str, Any]) -> dict[str, Any]:
-  """Keep names of directories, not where they lay on the machine that exported."""
-  found = dict(entry)
-  for key in ('run', 'data', 'init', 'teacher'):
-    if found.get(key):
-      found[key] = Path(found[key]).name
-  if 'hf' in found:
-    name = found['hf'].get('path', found['hf'].get('name', ''))
-    found['hf'] = {'name': Path(name).name, 'dtype': found['hf']['dtype']}
-  return found
+  """Reduce the paths in an entry of a lineage to names."""
+  names = {k: Path(entry[k]).name for k in ('run', 'data', 'init', 'teacher') if entry.get(k)}
+  if hf := entry.get('hf'):
+    names['hf'] = {'name': Path(hf.get('path') or hf['name']).name, 'dtype': hf['dtype']}
+  return {**entry, **names}
