@@ -254,7 +254,7 @@ def test_padding_on_the_left_of_a_cached_prompt_is_finite():
 def test_axis_table_and_parameter_count_cover_every_leaf(variant):
   model = models.build(section('model', {**SMALL, **EVERY[variant]}))
   params = jax.eval_shape(model.init, jax.random.key(0))
-  names = axes.axes(params)
+  names = jax.tree_util.tree_map_with_path(lambda path, _: axes.leaf_axes(path), params)
   c = model.cfg
   sizes = {
     'vocab': c.vocab,

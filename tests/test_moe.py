@@ -39,16 +39,16 @@ def test_dispatches_agree_in_value_and_gradient(devices):
   mesh = sharding.make_mesh({'data': devices}, jax.devices()[:devices])
   params = models.build(section('model', SMALL)).init(KEY)
   rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
-  found = []
+  results = []
   for dispatch in moe.DISPATCH:
     model = models.build(section('model', {**SMALL, 'shared_mlp': 6, 'dispatch': dispatch}))
     params = model.init(KEY)
     fn = lambda p, r, m=model: loss(m, balance=0.1, z=0.1)(p, r)['loss'][0]
     with jax.set_mesh(mesh):
-      found.append(jax.jit(jax.value_and_grad(fn))(params, rows))
+      results.append(jax.jit(jax.value_and_grad(fn))(params, rows))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
-  jax.tree.map(close, found[0], found[1])
-  assert all(np.abs(g).sum() > 0 for g in jax.tree.leaves(found[0][1]))
+  jax.tree.map(close, results[0], results[1])
+  assert all(np.abs(g).sum() > 0 for g in jax.tree.leaves(results[0][1]))
 
 
 def test_equal_experts_are_one_dense_mlp():
@@ -68,15 +68,15 @@ def test_equal_experts_are_one_dense_mlp():
 def test_routing_statistics_leave_out_padding_and_add_up():
   model = models.build(section('model', SMALL))
   rows = batch()
-  found = model.forward(model.init(KEY), rows).routing
+  routing = model.forward(model.init(KEY), rows).routing
   real = rows['segments'].sum(1)
-  np.testing.assert_array_equal(found['tokens'], np.stack([real, real], 1))
-  np.testing.assert_allclose(found['chosen'].sum(-1), 2 * found['tokens'])
-  np.testing.assert_allclose(found['probability'].sum(-1), found['tokens'], rtol=1e-5)
+  np.testing.assert_array_equal(routing['tokens'], np.stack([real, real], 1))
+  np.testing.assert_allclose(routing['chosen'].sum(-1), 2 * routing['tokens'])
+  np.testing.assert_allclose(routing['probability'].sum(-1), routing['tokens'], rtol=1e-5)
   halves = [{n: x[i : i + 4] for n, x in rows.items()} for i in (0, 4)]
   parts = [model.forward(model.init(KEY), h).routing for h in halves]
   joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-  assert moe.balance(joined) == pytest.approx(float(moe.balance(found)), rel=1e-5)
+  assert moe.balance(joined) == pytest.approx(float(moe.balance(routing)), rel=1e-5)
 
 
 def test_balance_is_one_when_even_and_the_number_of_experts_at_worst():
@@ -108,8 +108,8 @@ def test_auxiliary_losses_are_their_formulas_and_are_minimised():
 
   z, logits = z_of(jax.random.normal(KEY, (16, 4)))
   np.testing.assert_allclose(z, np.log(np.exp(logits).sum(-1)) ** 2, rtol=1e-5)
-  found = loss(model, balance=0.3, z=0.7)(params, rows)
-  value = {name: float(total / weight) for name, (total, weight) in found.items()}
+  sums = loss(model, balance=0.3, z=0.7)(params, rows)
+  value = {name: float(total / weight) for name, (total, weight) in sums.items()}
   seen['z'] = float(routing['z'].sum() / routing['tokens'].sum())
   assert value['balance'] == pytest.approx(balance, rel=1e-5)
   assert value['router_z'] == pytest.approx(seen['z'], rel=1e-5)
@@ -121,7 +121,7 @@ def test_auxiliary_losses_are_their_formulas_and_are_minimised():
     step = jax.tree.map(lambda x: x, params)
     step['blocks']['mlp']['w_router'] = params['blocks']['mlp']['w_router'] - 1e-2 * g
     after = loss(model, balance=1.0, z=1.0)(step, rows)[name][0]
-    assert np.abs(g).max() > 0 and after < found[name][0]
+    assert np.abs(g).max() > 0 and after < sums[name][0]
 
 
 def test_what_remat_keeps_and_flops_count():
@@ -210,12 +210,12 @@ def test_a_distilled_router_is_kept_balanced():
   taught = lambda **more: jax.jit(objectives.build(section('objective', {**kd, **more}), passes))(
     params, {'teacher': weights}, rows
   )
-  plain, found = taught(balance=0.0, z=0.0), taught(balance=0.3, z=0.7)
+  plain, both = taught(balance=0.0, z=0.0), taught(balance=0.3, z=0.7)
   alone = jax.jit(loss(student, balance=0.3, z=0.7))(params, rows)
   for name in ('balance', 'router_z'):
-    np.testing.assert_allclose(found[name][0], alone[name][0], rtol=1e-6)
-  more = 0.3 * found['balance'][0] + 0.7 * found['router_z'][0]
-  assert float(found['loss'][0]) == pytest.approx(float(plain['loss'][0] + more), rel=1e-6)
+    np.testing.assert_allclose(both[name][0], alone[name][0], rtol=1e-6)
+  more = 0.3 * both['balance'][0] + 0.7 * both['router_z'][0]
+  assert float(both['loss'][0]) == pytest.approx(float(plain['loss'][0] + more), rel=1e-6)
   assert float(plain['loss'][0]) == pytest.approx(float(plain['kl'][0]), rel=1e-6)
 
 
@@ -226,9 +226,9 @@ def test_counts_and_axes():
   idle = 2 * 2 * 3 * 16 * 12  # two layers, two experts not taken
   total, active = (f(model.cfg)['mlp'] for f in (count.num_params, count.active_params))
   assert total - active == idle
-  names = axes.axes(params)['blocks']['mlp']
-  assert names['experts']['w_up'] == ('layers', 'experts', 'embed', 'mlp')
-  assert names['w_router'] == ('layers', 'embed', 'experts')
+  names = jax.tree_util.tree_map_with_path(lambda path, _: axes.leaf_axes(path), params)
+  assert names['blocks']['mlp']['experts']['w_up'] == ('layers', 'experts', 'embed', 'mlp')
+  assert names['blocks']['mlp']['w_router'] == ('layers', 'embed', 'experts')
   mesh = sharding.make_mesh({'expert': 4, 'data': 2})
   where = sharding.shardings(params, mesh)['blocks']['mlp']['experts']['w_up']
   assert where.spec == jax.sharding.PartitionSpec(None, 'expert', None, None)

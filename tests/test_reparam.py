@@ -11,7 +11,7 @@ from slm import models, reparam
 from slm.objectives import next_token
 from slm.runs.config import NextTokenConfig, section
 from slm.training.step import make_sums
-from slm.weights import axes, sharding
+from slm.weights import sharding
 
 MLP = ('w_gate', 'w_up', 'w_down')
 MODEL = models.build(
@@ -221,7 +221,7 @@ def moved(theta):
 
 @pytest.mark.parametrize('name', sorted(SECTIONS))
 def test_axes_cover_every_theta(name):
-  axes.axes(build(name).init(KEY))
+  sharding.shardings(build(name).init(KEY), sharding.make_mesh({'data': 8}))
 
 
 @pytest.mark.parametrize('name', [n for n in sorted(SECTIONS) if n not in ('full', 'mixture')])

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from slm import models
 from slm.objectives import next_token
 from slm.runs.config import NextTokenConfig, section
-from slm.weights import axes, sharding
+from slm.weights import sharding
 
 MODEL = models.build(
   section('model', {
@@ -88,9 +88,9 @@ def test_errors_name_the_thing(mesh):
   with pytest.raises(ValueError, match='needs 6 devices, found 8'):
     sharding.make_mesh({'data': 2, 'tensor': 3})
   with pytest.raises(ValueError, match="no row for 'w_typo'"):
-    axes.axes({'mlp': {'w_typo': jnp.ones((2, 2))}})
+    sharding.shardings({'mlp': {'w_typo': jnp.ones((2, 2))}}, mesh)
   with pytest.raises(ValueError, match='axes .* shape'):
-    axes.axes({'mlp': {'w_up': jnp.ones((2, 2, 2))}})
+    sharding.shardings({'mlp': {'w_up': jnp.ones((2, 2, 2))}}, mesh)
   with pytest.raises(ValueError, match='vocab=33, which tensor=4 does not divide'):
     sharding.shardings({'embedding': jnp.ones((33, 16))}, mesh)
 

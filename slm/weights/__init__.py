@@ -1,1 +1,1 @@
-"""Weights as nested dicts: axes by leaf name, meshes, trees of leaves, counts."""
+"""Weights as nested dicts: the axes of leaves, meshes, trees and counts."""

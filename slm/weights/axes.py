@@ -1,12 +1,10 @@
-"""The axis table: what every weight dimension is called, and where it lies on the mesh.
+"""The axis table: a leaf's name fixes its logical axes.
 
-A leaf's name fixes its logical axes. Sharding, projection, weight decay, initial scale and
-parameter counts all read this table; a new architecture adds rows here.
+Sharding, projection, weight decay, initial scale and parameter counts all read this table; a new
+architecture adds rows here.
 """
 
 from typing import Any
-
-import jax
 
 Params = dict[str, Any]
 
@@ -34,9 +32,9 @@ AXES: dict[str, tuple[str, ...]] = {
   'b_up': ('mlp',),
   'b_down': ('embed',),
   'w_router': ('embed', 'experts'),
-  # slm/objectives/setup.py: the student's states at the teacher's width.
+  # slm/objectives/setup.py: the map from the student's states to the teacher's width.
   'w_teacher': ('embed', 'teacher_embed'),
-  # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network, and the nets that route or emit.
+  # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network; routers and hypernetworks.
   'expert_code': ('clusters', 'code'),
   'mix': ('code', 'basis'),
   'router_in': ('clusters', 'hidden'),
@@ -46,10 +44,10 @@ AXES: dict[str, tuple[str, ...]] = {
   'hyper_bias': ('hidden',),
 }
 
-# A path component that stacks everything below it along one more leading axis.
+# Path component -> the leading axis that it adds to all leaves below it.
 STACKS = {'experts': 'experts', 'blocks': 'layers', 'bases': 'basis'}
 
-# Axes a weight is contracted over, by leaf name: the fan-in of the initial scale.
+# Leaf name -> the axes that a matrix is contracted over, its fan-in.
 INPUTS: dict[str, tuple[str, ...]] = {
   'wq': ('embed',),
   'wk': ('embed',),
@@ -61,7 +59,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
   'w_router': ('embed',),
 }
 
-# The factors [inputs,rank] and [rank,outputs] of a change to the weight that they lie under.
+# Low-rank factors [inputs,rank] and [rank,outputs]; the path component before names the weight.
 FACTORS = ('lora_a', 'lora_b')
 
 
@@ -72,24 +70,13 @@ def leaf_axes(path: tuple[Any, ...]) -> tuple[str, ...]:
     ValueError: if the leaf's name has no row in AXES.
   """
   names = [k.key for k in path]
-  name, of = names[-1], ('', *names)[-2]
-  if name in FACTORS and of in INPUTS:
-    own = tuple(a for a in AXES[of] if (a in INPUTS[of]) == (name == 'lora_a'))
-    own = (*own, 'rank') if name == 'lora_a' else ('rank', *own)
+  name, parent = names[-1], ('', *names)[-2]
+  if name in FACTORS and parent in INPUTS:
+    inputs = tuple(a for a in AXES[parent] if a in INPUTS[parent])
+    outputs = tuple(a for a in AXES[parent] if a not in INPUTS[parent])
+    own = (*inputs, 'rank') if name == 'lora_a' else ('rank', *outputs)
   elif name in AXES:
     own = AXES[name]
   else:
-    raise ValueError(f'weight {"/".join(names)}: no row for {name!r} in sharding.AXES')
+    raise ValueError(f'weight {"/".join(names)}: no row for {name!r} in weights.axes.AXES')
   return tuple(STACKS[n] for n in names[:-1] if n in STACKS) + own
-
-
-def axes(params: Params) -> Params:
-  """Map every leaf to its tuple of logical axes; checks the rank."""
-
-  def one(path, leaf):
-    names = leaf_axes(path)
-    if len(names) != len(leaf.shape):
-      raise ValueError(f'weight {jax.tree_util.keystr(path)}: axes {names}, shape {leaf.shape}')
-    return names
-
-  return jax.tree_util.tree_map_with_path(one, params)

@@ -8,53 +8,48 @@ from slm.weights.axes import AXES, STACKS
 
 
 class Leaf(NamedTuple):
-  """A weight of a model: its name in AXES, what it is part of, and the stacks it lies in.
+  """A weight of a model."""
 
-  `sizes` are those of its axes that differ from the model's.
-  """
-
-  name: str
+  name: str  # in AXES
   part: str  # embedding | attention | mlp | norm
-  stacks: tuple[str, ...] = ()
-  sizes: Mapping[str, int] = {}
+  stacks: tuple[str, ...] = ()  # keys of STACKS
+  sizes: Mapping[str, int] = {}  # of axes whose size differs from the model's
 
 
 class Counted(Protocol):
-  """The config of a model that can be counted."""
+  """The config of a model whose parameters can be counted."""
 
   sizes: Mapping[str, int]  # of every axis
   leaves: tuple[Leaf, ...]
 
   def score_flops(self, context: int) -> float:
-    """Count the FLOPs of attention scores and their products with values, per token."""
+    """Count the FLOPs of scores and their products with values, per token of a context."""
 
 
 def num_params(cfg: Counted) -> dict[str, int]:
-  """Count parameters by the part of the model they are in."""
-  return _count(cfg, cfg.sizes)
+  """Count parameters by part of the model."""
+  return _count(cfg, cfg.sizes.get('experts', 0))
 
 
 def active_params(cfg: Counted) -> dict[str, int]:
-  """Count the parameters that one token passes through: its experts alone."""
-  chosen = cfg.sizes.get('experts_per_token', 0)
-  return _count(cfg, {**cfg.sizes, 'chosen': chosen} if chosen else cfg.sizes)
+  """Count the parameters used by one token, by part: of the experts only those chosen."""
+  return _count(cfg, cfg.sizes.get('experts_per_token', 0))
 
 
-def _count(cfg: Counted, sizes: Mapping[str, int]) -> dict[str, int]:
-  parts = dict.fromkeys(leaf.part for leaf in cfg.leaves)
-  counts = dict.fromkeys(parts, 0)
+def _count(cfg: Counted, experts: int) -> dict[str, int]:
+  counts = dict.fromkeys((leaf.part for leaf in cfg.leaves), 0)
   for leaf in cfg.leaves:
-    own = {**sizes, **leaf.sizes}
-    lead = [own['chosen' if s == 'experts' and 'chosen' in own else STACKS[s]] for s in leaf.stacks]
-    counts[leaf.part] += math.prod(lead) * math.prod(own[axis] for axis in AXES[leaf.name])
+    sizes = {**cfg.sizes, **leaf.sizes}
+    stacks = [experts if name == 'experts' else sizes[STACKS[name]] for name in leaf.stacks]
+    counts[leaf.part] += math.prod(stacks) * math.prod(sizes[axis] for axis in AXES[leaf.name])
   return counts
 
 
 def forward_flops(cfg: Counted, context: int) -> float:
-  """Count the multiply-adds (as 2 FLOPs) of one token's forward pass, head included.
+  """Count the FLOPs of one token's forward pass, 2 per multiply-add, head included.
 
-  Of experts those chosen count, also where all are computed.
+  Of the experts only those chosen count, even if all are computed.
   """
-  count = active_params(cfg)
+  counts = active_params(cfg)
   head = 2 * cfg.sizes['vocab'] * cfg.sizes['embed']
-  return 2.0 * (count['attention'] + count['mlp']) + head + cfg.score_flops(context)
+  return 2.0 * (counts['attention'] + counts['mlp']) + head + cfg.score_flops(context)

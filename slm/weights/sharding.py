@@ -1,4 +1,4 @@
-"""Meshes, and where the logical axes of weights and activations lie on them."""
+"""Meshes, and the sharding of weights and activations by their logical axes."""
 
 import contextvars
 import math
@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from slm.weights.axes import Params, leaf_axes
 
-# Logical axis -> mesh axes. `batch` is an activation axis; `embed` is a weight axis only
-# (activations never shard it).
+# Logical axis -> mesh axes. `batch` is an axis of activations; `embed` is split in weights only.
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'embed': ('fsdp',),
@@ -27,13 +26,12 @@ MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
-  """Return the size of every mesh axis; one may be -1 and takes the devices that are left.
+  """Return the size of every mesh axis; one size may be -1, for all remaining devices.
 
   Raises:
-    ValueError: if an axis is unknown or the sizes do not multiply to the device count.
+    ValueError: if an axis is unknown or the product of the sizes is not the number of devices.
   """
-  unknown = set(sizes) - set(MESH_AXES)
-  if unknown:
+  if unknown := set(sizes) - set(MESH_AXES):
     raise ValueError(f'mesh: unknown axes {sorted(unknown)}, expected some of {MESH_AXES}')
   shape = [sizes.get(a, 1) for a in MESH_AXES]
   if shape.count(-1) == 1:
@@ -48,31 +46,31 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-  """Build the mesh of `mesh_shape` over the given devices, or over all.
+  """Build a mesh of `mesh_shape` over the given devices, or over all.
 
   Raises:
     ValueError: as mesh_shape does.
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(sizes, len(devices))
-  # Explicit is JAX's default and rejects ordinary operations; see CONTRIBUTING.
+  # JAX's default, Explicit, rejects ordinary operations; see CONTRIBUTING.
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def fit_mesh(channels: int) -> Mesh:
-  """Split weights over as many devices as divide their channels, rows over all devices."""
-  n = len(jax.devices())
-  fsdp = math.gcd(channels, n)
-  return make_mesh({'data': n // fsdp, 'fsdp': fsdp})
+  """Return a mesh that splits rows over all devices, weights over as many as divide `channels`."""
+  count = len(jax.devices())
+  fsdp = math.gcd(channels, count)
+  return make_mesh({'data': count // fsdp, 'fsdp': fsdp})
 
 
 def spec(names: tuple[str | None, ...], mesh: Mesh, taken: tuple[str, ...] = ()) -> P:
-  """Translate logical axes to a partition spec; a mesh axis is used at most once."""
+  """Translate logical axes to a partition spec; each mesh axis not yet `taken` is used once."""
   used, parts = set(taken), []
   for name in names:
-    there = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used)
-    used.update(there)
-    parts.append(there if len(there) > 1 else there[0] if there else None)
+    axes = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used)
+    used.update(axes)
+    parts.append(axes if len(axes) > 1 else axes[0] if axes else None)
   return P(*parts)
 
 
@@ -80,54 +78,57 @@ def shardings(params: Params, mesh: Mesh) -> Params:
   """Return the NamedSharding of every weight.
 
   Raises:
-    ValueError: if a mesh axis does not divide the dimension it would split.
+    ValueError: if a leaf has no row in AXES or another rank than its row, or a mesh axis does not
+      divide the dimension it would split.
   """
 
   def one(path, leaf):
-    names = leaf_axes(path)
-    where = spec(names, mesh)
-    for name, size, part in zip(names, leaf.shape, where, strict=True):
-      n = math.prod(mesh.shape[a] for a in _tuple(part))
-      if size % n:
+    names, weight = leaf_axes(path), jax.tree_util.keystr(path)
+    if len(names) != len(leaf.shape):
+      raise ValueError(f'weight {weight}: axes {names}, shape {leaf.shape}')
+    sharding = NamedSharding(mesh, spec(names, mesh))
+    for name, size, part in zip(names, leaf.shape, sharding.spec, strict=True):
+      axes = part if isinstance(part, tuple) else (part,) if part else ()
+      count = math.prod(mesh.shape[axis] for axis in axes)
+      if size % count:
         raise ValueError(
-          f'mesh: weight {jax.tree_util.keystr(path)} has {name}={size}, '
-          f'which {part}={n} does not divide'
+          f'mesh: weight {weight} has {name}={size}, which {part}={count} does not divide'
         )
-    return NamedSharding(mesh, where)
+    return sharding
 
   return jax.tree_util.tree_map_with_path(one, params)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """Shard dimension `axis` as the batch axis."""
+  """Return the sharding of an array whose dimension `axis` is the batch."""
   return NamedSharding(mesh, spec((None,) * axis + ('batch',), mesh))
 
 
 def batch_devices(mesh: Mesh) -> int:
-  """Count the devices the batch axis is split over."""
+  """Count the devices that split the batch axis."""
   return math.prod(mesh.shape[a] for a in RULES['batch'])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Constrain an activation to its logical axes; without a mesh return it unchanged."""
+  """Constrain an activation to the sharding of its logical axes, if there is a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(names, mesh, _grouped.get()))
 
 
-# Mesh axes that an enclosing vmap_groups has taken for its group axis.
+# Mesh axes that an enclosing vmap_groups uses for its group axis.
 _grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
 
 
 def batch_shards() -> int:
-  """Count the devices that the batch axis of the code being traced is split over."""
+  """Count the devices that split the batch axis of the code being traced."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty or _grouped.get() else batch_devices(mesh)
 
 
 def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
-  """Map `fn` over groups of rows, the group axis taking the place of the batch axis on the mesh."""
+  """Map `fn` over groups of rows; the group axis replaces the batch axis on the mesh."""
 
   def run(*args):
     mesh = jax.sharding.get_abstract_mesh()
@@ -139,7 +140,3 @@ def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
       _grouped.reset(token)
 
   return run
-
-
-def _tuple(part: Any) -> tuple[str, ...]:
-  return part if isinstance(part, tuple) else () if part is None else (part,)

@@ -1,4 +1,4 @@
-"""Trees of weights: flattened by path, cast, hashed."""
+"""Operations on trees of weights: flatten, cast, hash."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ def flatten(tree: Params, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def unflatten(flat: Mapping[Path, Any]) -> Params:
-  """Make the nested dict of leaves by path."""
+  """Return the nested dict of leaves by path."""
   tree: Params = {}
   for path, value in flat.items():
     node = tree
@@ -34,7 +34,7 @@ def unflatten(flat: Mapping[Path, Any]) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-  """Convert every floating leaf to the compute dtype."""
+  """Convert every floating-point leaf to a dtype."""
   return jax.tree.map(
     lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params
   )
