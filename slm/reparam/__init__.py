@@ -1,7 +1,7 @@
-"""`params = materialize(theta, frozen, condition)`: what is trained against what the model sees.
+"""Reparameterisations: `params = materialize(theta, frozen, condition)`.
 
-The optimiser sees theta, the model sees params. A condition picks a specialist: an int cluster id
-gives ordinary dense params, and so does a histogram over clusters (float [k]); a vector of ids or a
+The optimiser sees theta, the model sees params. The condition selects a specialist: a cluster id
+(int) or a histogram over clusters (float [k]) gives ordinary dense params; a vector of ids or a
 matrix of histograms, one per group of rows, gives params whose varying leaves have a group axis.
 Leaves that do not depend on the condition are shared, not copied.
 """
@@ -30,7 +30,7 @@ REPARAMS = {
   projection.SoupConfig: projection.soup,
   projection.HyperConfig: projection.hyper,
 }
-# Any of the configs, told apart by their `name`.
+# The union of all configs; their `name` tells them apart.
 Config = functools.reduce(operator.or_, REPARAMS)
 
 
@@ -40,7 +40,7 @@ def build(cfg: Config, init: Init) -> Reparam:
 
 
 def group_axes(reparam: Reparam, params: Params) -> Params:
-  """Return, for each leaf of params, its group axis, or None if all groups share it."""
+  """Return the group axis of each leaf of params, None for a leaf that all groups share."""
 
   def axis(path, leaf):
     varies = '*' in reparam.varies or path[-1].key in reparam.varies
@@ -50,43 +50,37 @@ def group_axes(reparam: Reparam, params: Params) -> Params:
 
 
 def map_groups(reparam: Reparam, forward: Callable[..., Output]) -> Callable[..., Output]:
-  """Let forward(params, batch [rows,t]) take params with group axes: rows come group by group.
+  """Let forward(params, batch [rows,t]) take params with group axes; rows are ordered by group.
 
   Only the forward pass is mapped, not the loss: with a shared head, a mapped loss would hold the
   logits and the head's gradient once per group.
   """
 
   def mapped(params, batch):
-    axes = group_axes(reparam, params)
-    found = jax.tree_util.tree_leaves_with_path(params)
     sizes = {
       leaf.shape[reparam.group_axis]
-      for (path, leaf), axis in zip(found, _leaves(axes), strict=True)
-      if axis is not None and leaf.ndim > len(leaf_axes(path))
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+      if leaf.ndim > len(leaf_axes(path))
     }
     if not sizes:
       return forward(params, batch)
     (groups,) = sizes
     rows = jax.tree.map(lambda x: x.reshape((groups, -1) + x.shape[1:]), batch)
-    out = vmap_groups(forward, (axes, 0))(params, rows)
+    out = vmap_groups(forward, (group_axes(reparam, params), 0))(params, rows)
     return jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), out)
 
   return mapped
 
 
-def _leaves(axes: Params) -> list[int | None]:
-  return jax.tree.leaves(axes, is_leaf=lambda x: x is None)
-
-
 def materialize_flops(reparam: Reparam, theta: Params, groups: int) -> float:
-  """Count the FLOPs of forming the weights of `groups` clusters once: sums of bases, products."""
+  """Count the FLOPs of forming the weights of `groups` clusters: sums of bases and products."""
   groups, total = groups if reparam.clusters else 1, 0.0
   flat = dict(flatten(theta))
   for path, w in flat.items():
-    summed = 'bases' in path
-    total += 2.0 * groups * w.size * summed
+    in_sum = 'bases' in path
+    total += 2.0 * groups * w.size * in_sum
     if path[-1] == 'lora_a':
-      a, b = (x.size / (x.shape[1] if summed else 1) for x in (w, flat[*path[:-1], 'lora_b']))
+      a, b = (x.size / (x.shape[1] if in_sum else 1) for x in (w, flat[*path[:-1], 'lora_b']))
       rank, layers = w.shape[-1], w.shape[0]
       total += 2.0 * groups * layers * (a / layers) * (b / layers) / rank
   return total

@@ -1,4 +1,4 @@
-"""What a reparameterisation is, and the operations on block leaves that several share."""
+"""The interface of reparameterisations, and operations on block leaves that several share."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ class Reparam:
   Attributes:
     init: key -> theta.
     materialize: (theta, frozen, condition) -> params.
-    clusters: how many specialists theta holds; 0 means one model, the condition is ignored.
-    varies: names of the leaves that depend on the condition; '*' means every leaf.
-    group_axis: where a varying leaf made for a vector of conditions has its group axis.
-    independent: whether groups share nothing, so that each is normalised and clipped alone.
-    histograms: whether it is trained on histograms over clusters (data.order='histogram').
-    base: what frozen['base'] must hold of the run that `init` names: 'params', its dense weights,
-      or 'theta', all that it trained; '' is nothing.
-    start: dense params -> theta, where training can start from another run's weights.
+    clusters: the number of specialists in theta; 0: one model, which ignores the condition.
+    varies: names of the leaves that depend on the condition; '*': all.
+    group_axis: the position of the group axis in varying leaves, for a vector of conditions.
+    independent: whether groups share no weights, so that each is normalised and clipped alone.
+    histograms: whether conditions in training are histograms (data.order='histogram').
+    base: the content of frozen['base'], from the run that `init` names: 'params' (its dense
+      weights), 'theta' (all its trained weights) or '' (none).
+    start: dense params -> theta, if training can start from the weights of another run.
   """
 
   init: Init
@@ -43,39 +43,36 @@ class Reparam:
 
 
 def pick(stack: jax.Array, condition: jax.Array | int) -> jax.Array:
-  """Take entries of a stack [k,...] by cluster id, or average them by histograms [k] or [g,k]."""
+  """Select entries of a stack [k,...] by cluster id, or average them by histogram [k] or [g,k]."""
   if jnp.issubdtype(jnp.result_type(condition), jnp.integer):
     return stack[condition]
   return jnp.tensordot(condition.astype(stack.dtype), stack, axes=1)
 
 
 def targets(blocks: Params, leaves: tuple[str, ...]) -> dict[Path, Any]:
-  """Return the leaves of the blocks that have one of the names, by path.
+  """Return the matrices of the blocks with the given names, by path.
 
   Raises:
-    ValueError: if a name is of no leaf that is a matrix, or of token-routed experts.
+    ValueError: if a name is not that of a matrix, or is that of token-routed experts.
   """
-  flat = {p: w for p, w in flatten(blocks) if p[-1] in INPUTS}
-  found = {p: w for p, w in flat.items() if p[-1] in leaves}
-  if any('experts' in p for p in found):
+  matrices = {path: w for path, w in flatten(blocks) if path[-1] in INPUTS}
+  selected = {path: w for path, w in matrices.items() if path[-1] in leaves}
+  if any('experts' in path for path in selected):
     raise ValueError(
-      f'reparam.leaves: {sorted(leaves)} are of token-routed experts, which are not '
-      'reparameterised; name others'
+      f'reparam.leaves: {sorted(leaves)} are of token-routed experts, which are not reparameterised'
     )
-  if not leaves or {p[-1] for p in found} != set(leaves):
-    raise ValueError(
-      f'reparam.leaves: {sorted(leaves)} are not all matrices of a block, '
-      f'found {sorted({p[-1] for p in flat})}'
-    )
-  return found
+  names = sorted({path[-1] for path in matrices})
+  if not leaves or not set(leaves) <= set(names):
+    raise ValueError(f'reparam.leaves: expected some of {names}, found {sorted(leaves)}')
+  return selected
 
 
 def factors(
   key: jax.Array, path: Path, shape: tuple[int, ...], rank: int, lead: tuple[int, ...]
 ) -> dict[Path, jax.Array]:
   """Draw the low-rank factors [*lead,in,rank] and [*lead,rank,out] of a block leaf [l,in,out]."""
-  size = dict(zip(AXES[path[-1]], shape[1:], strict=True))
-  inputs = tuple(size[a] for a in AXES[path[-1]] if a in INPUTS[path[-1]])
-  outputs = tuple(size[a] for a in AXES[path[-1]] if a not in INPUTS[path[-1]])
+  sizes = list(zip(AXES[path[-1]], shape[1:], strict=True))
+  inputs = tuple(size for axis, size in sizes if axis in INPUTS[path[-1]])
+  outputs = tuple(size for axis, size in sizes if axis not in INPUTS[path[-1]])
   a = jax.random.normal(key, (*lead, *inputs, rank)) / math.sqrt(math.prod(inputs))
   return {(*path, 'lora_a'): a, (*path, 'lora_b'): jnp.zeros((*lead, rank, *outputs))}

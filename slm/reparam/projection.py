@@ -1,4 +1,4 @@
-"""Weights formed as sums of bases: projected networks, soups and hypernetworks."""
+"""Weights that are sums of bases: projected networks, soups and hypernetworks."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ class ProjectConfig:
 
   clusters: int = 16  # k
   capacity: int = 16  # h, basis matrices per weight
-  code: int = 16  # m, size of a cluster's vector
+  code: int = 16  # m, size of a cluster's code
   leaves: tuple[str, ...] = MLP
   shared_mix: bool = True  # one M per layer; False: one per layer and leaf
-  last_layers: int = 0  # how many layers at the end are projected; 0: all
+  last_layers: int = 0  # project only the last layers; 0: all
   name: str = 'project'
 
 
@@ -34,70 +34,69 @@ def project(init: Init, cfg: ProjectConfig) -> Reparam:
 
     W^(l,i) = sum_q sum_r  E[i,q] M^(l)[q,r] T^(l)[r]
 
-  theta holds E as expert_code [k,m], M as mix [l,m,h] (one per layer, or per layer and leaf when
-  shared_mix is false) and T as `bases` [l,h,...]; every other leaf is shared by all clusters.
-  The paper projects the MLP only. With `last_layers` the layers before those have one matrix for
-  all clusters. E ~ N(0,1/m) and M ~ N(0,1/h) keep W at T's initial variance.
+  theta holds E as expert_code [k,m], M as mix [l,m,h] (per layer, or per layer and leaf without
+  shared_mix) and T as `bases` [l,h,...]; all other leaves are shared by the clusters. The paper
+  projects the MLP only. With `last_layers`, earlier layers share their matrices too. E ~ N(0,1/m)
+  and M ~ N(0,1/h) give W the initial variance of T.
   """
 
   def new(key):
     shared_key, base_key, code_key, mix_key = jax.random.split(key, 4)
     params = init(shared_key)
-    flat, mine = dict(flatten(params['blocks'])), targets(params['blocks'], cfg.leaves)
-    depth = next(iter(mine.values())).shape[0]
-    layers = cfg.last_layers or depth
-    if not 0 < layers <= depth:
+    shared, own = dict(flatten(params['blocks'])), targets(params['blocks'], cfg.leaves)
+    depth = len(next(iter(own.values())))
+    if not 0 <= cfg.last_layers <= depth:
       raise ValueError(f'reparam.last_layers: expected 0 to {depth}, found {cfg.last_layers}')
+    first = depth - (cfg.last_layers or depth)  # the first projected layer
+    for path in own:
+      w = shared.pop(path)
+      if first:
+        shared[path] = w[:first]
     bases = _draw_bases(init, base_key, cfg.capacity, cfg.leaves)
-    blocks = {p: w[depth - layers :] for p, w in bases.items()}
-    keep = {p: w for p, w in flat.items() if p not in mine}
-    if layers < depth:
-      keep |= {p: w[: depth - layers] for p, w in mine.items()}
-    names = ('',) if cfg.shared_mix else tuple(sorted(cfg.leaves))
-    mixes = {
-      ((n,) if n else ()) + ('mix',): jax.random.normal(k, (layers, cfg.code, cfg.capacity))
-      / math.sqrt(cfg.capacity)
-      for n, k in zip(names, jax.random.split(mix_key, len(names)), strict=True)
-    }
+    blocks = {path: w[first:] for path, w in bases.items()}
+    paths = [('mix',)] if cfg.shared_mix else [(name, 'mix') for name in sorted(cfg.leaves)]
+    for path, k in zip(paths, jax.random.split(mix_key, len(paths)), strict=True):
+      mix = jax.random.normal(k, (depth - first, cfg.code, cfg.capacity))
+      blocks[path] = mix / math.sqrt(cfg.capacity)
     return {
-      'shared': {**params, 'blocks': unflatten(keep)},
-      'blocks': unflatten({**blocks, **mixes}),
+      'shared': {**params, 'blocks': unflatten(shared)},
+      'blocks': unflatten(blocks),
       'expert_code': jax.random.normal(code_key, (cfg.clusters, cfg.code)) / math.sqrt(cfg.code),
     }
 
   def materialize(theta, frozen, condition):
     codes = pick(theta['expert_code'], condition)  # [m] or [g,m]
     grouped, codes = codes.ndim == 2, jnp.atleast_2d(codes)
-    blocks, first = dict(flatten(theta['blocks'])), dict(flatten(theta['shared']['blocks']))
-    mixes = {p: blocks.pop(p) for p in list(blocks) if p[-1] == 'mix'}
-    by_layer = {p: jnp.einsum('gm,lmr->lgr', codes, mix) for p, mix in mixes.items()}
+    blocks, shared = dict(flatten(theta['blocks'])), dict(flatten(theta['shared']['blocks']))
+    mixes = {path: blocks.pop(path) for path in list(blocks) if path[-1] == 'mix'}
+    coefficients = {p: jnp.einsum('gm,lmr->lgr', codes, mix) for p, mix in mixes.items()}
     made = {}
     for path, basis in blocks.items():
-      weight = combine(by_layer[('mix',) if cfg.shared_mix else (path[-1], 'mix')], basis)
-      path = tuple(n for n in path if n != 'bases')
-      if path in first:
-        before = first[path][:, None]
-        before = jnp.broadcast_to(before, before.shape[:1] + weight.shape[1:2] + before.shape[2:])
-        weight = jnp.concatenate([before, weight])
+      weight = combine(coefficients[('mix',) if cfg.shared_mix else (path[-1], 'mix')], basis)
+      path = _without_bases(path)
+      if path in shared:  # the layers before the projected ones
+        first = shared[path][:, None]
+        first = jnp.broadcast_to(first, first.shape[:1] + weight.shape[1:2] + first.shape[2:])
+        weight = jnp.concatenate([first, weight])
       made[path] = weight
-    return _with(theta['shared'], made, grouped)
+    return _replace(theta['shared'], made, grouped)
 
   return Reparam(new, materialize, cfg.clusters, varies=tuple(cfg.leaves), group_axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeConfig:
-  """The vector of a frozen projected network."""
+  """A new code for a frozen projected network."""
 
-  of: ProjectConfig | None = None  # the network; found out from init
-  histogram: tuple[float, ...] = ()  # of the domain over clusters; found out from the data
+  of: ProjectConfig | None = None  # the network; set from init
+  histogram: tuple[float, ...] = ()  # of the domain over clusters; set from the data
   name: str = 'code'
 
 
 def code(init: Init, cfg: CodeConfig) -> Reparam:
-  """Train one vector of a frozen projected network `of`: the specialist's row of E.
+  """Train one code of the frozen projected network `of`: the specialist's row of E.
 
-  It starts at the average of E by the domain's histogram over clusters.
+  It starts at the average of E, weighted by the domain's histogram over clusters.
   """
   if cfg.of is None:
     raise ValueError('reparam "code": expected init to name a run of a projected network')
@@ -115,10 +114,10 @@ def code(init: Init, cfg: CodeConfig) -> Reparam:
 
 @dataclasses.dataclass(frozen=True)
 class SoupConfig:
-  """Weights that follow a histogram over clusters."""
+  """Weights as a function of a histogram over clusters."""
 
   clusters: int = 16  # k, the length of a histogram
-  experts: int = 16  # n, matrices added to the shared one
+  experts: int = 16  # n, bases per weight, besides the shared matrix
   leaves: tuple[str, ...] = MLP
   router: str = 'linear'  # linear | mlp: from the histogram to n coefficients
   hidden: int = 64  # of the MLP
@@ -126,12 +125,13 @@ class SoupConfig:
 
 
 def soup(init: Init, cfg: SoupConfig) -> Reparam:
-  """Train weights that are a function of a histogram over clusters (Ablin et al. 2025).
+  """Train weights as a function of a histogram p over k clusters (Ablin et al. 2025).
 
-    W(p) = S + sum_j alpha_j(p) T_j,   p a histogram over k clusters
+    W(p) = S + sum_j alpha_j(p) T_j
 
-  with alpha linear in p, or an MLP of it with one hidden layer. alpha starts at 0: training starts
-  at S. Trained on random histograms (data.order='histogram'); a cluster id is a histogram too.
+  alpha is linear in p, or an MLP with one hidden layer, and starts at 0: training starts at S.
+  Conditions in training are random histograms (data.order='histogram'); a cluster id stands for a
+  histogram with all its mass.
   """
   if cfg.router not in ('linear', 'mlp'):
     raise ValueError(f"reparam.router: expected 'linear' or 'mlp', found {cfg.router!r}")
@@ -154,13 +154,7 @@ def soup(init: Init, cfg: SoupConfig) -> Reparam:
     grouped, p = p.ndim == 2, jnp.atleast_2d(p)
     if cfg.router == 'mlp':
       p = jax.nn.gelu(p @ theta['router_in'] + theta['router_bias'][None])
-    alpha = p @ theta['router_out']
-    made, shared = {}, dict(flatten(theta['shared']['blocks']))
-    for path, basis in flatten(theta['blocks']):
-      path = tuple(n for n in path if n != 'bases')
-      every_layer = jnp.broadcast_to(alpha[None], (len(basis), *alpha.shape))
-      made[path] = shared[path][:, None] + combine(every_layer, basis)
-    return _with(theta['shared'], made, grouped)
+    return _add_changes(theta, p @ theta['router_out'], grouped)
 
   return Reparam(
     new, materialize, cfg.clusters, varies=tuple(cfg.leaves), group_axis=1, histograms=True
@@ -169,22 +163,22 @@ def soup(init: Init, cfg: SoupConfig) -> Reparam:
 
 @dataclasses.dataclass(frozen=True)
 class HyperConfig:
-  """A network that emits changes of the weights."""
+  """A network that generates changes to shared weights."""
 
   clusters: int = 16  # k
-  code: int = 16  # m, size of a cluster's vector
-  hidden: int = 16  # of the network; each unit has its own matrix (or factors) per weight
-  rank: int = 8  # of the change; 0: whole matrices
+  code: int = 16  # m, size of a cluster's code
+  hidden: int = 16  # units of the network; each has a basis (or factors) per weight
+  rank: int = 8  # of the changes; 0: full
   leaves: tuple[str, ...] = MLP
   name: str = 'hyper'
 
 
 def hyper(init: Init, cfg: HyperConfig) -> Reparam:
-  """Train a hypernetwork from a cluster's vector to its change of the shared weights.
+  """Train a hypernetwork from a cluster's code to changes of the shared weights.
 
-  As Grangier et al. v1 describe theirs in words (its equation is not published in v2): with
-  z = tanh(e_i U + b), each named leaf of each layer is S + sum_r z_r T_r, T_r a whole matrix, or
-  with rank > 0 S + A B with A = sum_r z_r A_r [in,rank] and B likewise. Changes start at 0.
+  Grangier et al. v1 describe it in words (v2 has no equation): with z = tanh(e_i U + b), each named
+  leaf of each layer is S + sum_r z_r T_r, or with rank > 0 S + A B with A = sum_r z_r A_r [in,rank]
+  and B [rank,out] likewise. Changes start at 0.
   """
 
   def new(key):
@@ -192,11 +186,11 @@ def hyper(init: Init, cfg: HyperConfig) -> Reparam:
     params = init(shared_key)
     bases = {}
     for i, (path, w) in enumerate(sorted(targets(params['blocks'], cfg.leaves).items())):
-      under, lead = (*path[:-1], 'bases', path[-1]), (w.shape[0], cfg.hidden)
+      path, lead = _with_bases(path), (w.shape[0], cfg.hidden)
       if cfg.rank:
-        bases |= factors(jax.random.fold_in(factor_key, i), under, w.shape, cfg.rank, lead)
+        bases |= factors(jax.random.fold_in(factor_key, i), path, w.shape, cfg.rank, lead)
       else:
-        bases[under] = jnp.zeros((*lead, *w.shape[1:]))
+        bases[path] = jnp.zeros((*lead, *w.shape[1:]))
     return {
       'shared': params,
       'blocks': unflatten(bases),
@@ -209,34 +203,43 @@ def hyper(init: Init, cfg: HyperConfig) -> Reparam:
     codes = pick(theta['expert_code'], condition)
     grouped, codes = codes.ndim == 2, jnp.atleast_2d(codes)
     z = jnp.tanh(codes @ theta['hyper_in'] + theta['hyper_bias'][None])
-    shared, changes = dict(flatten(theta['shared']['blocks'])), {}
-    for path, basis in flatten(theta['blocks']):
-      path = tuple(n for n in path if n != 'bases')
-      changes[path] = combine(jnp.broadcast_to(z[None], (len(basis), *z.shape)), basis)
-    made = {p: w[:, None] + _change(changes, p) for p, w in shared.items() if p[-1] in cfg.leaves}
-    return _with(theta['shared'], made, grouped)
+    return _add_changes(theta, z, grouped)
 
   return Reparam(new, materialize, cfg.clusters, varies=tuple(cfg.leaves), group_axis=1)
 
 
-def _change(changes: dict[Path, jax.Array], path: Path) -> jax.Array:
-  """Return the change of a leaf [l,g,...]: as it is, or the product of its factors."""
-  if path in changes:
-    return changes[path]
-  product = functools.partial(jnp.tensordot, axes=1)
-  return jax.vmap(jax.vmap(product))(changes[*path, 'lora_a'], changes[*path, 'lora_b'])
+def _with_bases(path: Path) -> Path:
+  return (*path[:-1], 'bases', path[-1])
+
+
+def _without_bases(path: Path) -> Path:
+  return tuple(name for name in path if name != 'bases')
 
 
 def _draw_bases(init: Init, key: jax.Array, count: int, leaves: tuple[str, ...]) -> dict:
-  """Draw `count` bases [l,count,...] of every named leaf, each as a new model's."""
+  """Draw `count` bases [l,count,...] of every named leaf, initialised as a model's."""
   draws = jax.vmap(init, out_axes=1)(jax.random.split(key, count))
-  # vmap's out_axes=1 lays a block leaf out as [layers, basis, ...], the order of its path.
-  mine = targets(draws['blocks'], leaves)
-  return {p[:-1] + ('bases', p[-1]): w for p, w in mine.items()}
+  return {_with_bases(path): w for path, w in targets(draws['blocks'], leaves).items()}
 
 
-def _with(shared: Params, made: dict[Path, jax.Array], grouped: bool) -> Params:
-  """Put weights [l,g,...] in the place of the shared ones; without groups g is 1 and goes."""
+def _add_changes(theta: Params, coefficients: jax.Array, grouped: bool) -> Params:
+  """Add sums of bases, or products of sums of factors, with coefficients [g,r] to shared leaves."""
+  shared, sums = dict(flatten(theta['shared']['blocks'])), {}
+  for path, basis in flatten(theta['blocks']):
+    by_layer = jnp.broadcast_to(coefficients, (len(basis), *coefficients.shape))
+    sums[_without_bases(path)] = combine(by_layer, basis)
+  product = jax.vmap(jax.vmap(functools.partial(jnp.tensordot, axes=1)))
+  made = {}
+  for path, w in shared.items():
+    if path in sums:
+      made[path] = w[:, None] + sums[path]
+    elif (*path, 'lora_a') in sums:
+      made[path] = w[:, None] + product(sums[*path, 'lora_a'], sums[*path, 'lora_b'])
+  return _replace(theta['shared'], made, grouped)
+
+
+def _replace(shared: Params, made: dict[Path, jax.Array], grouped: bool) -> Params:
+  """Replace shared leaves by weights [l,g,...]; without groups g is 1 and the axis is dropped."""
   blocks = dict(flatten(shared['blocks']))
   for path, weight in made.items():
     if grouped:
@@ -249,14 +252,14 @@ def _with(shared: Params, made: dict[Path, jax.Array], grouped: bool) -> Params:
 def combine(coefficients: jax.Array, basis: jax.Array) -> jax.Array:
   """Sum basis [l,r,...] with coefficients [l,g,r] -> [l,g,...].
 
-  Each cluster's matrix is formed before the matmul: r products with x would cost r forwards.
+  Forming each cluster's matrix first avoids r products with the activations.
   """
   return jax.lax.dot_general(coefficients, basis, (((2,), (1,)), ((0,), (0,))))
 
 
 def _combine_bwd(residuals, g):
-  # The coefficients come first in every product that allows it: XLA on CPU transposes the first
-  # operand of a product over its leading axis, and autodiff would put the h times larger one there.
+  # The coefficients come first where possible: XLA on CPU transposes the first operand of a product
+  # over its leading axis, and autodiff would put the h times larger basis there.
   coefficients, basis = residuals
   free = tuple(range(2, g.ndim))
   return (
