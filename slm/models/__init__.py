@@ -1,7 +1,7 @@
-"""Models by name; `forward(params, batch)` is the wall between Flax and everything else."""
+"""Models as pure functions over weights: nothing outside this package uses Flax."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from slm.models.observe import KEPT, STATS
 from slm.weights.axes import Params
 
 MODELS = {DecoderConfig: Decoder}
-Config = DecoderConfig  # a union of MODELS' keys, once there are several
+Config = DecoderConfig  # the union of the keys of MODELS
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model as two pure functions over a nested dict of weights."""
+  """A model as pure functions over a nested dict of weights."""
 
   cfg: DecoderConfig
   init: Callable[[jax.Array], Params]
@@ -25,23 +25,17 @@ class Model:
   observe: Callable[..., tuple[Output, Params]]  # observe(params, batch, kept=None): see observe.py
 
 
-def _observe(
-  module, params: Params, batch: Mapping[str, jax.Array], kept: Params | None = None
-) -> tuple[Output, Params]:
-  out, found = module.apply({'params': params, KEPT: kept or {}}, batch, mutable=[STATS])
-  return out, found[STATS]
-
-
 def build(cfg: Config) -> Model:
   """Build the model that a config describes."""
   module = MODELS[type(cfg)](cfg)
   row = jnp.zeros((1, 2), jnp.int32)
   batch = {'inputs': row, 'positions': row, 'segments': row}
-  return Model(
-    cfg=cfg,
-    init=lambda key: module.init(key, batch)['params'],
-    forward=lambda params, batch, cache=None, states=(): module.apply(
-      {'params': params}, batch, cache, states
-    ),
-    observe=lambda params, batch, kept=None: _observe(module, params, batch, kept),
-  )
+
+  def forward(params, batch, cache=None, states=()):
+    return module.apply({'params': params}, batch, cache, states)
+
+  def observe(params, batch, kept=None):
+    out, collections = module.apply({'params': params, KEPT: kept or {}}, batch, mutable=[STATS])
+    return out, collections[STATS]
+
+  return Model(cfg, lambda key: module.init(key, batch)['params'], forward, observe)

@@ -1,4 +1,4 @@
-"""What a decoder is made of, as Flax modules; the arithmetic is in layers.py and moe.py."""
+"""The Flax modules of a decoder; the arithmetic is in layers.py and moe.py."""
 
 import math
 
@@ -13,7 +13,7 @@ from slm.weights.sharding import constrain
 
 
 def _init(name: str, gain: float = 1.0):
-  """Draw N(0, gain^2 / fan_in), the fan-in read off the axis table."""
+  """Return an initialiser that draws N(0, gain^2 / fan_in), fan_in from the axis table."""
 
   def init(key, shape, dtype=jnp.float32):
     fan_in = math.prod(n for a, n in zip(AXES[name], shape, strict=True) if a in INPUTS[name])
@@ -23,7 +23,7 @@ def _init(name: str, gain: float = 1.0):
 
 
 class Block(nn.Module):
-  """One transformer layer, its norms before the attention and the MLP, after them, or both."""
+  """A transformer layer, with norms before the attention and the MLP, after them, or both."""
 
   cfg: DecoderConfig
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
   def __call__(self, x, tables, mask, kind, cache, index, real):
     """Map x [b,t,d] and this layer's cache to the next x, the cache's new entries and routing.
 
-    `kind` is the place of this layer's type among those that tables and mask lead with, if any.
+    `kind` is the index of this layer on the leading axis of tables and mask, None without one.
     """
     c = self.cfg
     if kind is not None:
@@ -39,10 +39,8 @@ class Block(nn.Module):
     if c.window:
       mask = mask[0 if kind is None else kind]
 
-    def norm(x, when, name):
-      if c.norms not in (when, 'sandwich'):
-        return x
-      return Norm(c, name=name)(x, real)
+    def norm(x, place, name):
+      return Norm(c, name=name)(x, real) if c.norms in (place, 'sandwich') else x
 
     start = x
     h = norm(x, 'pre', 'attn_norm')
@@ -68,7 +66,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
-    """Map x [b,t,d] to [b,t,d]; `real` [b,t] marks the tokens that observations count."""
+    """Map x [b,t,d] to [b,t,d]; observations count the tokens that are `real` [b,t]."""
     c = self.cfg
     if self.has_variable(observe.KEPT, 'scale'):
       kept = self.get_variable(observe.KEPT, 'scale')
@@ -78,7 +76,7 @@ class Norm(nn.Module):
 
 
 def _scale_init(c: DecoderConfig):
-  """Draw a scale that changes nothing."""
+  """Return the initialiser of a scale that multiplies by 1."""
   return nn.initializers.zeros if c.norm_offset else nn.initializers.ones
 
 
@@ -89,21 +87,14 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, tables, mask, cache, index, real):
-    """Map x [b,t,d] to [b,t,d]; return this call's keys and values, if there is a cache.
+    """Map x [b,t,d] to [b,t,d]; also return the new keys and values, None without a cache.
 
-    `real` [b,t] marks the tokens that observations count.
+    Observations count the tokens that are `real` [b,t].
     """
     c = self.cfg
-    shape = {
-      'embed': c.embed,
-      'heads': c.num_heads,
-      'kv_heads': c.num_kv_heads,
-      'head_dim': c.head_dim,
-    }
-    size = lambda name: tuple(shape[a] for a in AXES[name])
-    param = lambda name, init: self.param(name, init, size(name))
+    param = lambda name, init: self.param(name, init, tuple(c.sizes[a] for a in AXES[name]))
 
-    # Head-major activations: [b,h,t,c] makes both attention products plain batched GEMMs.
+    # Head-major activations [b,h,t,c] make both attention products plain batched GEMMs.
     def project(name):
       w = param(name, _init(name))
       y = layers.linear(x, w.reshape(c.embed, -1))
@@ -111,20 +102,17 @@ class Attention(nn.Module):
 
     q, k, v = (project(name) for name in ('wq', 'wk', 'wv'))
     if c.qkv_bias:
-      zeros = nn.initializers.zeros
-      q, k, v = (
-        y + param(w, zeros)[None, :, None, :] for y, w in ((q, 'bq'), (k, 'bk'), (v, 'bv'))
-      )
+      bias = lambda name: param(name, nn.initializers.zeros)[None, :, None, :]
+      q, k, v = q + bias('bq'), k + bias('bk'), v + bias('bv')
     if c.qk_norm:
-      q, k = (self._norm(y, param, name) for y, name in ((q, 'q_scale'), (k, 'k_scale')))
+      q, k = self._norm(q, param, 'q_scale'), self._norm(k, param, 'k_scale')
     q, k = layers.rope(q, tables), layers.rope(k, tables)
     q = constrain(q, 'batch', 'heads', None, None)
     k = constrain(k, 'batch', 'kv_heads', None, None)
     v = constrain(v, 'batch', 'kv_heads', None, None)
     new = None
     if cache is not None:
-      # Return the new entries alone: the whole cache as an output of the scan over layers would
-      # be copied for every token.
+      # As an output of the scan over layers, the whole cache would be copied for every token.
       new = {'k': k, 'v': v}
       k, v = (jax.lax.dynamic_update_slice(cache[n], x, (0, 0, index, 0)) for n, x in new.items())
     out = layers.attention(q, k, v, mask, c.query_scale or c.head_dim, c.attention_cap)
@@ -143,48 +131,48 @@ class Attention(nn.Module):
     if c.qk_norm == 'head':
       return layers.rms_norm(y, param(name, _scale_init(c)), c.norm_eps, c.norm_offset)
     scale = param(f'{name}_all', _scale_init(c)).reshape(-1)
-    flat = y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1)
+    y = y.swapaxes(1, 2)  # [b,t,h,c]
+    flat = y.reshape(*y.shape[:2], -1)
     flat = layers.rms_norm(flat, scale, c.norm_eps, c.norm_offset)
-    return flat.reshape(y.shape[0], y.shape[2], y.shape[1], -1).swapaxes(1, 2)
+    return flat.reshape(y.shape).swapaxes(1, 2)
 
 
 class Mlp(nn.Module):
-  """The gated MLP."""
+  """A gated MLP."""
 
   cfg: DecoderConfig
   size: int
 
   @nn.compact
   def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
-    """Map x [b,t,d] to [b,t,d]; `real` [b,t] marks the tokens that observations count."""
+    """Map x [b,t,d] to [b,t,d]; observations count the tokens that are `real` [b,t]."""
     c, biases = self.cfg, None
     if c.mlp_bias:
       sizes = {'b_gate': self.size, 'b_up': self.size, 'b_down': c.embed}
       biases = [self.param(name, nn.initializers.zeros, (n,)) for name, n in sizes.items()]
-    see = lambda hidden: observe.note(self, 'mlp', observe.moments, hidden, real)
-    return layers.glu(x, *_mlp_weights(self, c, self.size), c.activation, biases, see)
+    note = lambda hidden: observe.note(self, 'mlp', observe.moments, hidden, real)
+    return layers.glu(x, *_mlp_weights(self, c, self.size), c.activation, biases, note)
 
 
 def _mlp_weights(module: nn.Module, c: DecoderConfig, size: int, count: int = 0):
-  """Make w_gate, w_up [d,f] and w_down [f,d], or `count` of each, stacked."""
+  """Create w_gate, w_up [d,f] and w_down [f,d], or stacks of `count` of each."""
 
   def param(name, shape, gain=1.0):
-    one = _init(name, gain)
+    init = _init(name, gain)
     if not count:
-      return module.param(name, one, shape)
-    many = lambda key, shape: jax.vmap(lambda k: one(k, shape[1:]))(jax.random.split(key, count))
-    return module.param(name, many, (count, *shape))
+      return module.param(name, init, shape)
+    stack = lambda key, shape: jax.vmap(lambda k: init(k, shape[1:]))(jax.random.split(key, count))
+    return module.param(name, stack, (count, *shape))
 
-  down = (2 * c.num_layers) ** -0.5
   return (
     param('w_gate', (c.embed, size)),
     param('w_up', (c.embed, size)),
-    param('w_down', (size, c.embed), down),
+    param('w_down', (size, c.embed), (2 * c.num_layers) ** -0.5),
   )
 
 
 class Experts(nn.Module):
-  """The stacked weights of the experts."""
+  """The stacked weights of all experts."""
 
   cfg: DecoderConfig
 
@@ -195,13 +183,13 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-  """The token-routed mixture of experts."""
+  """A token-routed mixture of experts."""
 
   cfg: DecoderConfig
 
   @nn.compact
   def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, moe.Routing]:
-    """Map x [b,t,d] to [b,t,d]; `real` [b,t] marks the tokens that statistics count."""
+    """Map x [b,t,d] to [b,t,d]; return the statistics of routing over the `real` [b,t] tokens."""
     c = self.cfg
     router = self.param('w_router', _init('w_router'), (c.embed, c.num_experts))
     weights, ids, routing = moe.route(x, router, c.experts_per_token, c.renormalise)

@@ -1,4 +1,4 @@
-"""The decoder: every model that `slm` trains or ships is one of these."""
+"""The decoder that all models are: forward pass, cache and logits."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from slm.models.observe import KEPT, STATS
 from slm.weights.axes import Params
 from slm.weights.sharding import constrain
 
-# What a block keeps for its backward pass: everything, the products with weights, or its input.
+# What a block saves for its backward pass: everything, the products with weights, or its input.
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.save_only_these_names('linear'),
@@ -24,10 +24,14 @@ REMAT = {
 
 @flax.struct.dataclass
 class Output:
-  """What a forward pass returns; logits are a separate call so that losses can chunk them.
+  """The result of a forward pass; losses compute logits themselves, in chunks.
 
-  hidden [b,t,d] is after the final norm; cap bounds the logits made of it, see `logits`; routing
-  [b,l,...] is what token routing did, see moe.sums; states are those asked for, [b,t,d] each.
+  Attributes:
+    hidden: activations [b,t,d] after the final norm.
+    cache: the updated cache, if one was given.
+    routing: statistics [b,l,...] of token routing, see moe.sums.
+    states: the requested states of the residual stream, [b,t,d] each.
+    cap: the cap of the logits, see `logits`.
   """
 
   hidden: jax.Array
@@ -38,21 +42,18 @@ class Output:
 
 
 class Decoder(nn.Module):
-  """Embedding, scanned blocks, final norm."""
+  """An embedding, a scan over blocks, and a final norm."""
 
   cfg: DecoderConfig
 
   @nn.compact
   def __call__(
-    self,
-    batch: dict[str, jax.Array],
-    cache: dict | None = None,
-    states: tuple[int, ...] = (),
+    self, batch: dict[str, jax.Array], cache: dict | None = None, states: tuple[int, ...] = ()
   ) -> Output:
-    """Run inputs, positions and segments [b,t]; a cache continues where it stopped.
+    """Run inputs, positions and segments [b,t], after the content of a cache if one is given.
 
-    A query sees the keys of its own segment at its own or an earlier index; segment 0 is padding.
-    `states` asks for the residual stream at 0, the embedding, or i, what the i-th block gives.
+    Queries attend to keys of their segment up to their own index; segment 0 is padding. `states`
+    requests the residual stream after the embedding (0) or the i-th block (i, from 1).
     """
     c = self.cfg
     shape = (c.vocab, c.embed)
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
       self.param('lm_head', init, shape)
     x = jnp.take(embedding, batch['inputs'], axis=0)
     if c.embed_scale:
-      x = x * jnp.asarray(c.embed**0.5, x.dtype)  # rounded first, as Gemma does
+      x = x * jnp.asarray(c.embed**0.5, x.dtype)  # Gemma rounds the factor too
     x = constrain(x, 'batch', None, None)
     tables, kinds = _tables(c, batch['positions'])
 
@@ -78,13 +79,14 @@ class Decoder(nn.Module):
     if REMAT[c.remat]:
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
 
-    def one(block, carry, layer, *rest):
+    def layer(block, carry, number, *inputs):
       x, kept = carry
-      x, out = block(x, *rest)
-      return (x, tuple(jnp.where(layer == s, x, k) for s, k in zip(states, kept, strict=True))), out
+      x, out = block(x, *inputs)
+      kept = tuple(jnp.where(number == s, x, k) for s, k in zip(states, kept, strict=True))
+      return (x, kept), out
 
     stack = nn.scan(
-      one,
+      layer,
       variable_axes={'params': 0, STATS: 0, KEPT: 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, 0, 0, nn.broadcast, nn.broadcast),
@@ -93,24 +95,24 @@ class Decoder(nn.Module):
       unroll=c.unroll,
     )
     kind = jnp.array([kinds.index(name) for name in c.layer_types]) if len(kinds) > 1 else None
-    # Carried rather than stacked over layers: only the states asked for are ever held.
-    carry, layer = (x, (x,) * len(states)), jnp.arange(1, c.num_layers + 1)
+    # States are carried rather than stacked over layers: only the requested ones are held.
+    carry, numbers = (x, (x,) * len(states)), jnp.arange(1, c.num_layers + 1)
     (x, kept), (new, routing) = stack(
-      block(c, name='blocks'), carry, layer, tables, mask, kind, kv, index, queries > 0
+      block(c, name='blocks'), carry, numbers, tables, mask, kind, kv, index, queries > 0
     )
     hidden = Norm(c, name='final_norm')(x, queries > 0)
     if cache is not None:
-      put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
-      cache = {**jax.tree.map(put, kv, new), 'segments': keys, 'index': index + t}
+      append = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
+      cache = {**jax.tree.map(append, kv, new), 'segments': keys, 'index': index + t}
     return Output(hidden, cache, routing, kept, c.logit_cap)
 
 
 def _mask(
   c: DecoderConfig, kinds: list[str], queries: jax.Array, keys: jax.Array, index: Any
 ) -> jax.Array:
-  """Return which keys [b,s] queries [b,t] that begin at `index` see: [b,t,s] bool.
+  """Return the mask [b,t,s] of queries [b,t], the first at `index`, and keys [b,s].
 
-  With windows the mask leads with an axis for the kinds of layers; a block takes its own.
+  With windows the mask has a leading axis for the kinds of layers, and each block takes its own.
   """
   t, s = queries.shape[1], keys.shape[1]
   distance = (index + jnp.arange(t))[:, None] - jnp.arange(s)[None, :]
@@ -122,26 +124,27 @@ def _mask(
 
 
 def _tables(c: DecoderConfig, positions: jax.Array) -> tuple[Any, list[str]]:
-  """Return the RoPE tables of positions [b,t], and the kinds of layers that the model has.
+  """Return the RoPE tables of positions [b,t], and the kinds of layers of the model.
 
-  With several kinds each table leads with an axis for them.
+  With several kinds each table has a leading axis for them.
   """
   kinds = sorted(set(c.layer_types)) or ['full']
-  scaling = (c.rope, c.rope_factor, c.rope_low, c.rope_high, c.rope_context)
-  plain = ('default', 1.0, 1.0, 1.0, 1)
-  made = []
+  tables = []
   for kind in kinds:
-    own = kind == 'window' and c.rope_theta_window  # as Gemma 3: short layers have their own
-    theta, how = (c.rope_theta_window, plain) if own else (c.rope_theta, scaling)
-    frequency = layers.rope_frequencies(c.head_dim, theta, *how)
-    made.append(layers.rope_tables(positions, 0 * frequency if kind == 'nope' else frequency))
+    if kind == 'window' and c.rope_theta_window:  # Gemma 3
+      theta, scaling = c.rope_theta_window, ('default', 1.0, 1.0, 1.0, 1)
+    else:
+      theta = c.rope_theta
+      scaling = (c.rope, c.rope_factor, c.rope_low, c.rope_high, c.rope_context)
+    frequency = layers.rope_frequencies(c.head_dim, theta, *scaling)
+    tables.append(layers.rope_tables(positions, 0 * frequency if kind == 'nope' else frequency))
   if len(kinds) == 1:
-    return made[0], kinds
-  return jax.tree.map(lambda *x: jnp.stack(x), *made), kinds
+    return tables[0], kinds
+  return jax.tree.map(lambda *x: jnp.stack(x), *tables), kinds
 
 
 def init_cache(cfg: DecoderConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-  """Return an empty cache for `batch` rows of at most `length` tokens."""
+  """Allocate a cache for `batch` rows of at most `length` tokens."""
   shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
   return {
     'k': jnp.zeros(shape, dtype),
@@ -152,14 +155,14 @@ def init_cache(cfg: DecoderConfig, batch: int, length: int, dtype: Any) -> dict[
 
 
 def head(params: Params) -> jax.Array:
-  """Return the output matrix [v,d]: lm_head, or the embedding when they are tied."""
+  """Return the output matrix [v,d]: lm_head, or the embedding if tied."""
   return params['lm_head'] if 'lm_head' in params else params['embedding']
 
 
 def logits(weight: jax.Array, hidden: jax.Array, cap: float = 0.0) -> jax.Array:
-  """Map hidden [...,d] by weight [v,d] to float32 logits [...,v], cap * tanh(logits / cap)."""
-  found = jnp.einsum('...d,vd->...v', hidden, weight, preferred_element_type=jnp.float32)
-  return cap * jnp.tanh(found / cap) if cap else found
+  """Map hidden [...,d] by weight [v,d] to float32 logits [...,v], or cap * tanh(logits / cap)."""
+  logits = jnp.einsum('...d,vd->...v', hidden, weight, preferred_element_type=jnp.float32)
+  return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def unembed(params: Params, out: Output) -> jax.Array:

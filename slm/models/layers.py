@@ -1,6 +1,6 @@
 """Layers of a Llama-style decoder as functions over arrays.
 
-The alphabet of every einsum: b batch, t query position, s key position, d embed, h query heads,
+Letters in shapes and einsums: b batch, t query position, s key position, d embed, h query heads,
 k kv heads, g queries per kv head, c head_dim, f mlp (or any output), l layers, v vocab.
 """
 
@@ -13,14 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from slm.weights.sharding import constrain
 
-_MASKED = -1e30  # finite, so that a padding query (all keys masked) gives no NaN
+_MASKED = -1e30  # finite: a padding query, with all keys masked, must not give NaN
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -> jax.Array:
   """Divide by the root mean square of the last axis, in float32 (Zhang & Sennrich 2019).
 
-  The scale multiplies what is back in x's type, as Llama has it; with `offset` 1 + scale does so
-  before, as Gemma has it. In float32 the order changes nothing.
+  The result is cast to x's type and multiplied by the scale, as in Llama; with `offset` it is
+  multiplied by 1 + scale and cast, as in Gemma.
   """
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -31,16 +31,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -
 
 
 def rope_frequencies(
-  head_dim: int, theta: float, how: str, factor: float, low: float, high: float, context: int
+  head_dim: int, theta: float, kind: str, factor: float, low: float, high: float, context: int
 ) -> jax.Array:
-  """Return the angles per position of each pair of dimensions, [head_dim/2] in float32.
+  """Return the radians per position of each pair of dimensions, [head_dim/2] in float32.
 
-  `linear` divides all by the factor (Chen et al. 2023); `llama3` divides those that turn less than
-  `low` times over the `context` the model was first trained with, keeps those that turn more than
-  `high` times, and blends between.
+  `linear` divides all by the factor (Chen et al. 2023); `llama3` divides those with fewer than
+  `low` turns over the `context` of the first training, keeps those with more than `high` turns, and
+  interpolates between.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  return ROPES[how](frequency, factor, low, high, context)
+  return ROPES[kind](frequency, factor, low, high, context)
 
 
 def _llama3(frequency, factor, low, high, context):
@@ -74,9 +74,9 @@ def attention(
 ) -> jax.Array:
   """Attend with grouped queries: q [b,h,t,c], k and v [b,k,s,c], mask [b,t,s] -> [b,h,t,c].
 
-  Scores are divided by sqrt(scale), c if it is 0, and with a cap become cap * tanh(scores / cap).
-  The mask is causal: where t == s, query i sees no key after i, and the blocks of scores that
-  lie above the diagonal are not computed.
+  Scores are divided by sqrt(scale), or sqrt(c) if it is 0, and with a cap become
+  cap * tanh(scores / cap). The mask must be causal: if t == s, blocks of scores above the diagonal
+  are not computed.
   """
   b, heads, t, c = q.shape
   kv_heads = k.shape[1]
@@ -88,22 +88,22 @@ def attention(
 
 @functools.partial(jax.checkpoint, static_argnums=4)
 def _attend_capped(q, k, v, bias, cap):
-  """Attend as `_attend` does, with capped scores; rare enough to leave its gradient to autodiff."""
+  """Attend as `_attend`, with capped scores and the gradient of autodiff."""
   scores = cap * jnp.tanh(_scores(q, k, 0.0) / cap) + bias
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('bkgts,bksc->bkgtc', weights, v)
 
 
 def mean_keys(t: int) -> float:
-  """Return how many scores per query `attention` computes for t queries over themselves."""
+  """Return the mean number of scores that `attention` computes per query of a text of t tokens."""
   return sum((end - start) * keys for start, end, keys in _blocks(t, t)) / t
 
 
 def _blocks(t: int, s: int) -> list[tuple[int, int, int]]:
-  """Cut t queries over s keys into [start, end) and the number of keys each block sees."""
+  """Return blocks (start, end, keys): queries [start, end) attend to the first `keys` of s."""
   if s != t:
     return [(0, t, s)]
-  # Four blocks compute 62 % of the square; more would only lengthen compilation.
+  # Four blocks compute 62 % of the square; more would lengthen compilation.
   count = min(4, max(t // 128, 1))
   ends = [-(-t * i // count) for i in range(count + 1)]
   return [(start, end, end) for start, end in zip(ends, ends[1:], strict=False)]
@@ -136,13 +136,13 @@ def _attend_fwd(q, k, v, bias):
 
 
 def _attend_bwd(residuals, d_out):
-  # Recomputing the weights costs less than writing and reading [t,s] residuals, and the row sums
-  # of weights x their gradient equal those of out x its gradient (Dao et al. 2022, §B): autodiff
-  # of softmax would reduce over the [t,s] products instead, which took 40 % of a step on CPU.
+  # Recomputing the weights costs less than storing [t,s] residuals. The row sums of the weights
+  # times their gradient equal those of `out` times its gradient (Dao et al. 2022, §B): autodiff
+  # would reduce over the [t,s] products instead, which took 40 % of a step on CPU.
   q, k, v, bias, out, norms = residuals
   product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
   row_sums = jnp.sum(product, axis=-1, keepdims=True)
-  # Gradients of k and v as [c,s], so that the operand to be transposed is not the [t,s] one.
+  # Gradients of k and v are formed as [c,s], which avoids a transpose of [t,s] operands.
   d_q, d_k, d_v = [], *(jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))
   by_key = functools.partial(jnp.einsum, 'bkgtc,bkgts->bkcs', preferred_element_type=jnp.float32)
   for start, end, keys in _blocks(q.shape[3], k.shape[2]):
@@ -154,7 +154,7 @@ def _attend_bwd(residuals, d_out):
     d_q.append(jnp.einsum('bkgts,bksc->bkgtc', to_scores, ki))
     d_k = d_k.at[..., :keys].add(by_key(qi, to_scores))
     d_v = d_v.at[..., :keys].add(by_key(gi, weights.astype(v.dtype)))
-  # The barrier keeps XLA from turning those products back into [s,c]: 6 % of a step on CPU.
+  # The barrier stops XLA from forming them as [s,c] after all: 6 % of a step on CPU.
   d_k, d_v = jax.lax.optimization_barrier((d_k.astype(k.dtype), d_v.astype(v.dtype)))
   return jnp.concatenate(d_q, axis=3), d_k.swapaxes(2, 3), d_v.swapaxes(2, 3), None
 
@@ -163,7 +163,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-  """Multiply x [b,t,d] by w [d,f] -> [b,t,f]; named, so that remat='dots' can keep it."""
+  """Multiply x [b,t,d] by w [d,f] -> [b,t,f]; named, so that remat='dots' can save it."""
   return checkpoint_name(_linear(x, w), 'linear')
 
 
@@ -173,8 +173,8 @@ def _linear(x, w):
 
 
 def _linear_bwd(residuals, g):
-  # Autodiff would write the weight's gradient as g^T x, and XLA on CPU then transposes g inside
-  # the element-wise loop that makes it; x^T g transposes an x that is already there.
+  # Autodiff would form the weight's gradient as g^T x, and XLA on CPU would transpose g inside the
+  # element-wise loop that makes it; x^T g transposes x, which is in memory.
   x, w = residuals
   return jnp.einsum('btf,df->btd', g, w), jnp.einsum('btd,btf->df', x, g)
 
@@ -186,22 +186,26 @@ ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': functools.partial(jax.nn.gelu, appro
 
 
 def glu(
-  x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array,
-  activation: str = 'silu', biases: Sequence[jax.Array] | None = None,
-  see: Callable[[jax.Array], None] | None = None,
-) -> jax.Array:  # fmt: skip
-  """Apply the gated MLP of Shazeer 2020: x [b,t,d] -> [b,t,d]; biases [f], [f] and [d], if any.
+  x: jax.Array,
+  w_gate: jax.Array,
+  w_up: jax.Array,
+  w_down: jax.Array,
+  activation: str = 'silu',
+  biases: Sequence[jax.Array] | None = None,
+  note: Callable[[jax.Array], None] | None = None,
+) -> jax.Array:
+  """Apply the gated MLP of Shazeer 2020: x [b,t,d] -> [b,t,d]; biases are [f], [f] and [d].
 
-  `see` is shown the hidden activations [b,t,f].
+  `note` is called with the hidden activations [b,t,f].
   """
   act = ACTIVATIONS[activation]
-  # Rematerialised: the gate and the up projection alone are kept for the backward pass.
+  # Rematerialised: only the gate and up projections are saved for the backward pass.
   gated = jax.checkpoint(lambda gate, up: act(gate) * up, prevent_cse=False)
   gate, up = linear(x, w_gate), linear(x, w_up)
   if biases is not None:
-    gate, up = (y + b.reshape(1, 1, -1) for y, b in ((gate, biases[0]), (up, biases[1])))
+    gate, up = gate + biases[0].reshape(1, 1, -1), up + biases[1].reshape(1, 1, -1)
   hidden = constrain(gated(gate, up), 'batch', None, 'mlp')
-  if see is not None:
-    see(hidden)
+  if note is not None:
+    note(hidden)
   out = linear(hidden, w_down)
   return out if biases is None else out + biases[2].reshape(1, 1, -1)

@@ -1,8 +1,8 @@
-"""A token-routed mixture of experts in the place of an MLP (Shazeer et al. 2017; Mixtral's form).
+"""A token-routed mixture of experts in place of an MLP (Shazeer et al. 2017; as in Mixtral).
 
-Every token is sent to the k experts of largest router probability and their outputs are summed with
-those probabilities, renormalised or (OLMoE) not. No token is dropped. Letters: b batch, t position,
-d embed, f mlp, e experts.
+Every token goes to the k experts with the largest router probabilities, and their outputs are
+summed with those probabilities, renormalised or (OLMoE) not. No token is dropped. Letters in
+shapes: b batch, t position, d embed, f mlp, e experts.
 """
 
 import functools
@@ -23,8 +23,8 @@ def route(
 ) -> tuple[jax.Array, jax.Array, Routing]:
   """Choose k experts for every token of x [b,t,d]: weights and ids [b,t,k], and statistics.
 
-  The router computes in float32. The statistics are what the auxiliary losses need, summed over
-  the tokens of a row by `sums`: probabilities and choices [b,t,e], squared log-partition [b,t].
+  The router computes in float32. The statistics serve the auxiliary losses: probabilities and
+  choices [b,t,e], squared log-partition [b,t].
   """
   logits = jnp.einsum('btd,de->bte', x.astype(jnp.float32), w_router.astype(jnp.float32))
   probabilities = jax.nn.softmax(logits, axis=-1)
@@ -44,17 +44,17 @@ def sums(routing: Routing, real: jax.Array) -> Routing:
 
 
 def einsum(x, weights, ids, w_gate, w_up, w_down, activation='silu') -> jax.Array:
-  """Compute every expert for every token and keep those chosen: portable, the reference."""
+  """Compute every expert for every token and weight the outputs: the portable reference."""
   share = jnp.einsum('btk,btke->bte', weights, jax.nn.one_hot(ids, len(w_gate)))
-  gate, up = (_kept(jnp.einsum('btd,edf->btef', x, w)) for w in (w_gate, w_up))
+  gate, up = (_saved(jnp.einsum('btd,edf->btef', x, w)) for w in (w_gate, w_up))
   hidden = layers.ACTIVATIONS[activation](gate) * up * share[..., None].astype(x.dtype)
   return jnp.einsum('btef,efd->btd', sharding.constrain(hidden, 'batch', None, None, 'mlp'), w_down)
 
 
 def ragged(x, weights, ids, w_gate, w_up, w_down, activation='silu') -> jax.Array:
-  """Sort tokens by expert and multiply each run by its own matrix: only chosen work is done.
+  """Sort tokens by expert and multiply each group by its matrix: compute only chosen experts.
 
-  Each device sorts the tokens of its own rows; the experts' weights are gathered to it.
+  Each device sorts the tokens of its own rows and gathers the experts' weights.
   """
   fn = functools.partial(_ragged, count=len(w_gate), activation=activation)
   mesh = jax.sharding.get_abstract_mesh()
@@ -75,48 +75,53 @@ def _ragged(x, weights, ids, w_gate, w_up, w_down, *, count, activation):
   order = jnp.argsort(ids, stable=True)
   sizes = jnp.bincount(ids, length=count).astype(jnp.int32)
   tokens = order // k
-  taken = x.reshape(-1, d)[tokens]
+  x_sorted = x.reshape(-1, d)[tokens]
   dot = lambda a, w: jax.lax.ragged_dot(a, w, sizes)
-  hidden = layers.ACTIVATIONS[activation](_kept(dot(taken, w_gate))) * _kept(dot(taken, w_up))
+  gate, up = _saved(dot(x_sorted, w_gate)), _saved(dot(x_sorted, w_up))
+  hidden = layers.ACTIVATIONS[activation](gate) * up
   out = dot(hidden, w_down) * weights[order][:, None].astype(x.dtype)
   return jnp.zeros((b * t, d), x.dtype).at[tokens].add(out).reshape(b, t, d)
 
 
-def _kept(product: jax.Array) -> jax.Array:
-  """Name a product with weights, so that remat='dots' keeps it, as layers.linear does."""
+def _saved(product: jax.Array) -> jax.Array:
+  """Name a product with weights, so that remat='dots' can save it, as layers.linear does."""
   return checkpoint_name(product, 'linear')
 
 
 def seen(
-  x: jax.Array, weights: jax.Array, ids: jax.Array, real: jax.Array, experts: tuple[jax.Array, ...],
+  x: jax.Array,
+  weights: jax.Array,
+  ids: jax.Array,
+  real: jax.Array,
+  experts: tuple[jax.Array, ...],
   activation: str,
-) -> dict[str, jax.Array]:  # fmt: skip
-  """Sum what every expert did to the real tokens [b,t] that were sent to it, in float32.
+) -> dict[str, jax.Array]:
+  """Return statistics of every expert over the real tokens [b,t] sent to it, in float32.
 
-  'experts' [e,3]: the sum of gate x ||output|| (REAP, arXiv 2510.13999), tokens and sequences;
-  'mlp' [e,3,2,f]: observe.moments, over those tokens, of what goes into its down projection,
-  without the gate. One expert at a time, whatever the dispatch.
+  'experts' [e,3]: the sum of gate x ||output|| (REAP, arXiv 2510.13999), the number of tokens and
+  the number of sequences; 'mlp' [e,3,2,f]: observe.moments of the inputs of its down projection,
+  without the gate. Experts are computed one at a time, whatever the dispatch.
   """
 
-  def one(expert):
+  def statistics(expert):
     number, w_gate, w_up, w_down = expert
-    mine = (ids == number) & real[..., None]
-    sent = mine.any(-1)
+    chosen = (ids == number) & real[..., None]
+    sent = chosen.any(-1)
     hidden = layers.ACTIVATIONS[activation](jnp.dot(x, w_gate)) * jnp.dot(x, w_up)
     norm = jnp.linalg.norm(jnp.dot(hidden, w_down).astype(jnp.float32), axis=-1)
-    gate = (weights * mine).sum(-1)
-    did = jnp.stack([(gate * norm).sum(), sent.sum(), sent.any(1).sum()])
-    return {'experts': did, 'mlp': observe.moments(hidden, sent)}
+    gate = (weights * chosen).sum(-1)
+    sums = jnp.stack([(gate * norm).sum(), sent.sum(), sent.any(1).sum()])
+    return {'experts': sums, 'mlp': observe.moments(hidden, sent)}
 
-  return jax.lax.map(one, (jnp.arange(len(experts[0])), *experts))
+  return jax.lax.map(statistics, (jnp.arange(len(experts[0])), *experts))
 
 
-def balance(found: Routing) -> jax.Array:
+def balance(routing: Routing) -> jax.Array:
   """Return the load-balance loss, e x sum_e f_e P_e (Fedus et al. 2021, eq. 4), mean over layers.
 
-  `found` holds `sums` [b,l,e] of a batch; f_e is the share of choices, P_e the mean probability.
-  It is 1 when tokens and probabilities are spread evenly.
+  `routing` holds the `sums` [b,l,e] of a batch; f_e is the share of choices, P_e the mean
+  probability. The loss is 1 if tokens and probabilities are spread evenly.
   """
-  share, mean = found['chosen'].sum(0), found['probability'].sum(0)
+  share, mean = routing['chosen'].sum(0), routing['probability'].sum(0)
   share, mean = (x / jnp.maximum(x.sum(-1, keepdims=True), 1e-9) for x in (share, mean))
-  return jnp.mean(found['chosen'].shape[-1] * jnp.sum(share * mean, axis=-1))
+  return jnp.mean(routing['chosen'].shape[-1] * jnp.sum(share * mean, axis=-1))

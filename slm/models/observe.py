@@ -1,7 +1,7 @@
-"""What a forward pass can say of its activations, summed over sequences: for calibration alone.
+"""Statistics of activations for calibration, summed over sequences.
 
-A model applied with the collection 'stats' mutable sows these sums; otherwise nothing is computed.
-Sums over sequences add up over batches, runs and devices, so calibration is exact under any mesh.
+A model applied with the collection 'stats' mutable sows these sums; otherwise they are not
+computed. Sums add up over batches, runs and devices, so calibration is exact on any mesh.
 """
 
 from collections.abc import Callable
@@ -12,26 +12,28 @@ import jax
 import jax.numpy as jnp
 
 STATS = 'stats'
-KEPT = 'kept'  # for each scale, 1 where its channel is to stay: see `shrinkage`
-# Over the tokens of one sequence; see `over_tokens`.
+KEPT = 'kept'  # a collection: for each scale, 1 where its channel is kept, see `shrinkage`
+# Over the tokens of a sequence, see `over_tokens`.
 AGGREGATORS = ('mean', 'l2', 'var')
 
 
 def over_tokens(x: jax.Array, real: jax.Array) -> jax.Array:
   """Aggregate x [b,t,...] over the real tokens [b,t] of each sequence: [3,b,...] in float32.
 
-  The mean of |x|, the root of the sum of x^2, and the variance (Minitron, arXiv 2407.14679 §2.2).
-  Tokens come first and sequences after: the other way round is another, and worse, score.
+  The aggregates are the mean of |x|, the root of the sum of x^2, and the variance (Minitron, arXiv
+  2407.14679 §2.2). Aggregating over sequences first gives another, worse score.
   """
   x = x.astype(jnp.float32)
   w = real.astype(jnp.float32).reshape(real.shape + (1,) * (x.ndim - 2))
   count = jnp.maximum(w.sum(1), 1.0)
   mean, square = (x * w).sum(1) / count, (x * x * w).sum(1)
-  return jnp.stack([
-    (jnp.abs(x) * w).sum(1) / count,
-    jnp.sqrt(square),
-    jnp.maximum(square / count - mean * mean, 0.0),
-  ])  # fmt: skip
+  return jnp.stack(
+    [
+      (jnp.abs(x) * w).sum(1) / count,
+      jnp.sqrt(square),
+      jnp.maximum(square / count - mean * mean, 0.0),
+    ]
+  )
 
 
 def moments(x: jax.Array, real: jax.Array) -> jax.Array:
@@ -52,18 +54,18 @@ def turn(before: jax.Array, after: jax.Array, real: jax.Array) -> jax.Array:
 def shrinkage(x: jax.Array, kept: jax.Array, eps: float, real: jax.Array) -> jax.Array:
   """Sum rms(kept channels of x) / rms(x) over real tokens, and count them: [2].
 
-  x [b,t,d], kept [d] of n ones. Epsilon counts d / n times among the kept: channels that are zero
-  and go then make it exactly sqrt(d / n).
+  x is [b,t,d] and kept [d] has n ones. Epsilon counts d / n times for the kept channels, so that
+  removing channels that are zero gives exactly sqrt(d / n).
   """
   square, kept = jnp.square(x.astype(jnp.float32)), kept.reshape(1, 1, -1)
   n = kept.sum()
-  mine = (square * kept).sum(-1) / n + eps * x.shape[-1] / n
-  ratio = jnp.sqrt(mine / (square.mean(-1) + eps))
+  kept_square = (square * kept).sum(-1) / n + eps * x.shape[-1] / n
+  ratio = jnp.sqrt(kept_square / (square.mean(-1) + eps))
   w = real.astype(jnp.float32)
   return jnp.stack([(ratio * w).sum(), w.sum()])
 
 
 def note(module: nn.Module, name: str, measure: Callable[..., Any], *x: Any) -> None:
-  """Sow measure(*x) under a name, where somebody asked for it."""
+  """Sow measure(*x) under a name if the collection 'stats' is mutable."""
   if module.is_mutable_collection(STATS):
     module.sow(STATS, name, measure(*x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
