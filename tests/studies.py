@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.specialise.cells import Comparison, compare
 from experiments.specialise.study import load_study
+from slm.runs import config
 
 LABELS = {
   'slm': 'SLM',
@@ -46,7 +47,9 @@ def write_run(
 ) -> None:
   """Write a finished run; losses map set/split to rows [rows,2]."""
   tokens = int(flops / 1e7)
-  write(path / 'config.json', {'phase': phase, 'eval': {'patience': 0}})
+  settings = config.defaults() | {'phase': phase}
+  settings['model']['vocab'] = 256
+  write(path / 'config.json', settings)
   environment = {'python': '3.11.0', 'device_kind': 'cpu', 'packages': {'jax': '0.1'}}
   write(path / 'starts.json', [{'step': 0, 'code': 'abc', 'environment': environment}])
   entry = {'tokens': tokens, 'flops': flops, 'device_seconds': flops / 1e11}

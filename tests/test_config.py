@@ -11,7 +11,7 @@ from slm.base import schema
 from slm.models.config import DecoderConfig
 from slm.reparam.dense import FullConfig, LoraConfig
 from slm.reparam.projection import CodeConfig, ProjectConfig
-from slm.runs import config
+from slm.runs import config, load
 from slm.runs.config import DistillConfig, NextTokenConfig, RunConfig
 
 NAMES = sorted(
@@ -92,9 +92,12 @@ def test_a_run_of_before_some_keys_goes_on(tmp_path):
   cfg = RunConfig(model=DecoderConfig(vocab=5), data=config.loader.DataConfig())
   values = schema.plain(cfg)
   del values['objective']['balance'], values['tensorboard'], values['model']['rope_low']
+  del values['eval']['patience']
   (tmp_path / 'config.json').write_text(json.dumps(values))
   config.check_run(tmp_path, cfg)
   assert config.of(tmp_path) == cfg
+  (tmp_path / 'result.json').write_text('{"steps": 1000, "best_step": 200}')
+  assert load.served_step(tmp_path) == 1000
   with pytest.raises(ValueError, match='holds another run: steps was 1000, now 3'):
     config.check_run(tmp_path, dataclasses.replace(cfg, steps=3, log_every=1))
   (tmp_path / 'config.json').write_text(json.dumps(values | {'gone': 1}))

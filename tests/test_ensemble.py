@@ -13,7 +13,7 @@ from slm.data import rows as packing
 from slm.data.tokenizer import load as load_tokenizer
 from slm.models.decoder import unembed
 from slm.objectives import heldout
-from slm.runs import ledger, load, rundir
+from slm.runs import ledger, load
 from slm.training import loop
 from slm.weights import sharding
 
@@ -100,7 +100,7 @@ def test_ensemble_is_no_worse_than_its_average_member_and_is_a_run(trained, tiny
   model = cluster.load(Path(tiny_data) / 'clusters' / 'model.safetensors')
   share = np.bincount(model.parents[2], minlength=2) / len(model.centroids)
   assert flat['loss'] <= share @ alone + 1e-6  # log is concave
-  assert rundir.served_step(out) == 0 and files.read_json(out / 'eval.json')['court/test'] == flat
+  assert load.served_step(out) == 0 and files.read_json(out / 'eval.json')['court/test'] == flat
   assert ledger.read_ledger(out) == {'phases': [], 'ancestors': [str(trained)]}
   with pytest.raises(ValueError, match='specialist.temperature was 1000000.0, now 0.1'):
     ensemble.ensemble(trained, ['court/test'], out)

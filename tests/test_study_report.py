@@ -268,7 +268,9 @@ def test_runs_that_ended_while_improving_are_flagged(tmp_path: Path):
   ends = {'slm-law-20000': (100, 100), 'slm-law-160000': (90, 90), 'project-law-20000': (100, 80)}
   for name, (last, best) in ends.items():
     run = tmp_path / f'runs/{name}-0'
-    write(run / 'config.json', {'phase': 'finetune', 'steps': 100, 'eval': {'patience': 4}})
+    settings = json.loads((run / 'config.json').read_text())
+    changes = {'phase': 'finetune', 'steps': 100, 'eval': {'patience': 4}}
+    write(run / 'config.json', settings | changes)
     write(run / 'result.json', {'steps': last, 'best_step': best})
     known = json.loads((run / 'eval.json').read_text())
     write(run / 'eval.json', {key: {**about, 'step': best} for key, about in known.items()})

@@ -12,7 +12,7 @@ from slm.base import files
 from slm.objectives import heldout
 from slm.reporting import stats
 from slm.reporting.stats import Cost, Difference, Loss, difference, training_cost
-from slm.runs import rundir
+from slm.runs import load, rundir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _rows(
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
   """Load a run's rows [rows,2] of a test set and their summary; None if it was not run."""
   path = study.path / run['run']
-  if rundir.served_step(path) is None:
+  if load.served_step(path) is None:
     return None
   # A run is over with its test set; other sets and checkpoints may be there.
   needed = name.endswith(f'/{TEST}') and rundir.split_ref(path)[1] is None

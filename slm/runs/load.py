@@ -1,4 +1,4 @@
-"""From a run directory to a model that can be called."""
+"""Load the model of a run directory."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from slm import models, reparam
 from slm.base import files
@@ -18,26 +19,26 @@ from slm.weights.axes import Params
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A trained run: its config, model, reparameterisation and theta at its best step."""
+  """A trained run: its config, model, reparameterisation and theta at one step."""
 
   path: Path
   cfg: RunConfig
   model: models.Model
   reparam: reparam.Reparam
   theta: Params
-  frozen: Params  # {'base': ...} where theta is a change of another run's weights
+  frozen: Params  # {'base': ...} where theta changes another run's weights
   step: int
 
   def params(self, condition: int | np.ndarray | None = None) -> Params:
     """Return dense params: the model itself, or a cluster's or histogram's specialist.
 
     Raises:
-      ValueError: if the run holds specialists and no valid cluster or histogram [clusters] is
-        given, or holds none and one is.
+      ValueError: if the run holds specialists and `condition` is no cluster or histogram
+        [clusters], or the run holds one dense model and `condition` is given.
     """
     clusters = self.reparam.clusters
     if not clusters and condition is not None:
-      raise ValueError(f'{self.path} holds one dense model: it has no cluster {condition}')
+      raise ValueError(f'{self.path} holds one dense model and no cluster {condition}')
     if clusters and condition is None:
       raise ValueError(
         f'{self.path} holds {clusters} models: take one out first with python -m slm.specialise '
@@ -62,16 +63,16 @@ def build(cfg: RunConfig) -> tuple[models.Model, reparam.Reparam]:
 
 
 def check_groups(cfg: RunConfig, rep: reparam.Reparam, devices: int) -> None:
-  """Refuse groups of rows that do not fit the reparameterisation or the devices.
+  """Check that groups of rows fit the reparameterisation and the devices.
 
   Raises:
     ValueError: naming the keys that do not fit together.
   """
   d = cfg.data
-  if rep.clusters != d.level and rep.clusters:
+  if rep.clusters and rep.clusters != d.level:
     raise ValueError(
       f'reparam.clusters={rep.clusters} needs rows grouped by as many clusters: '
-      f'set data.level to it, found {d.level}'
+      f'expected data.level={rep.clusters}, found {d.level}'
     )
   if rep.histograms != (d.order == 'histogram'):
     need = 'needs' if rep.histograms else 'is not trained with'
@@ -86,37 +87,46 @@ def check_groups(cfg: RunConfig, rep: reparam.Reparam, devices: int) -> None:
     )
 
 
-def theta_shardings(rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> tuple[Params, Params]:
-  """Return theta's shapes and where each leaf lies on the mesh."""
+def theta_shardings(rep: reparam.Reparam, mesh: Mesh) -> tuple[Params, Params]:
+  """Return theta's shapes and shardings."""
   shapes = jax.eval_shape(rep.init, jax.random.key(0))
   return shapes, sharding.shardings(shapes, mesh)
 
 
-def load(run: str | Path, mesh: jax.sharding.Mesh, finished: bool = False) -> Loaded:
-  """Load RUN's best checkpoint, or RUN@STEP, onto the mesh; `finished` refuses unfinished runs.
+def load(run: str | Path, mesh: Mesh, finished: bool = False) -> Loaded:
+  """Load RUN's best checkpoint, or RUN@STEP, onto the mesh.
 
   Raises:
-    ValueError: if the directory holds no run or no such checkpoint, or the run must be finished
-      and is not (a named step need not be the last).
+    ValueError: if the directory holds no run or no such checkpoint, or `finished` is set, no step
+      is named and the run has not finished.
   """
   run, step = rundir.split_ref(run)
   cfg = config.of(run)
   if finished and step is None and not (run / 'result.json').exists():
     raise ValueError(f'{run}: has not finished; the command that started it continues it')
-  model, rep = build(cfg)
-  shapes, where = theta_shardings(rep, mesh)
-  directory = run / 'checkpoints'
-  if not directory.is_dir():
+  if not checkpoint.saved_steps(run / 'checkpoints'):
     raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
-  with checkpoint.Checkpoints(directory) as saved:
-    if step is not None and step not in saved.steps:
-      raise ValueError(f'{run}: has no checkpoint of step {step}, there are: {saved.steps}')
-    step = saved.best if step is None else step
+  model, rep = build(cfg)
+  with checkpoint.Checkpoints(run / 'checkpoints') as saved:
     if step is None:
-      raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
-    theta = saved.restore_theta(step, checkpoint.abstract(shapes, where))
+      step = saved.best
+    elif step not in saved.steps:
+      raise ValueError(f'{run}: has no checkpoint of step {step}, found steps {saved.steps}')
+    theta = saved.restore_theta(step, checkpoint.abstract(*theta_shardings(rep, mesh)))
   frozen = {'base': base(cfg, rep, mesh)} if rep.base else {}
   return Loaded(run, cfg, model, rep, theta, frozen, step)
+
+
+def served_step(ref: str | Path) -> int | None:
+  """Return the step whose weights RUN@STEP or a finished RUN serves, None if it does not exist."""
+  run, step = rundir.split_ref(ref)
+  if step is not None:
+    return step if (run / 'checkpoints' / str(step)).exists() else None
+  if not (run / 'result.json').exists():
+    return None
+  result = files.read_json(run / 'result.json')
+  # Without early stopping the last checkpoint serves, whatever the held-out losses were.
+  return result.get('best_step' if config.of(run).eval.patience else 'steps', result['steps'])
 
 
 def data_path(run: str | Path, data: str = '') -> str:
@@ -127,12 +137,12 @@ def data_path(run: str | Path, data: str = '') -> str:
   """
   path = data or config.of(run).data.path
   if not path:
-    raise ValueError(f'{run}: was not trained on data here: name a directory of them by --data')
+    raise ValueError(f'{run}: names no data directory of its own: name one with --data')
   return path
 
 
-def mesh_for(run: str | Path) -> jax.sharding.Mesh:
-  """Return the mesh on which no device holds more of a run's weights than it must."""
+def mesh_for(run: str | Path) -> Mesh:
+  """Return a mesh over all devices that splits a run's weights as far as they divide."""
   return sharding.fit_mesh(config.of(run).model.embed)
 
 
@@ -140,9 +150,9 @@ def write_dense(
   workdir: Path, cfg: RunConfig, params: Params, ancestors: list[str],
   phases: list[dict[str, Any]] | None = None, **result: Any,
 ) -> None:  # fmt: skip
-  """Write weights that no training made here as a finished run, which `load` reads.
+  """Write weights that were not trained here as a finished run.
 
-  The directory must have passed config.check_run; an interruption leaves what a second call ends.
+  The directory must have passed config.check_run. A second call completes an interrupted one.
   """
   config.write_run(workdir, cfg)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=1) as saved:
@@ -152,8 +162,8 @@ def write_dense(
   files.write_json(workdir / 'result.json', {'steps': 0, **result})
 
 
-def base(cfg: RunConfig, rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> Params:
-  """Load what a run changes and does not train: the weights of the run that its `init` names.
+def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
+  """Load the frozen weights that a run's theta changes: those of the run `init`.
 
   Raises:
     ValueError: if there is no such run or it was trained with another tokenizer.
@@ -162,31 +172,30 @@ def base(cfg: RunConfig, rep: reparam.Reparam, mesh: jax.sharding.Mesh) -> Param
     raise ValueError(f'init: reparam {cfg.reparam.name!r} changes the weights of another run')
   start = load(cfg.init, mesh, finished=True)
   same_tokenizer(start, cfg.tokenizer)
-  same_clusters(start, cfg.data.path)  # a code is tuned from the set's place among them
+  same_clusters(start, cfg.data.path)  # a code starts from the set's histogram over them
   return start.params() if rep.base == 'params' else start.theta
 
 
 def same_clusters(loaded: Loaded, path: str | Path) -> None:
-  """Refuse data clustered otherwise than those that a run with specialists was trained on.
+  """Check that data have the clusters that a run with specialists was trained on.
 
   Raises:
     ValueError: naming both.
   """
   if loaded.reparam.clusters and loaded.cfg.clustering != loader.clustering(path):
     raise ValueError(
-      f'{loaded.path} was trained on other clusters than those of {path}: its specialists mean '
-      'nothing there'
+      f'{loaded.path} was trained on other clusters than those of {path}, so its specialists do '
+      'not apply there'
     )
 
 
 def reads(loaded: Loaded, path: str | Path = '') -> tuple[tokenizer.Tokenizer, list[int]]:
-  """Return a run's tokenizer, and the ids that every text begins with: a begin token, or none.
+  """Return a run's tokenizer and the ids that every text begins with: a begin token, or none.
 
-  The tokenizer is in the data directory `path`, the run or the run's data.
+  The tokenizer is that of the data directory `path`, if given, else of the run or its data.
 
   Raises:
-    ValueError: if there is none, it is another than the weights were trained with, or the run's
-      rows were prepared to begin otherwise.
+    ValueError: if it is missing, or the weights were trained with another.
   """
   folder = Path(path) / 'tokenizer' if path else tokenizer_of(loaded)
   if (folder.parent / 'manifest.json').exists():
@@ -203,7 +212,7 @@ def tokenizer_of(loaded: Loaded) -> Path:
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
-  """Refuse weights trained with another tokenizer.
+  """Check that weights were trained with a tokenizer.
 
   Raises:
     ValueError: naming both fingerprints.

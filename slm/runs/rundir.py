@@ -1,4 +1,4 @@
-"""A run is a directory: resolved config, code version, environment, metrics, cost ledger."""
+"""The files of a run directory: resolved config, code version, environment, metrics."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ LINEAGE = 'slm_lineage.json'  # beside exported weights: what they were made fro
 
 
 def split_ref(ref: str | Path) -> tuple[Path, int | None]:
-  """Split RUN or RUN@STEP into the run directory and the step, None where none is named."""
+  """Split RUN or RUN@STEP into the run directory and the step (None for RUN)."""
   ref = Path(ref)
   name, at, step = ref.name.rpartition('@')
   return (ref.with_name(name), int(step)) if at and name and step.isdigit() else (ref, None)
@@ -37,36 +37,37 @@ def read_config(ref: str | Path) -> dict[str, Any]:
   path = split_ref(ref)[0]
   if of_transformers(path):
     raise ValueError(
-      f'{path}: a model of transformers, not a run: python -m slm.hf import {path} RUN makes it one'
+      f'{path}: a model of transformers, not a run: import it with python -m slm.hf import {path} '
+      'RUN'
     )
   return files.read_json(path / 'config.json')
 
 
 def refuse_unfinished(path: Path) -> None:
-  """Refuse an export that was cut short.
+  """Check that a directory is not an interrupted export.
 
   Raises:
-    ValueError: if the directory is one.
+    ValueError: if it is.
   """
   if (path / LINEAGE).exists() and not (path / 'config.json').exists():
     raise ValueError(f'{path}: an export that was cut short: run `slm.hf export` again')
 
 
 def of_transformers(path: Path) -> bool:
-  """Say whether the config.json of a directory is one that transformers wrote."""
+  """Return whether a directory's config.json was written by transformers."""
   refuse_unfinished(path)
   config = files.read_json(path / 'config.json')
   return isinstance(config, dict) and 'model_type' in config
 
 
 def evaluations(ref: str | Path, kind: str = 'eval') -> Path:
-  """Return the folder of a run's (or its checkpoint's) losses or `tasks`; .json sums them up."""
+  """Return the directory of RUN's or RUN@STEP's held-out losses or `tasks`; .json has summaries."""
   run, step = split_ref(ref)
   return run / (kind if step is None else f'{kind}-{step}')
 
 
 def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
-  """Record what runs and, from which step, with which code and where; process 0 alone writes."""
+  """Write the config, and the code and environment if they changed; on process 0 only."""
   if jax.process_index():
     return
   files.write_json(workdir / 'config.json', config)  # first: it marks the directory
@@ -77,21 +78,9 @@ def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-  """Read each change of code or environment over a run: {'step', 'code', 'environment'}."""
+  """Read the changes of code or environment over a run: {'step', 'code', 'environment'}."""
   path = workdir / 'starts.json'
   return files.read_json(path) if path.exists() else []
-
-
-def served_step(ref: str | Path) -> int | None:
-  """Return the step whose weights RUN@STEP or a finished run serves, None if it is not there."""
-  workdir, step = split_ref(ref)
-  if step is not None:
-    return step if (workdir / 'checkpoints' / str(step)).exists() else None
-  if not (workdir / 'result.json').exists():
-    return None
-  result, config = (files.read_json(workdir / f'{n}.json') for n in ('result', 'config'))
-  # Without early stopping the last checkpoint serves, whatever the held-out losses were.
-  return result.get('best_step' if config['eval']['patience'] else 'steps', result['steps'])
 
 
 def environment() -> dict[str, Any]:
@@ -122,13 +111,11 @@ def _git() -> str:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-  """Read metrics.jsonl; a line cut short by a crash ends it."""
-  return list(_lines(workdir / 'metrics.jsonl'))
-
-
-def _lines(path: Path):
-  for line in path.read_text().split('\n'):
+  """Read metrics.jsonl up to a line that a crash cut short; [] without the file."""
+  path, lines = workdir / 'metrics.jsonl', []
+  for line in path.read_text().splitlines() if path.exists() else ():
     try:
-      yield json.loads(line)
+      lines.append(json.loads(line))
     except json.JSONDecodeError:
-      return
+      break
+  return lines
