@@ -43,8 +43,8 @@ def test_the_nearest_set_size_and_the_largest_budget_that_fits():
   assert place(pretrain=500, tokens=9e4).cell == grid('slm')[0]
   assert place(pretrain=9.6).cell.generic_flops == 10 * FLOPS  # within a twentieth
   out = place(pretrain=9.4)
-  assert out.cell == grid('slm')[1] and out.out == 'takes 6.00e13 FLOPs once, 5.64e13 are there'
-  assert place(specialise=0.01).out == 'takes 6.00e11 FLOPs per domain, 6.00e10 are there'
+  assert out.cell == grid('slm')[1] and out.out == 'needs 6.00e13 FLOPs once, the budget is 5.64e13'
+  assert place(specialise=0.01).out == 'needs 6.00e11 FLOPs per domain, the budget is 6.00e10'
 
 
 def test_cells_scale_with_the_parameters():
@@ -107,25 +107,28 @@ def test_a_cheaper_method_that_cannot_be_told_apart_is_advised():
 
 def test_without_the_plain_slm_the_lowest_loss_that_fits():
   assert choose(grid('importance', once=False), pretrain=0, specialise=1000) == (
-    'importance', 'of what fits the lowest loss',
-  )  # fmt: skip
-  assert choose(pretrain=0) == (None, 'nothing measured fits')
+    'importance',
+    'the lowest loss that fits',
+  )
+  assert choose(pretrain=0) == (None, 'no measured cell fits the budget')
 
 
 @pytest.mark.parametrize(
   ('asked', 'limit'),
   [
-    ({'params': 20 * P, 'tokens': 2e7}, '--params=2e+07, measured: 1M.'),
-    ({'tokens': 2e6}, '--domain_tokens=2e+06, measured at 1M parameters: 10k to 1M.'),
+    ({'params': 20 * P, 'tokens': 2e7}, '--params=2e+07 (measured: 1M).'),
+    ({'tokens': 2e6}, '--domain_tokens=2e+06 (measured at 1M parameters: 10k to 1M).'),
     ({'tokens': 5e3}, '--domain_tokens=5000'),
-    ({'pretrain': 1600},
-     '--pretrain_flops=9.6e+15, measured at 1M parameters: 6.00e13 to 6.00e15.'),
+    (
+      {'pretrain': 1600},
+      '--pretrain_flops=9.6e+15 (measured at 1M parameters: 6.00e13 to 6.00e15).',
+    ),
     ({'pretrain': 9}, '--pretrain_flops=5.4e+13'),
   ],
-)  # fmt: skip
+)
 def test_outside_names_the_limit_in_the_units_of_the_question(asked, limit):
   text, (_, rows) = advise.advise(grid('slm'), ask(**asked))
-  assert text.startswith(f'Outside of what was measured: {limit}') and '; --' not in text
+  assert text.startswith(f'Outside the measured range: {limit}') and '; --' not in text
   assert rows  # the nearest cells are shown all the same
   assert not advise.advise(grid('slm'), ask())[0].startswith('Outside')
 
@@ -171,7 +174,7 @@ def test_the_papers_own_cells():
   [
     (lambda lines: [{**x, 'loss': 'x'} for x in lines], "line 2: could not convert .* 'x'"),
     (lambda lines: [{**x, 'more': '1'} for x in lines], 'expected the columns study, method'),
-    (lambda lines: [{**x, 'method': 'llm'} for x in lines], 'without the plain SLM'),
+    (lambda lines: [{**x, 'method': 'llm'} for x in lines], 'has no plain SLM'),
   ],
 )
 def test_damaged_cells_are_refused(tmp_path, damage, message):

@@ -34,7 +34,7 @@ def test_reads_what_a_report_wrote(tmp_path):
   own = advise.Question(SLM_PARAMS, 1.01e14, studies.TUNE_FLOPS, 1_000_000)
   text, (_, rows) = advise.advise(advise.read(file), own)
   assert text.startswith('Use SLM-mix, hard mixture (better on every domain and in every seed')
-  assert rows[-1][-1] == 'serves 771M parameters; takes 6.00e14 FLOPs once, 1.01e14 are there'
+  assert rows[-1][-1] == 'serves 771M parameters; needs 6.00e14 FLOPs once, the budget is 1.01e14'
   broken = tmp_path / 'results.csv'
   broken.write_text('a,b\n1,2\n')
   with pytest.raises(ValueError, match='expected a results.csv of experiments.specialise'):

@@ -217,5 +217,5 @@ def test_an_evaluation_is_kept_until_weights_or_rows_change(
 
 def test_losses_of_other_documents_are_refused():
   rows = {('a', 0): np.ones((5, 2))}
-  with pytest.raises(ValueError, match=r'law/test: documents.npy is of 4 rows, not 5'):
+  with pytest.raises(ValueError, match='law/test: documents.npy has 4 rows, expected 5'):
     stats.losses(rows, 0, 'law/test', np.arange(4))

@@ -1,4 +1,4 @@
-"""Figures: one look, the same bytes each time, drawn for light and dark pages."""
+"""Figures in one style, reproducible to the byte, for light and dark pages."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ from slm.runs import rundir
 
 Style = tuple[str, str]  # colour and marker
 
-INK = '#2a2d34'  # stands for the page's text colour
+INK = '#2a2d34'  # replaced by the page's text colour
 RC = {
   'svg.fonttype': 'none',
   'svg.hashsalt': 'slm',
@@ -34,7 +34,6 @@ RC = {
   'grid.linewidth': 0.6,
 }
 
-
 # Okabe and Ito's palette, safe for colour-blind readers; ink for the reference.
 _STYLES = (
   (INK, 'o'), ('#d55e00', 's'), ('#0a7ac2', '^'), ('#009e73', 'D'), ('#cc79a7', 'P'),
@@ -43,13 +42,13 @@ _STYLES = (
 
 
 def style(i: int) -> Style:
-  """Return the colour and marker of the i-th of several models; the first is the reference."""
+  """Return the colour and marker of model i; model 0 is the reference."""
   return _STYLES[i % len(_STYLES)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-  """One figure: its name, a caption that says what to look at, and the SVG text."""
+  """A figure as SVG text, with a caption that says what to look for."""
 
   name: str
   title: str
@@ -69,7 +68,7 @@ class Plot:
 
 
 def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
-  """Make a plot of a figure: the same bytes each time."""
+  """Render a figure reproducibly."""
   out = io.StringIO()
   figure.savefig(out, format='svg', transparent=True, metadata={'Date': None})
   svg = re.sub(r'(?s)<metadata>.*?</metadata>', '', out.getvalue())
@@ -79,16 +78,14 @@ def save(figure: Figure, name: str, title: str, caption: str) -> Plot:
 
 
 def curves(path: Path) -> dict[str, tuple[list[float], np.ndarray]] | None:
-  """Read {'loss', 'eval_loss'} as (tokens, values); training loss is a running mean."""
-  if not (path / 'metrics.jsonl').exists():
-    return None
+  """Read {'loss', 'eval_loss'} as (tokens, values), the training loss as a running mean."""
   metrics = rundir.read_metrics(path)
-  found = {}
+  series = {}
   for key in ('loss', 'eval_loss'):
-    points = [(m['tokens'], m[key]) for m in metrics if key in m and 'tokens' in m]
+    points = [(line['tokens'], line[key]) for line in metrics if key in line and 'tokens' in line]
     values = np.array([y for _, y in points])
-    found[key] = ([x for x, _ in points], _smooth(values) if key == 'loss' else values)
-  return found if found['loss'][0] else None
+    series[key] = ([x for x, _ in points], _smooth(values) if key == 'loss' else values)
+  return series if series['loss'][0] else None
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -101,15 +98,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def training(
   drawn: Mapping[str, dict[str, tuple[list[float], np.ndarray]]], style: Mapping[str, Style]
 ) -> Figure:
-  """Draw the `curves` of runs: training and held-out loss, side by side."""
+  """Draw the `curves` of runs: training and held-out loss side by side."""
   figure = Figure((8.8, 3.5), layout='constrained')
   axes = figure.subplots(1, 2, sharex=True)
   for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
     for name, curve in drawn.items():
       color, marker = style[name]
-      tokens, losses = curve[key]
-      ax.plot(tokens, losses, color=color, lw=1.2, marker=marker if key == 'eval_loss' else None,
-              ms=4)  # fmt: skip
+      marker = marker if key == 'eval_loss' else None
+      ax.plot(*curve[key], color=color, lw=1.2, marker=marker, ms=4)
     ax.set_title(f'{title} loss, nats/token')
     ax.set_xlabel('tokens seen')
     ax.xaxis.set_major_formatter(lambda x, _: count(x))
@@ -124,12 +120,11 @@ def training(
 def legend(
   figure: Figure, shown: Mapping[str, Style], marks: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-  """Write labels with their colours and markers below a figure; `marks` says how some are drawn."""
-  marks = marks or {}
+  """Add a legend below a figure; `marks` has further properties of some labels' markers."""
   handles = [
-    lines.Line2D([], [], color=color, marker=marker, ls='', **marks.get(label, {}))
+    lines.Line2D([], [], color=color, marker=marker, ls='', **(marks or {}).get(label, {}))
     for label, (color, marker) in shown.items()
   ]
-  columns = max(int(figure.get_figwidth() / 2.6), 1)
-  figure.legend(handles, list(shown), loc='outside lower center', ncols=min(len(shown), columns),
-                frameon=False, fontsize=8.5)  # fmt: skip
+  columns = min(len(shown), max(int(figure.get_figwidth() / 2.6), 1))
+  look = {'loc': 'outside lower center', 'frameon': False, 'fontsize': 8.5}
+  figure.legend(handles, list(shown), ncols=columns, **look)

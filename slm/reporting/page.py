@@ -1,6 +1,7 @@
-"""The HTML of a report: one file, no external resource, light and dark."""
+"""HTML reports: one file without external resources, for light and dark displays."""
 
 import html
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,7 +52,7 @@ a { color: inherit; } code { font-size: .9em; }
 def document(
   title: str, answer: list[str], parts: list[tuple[str, str, Table]], plots: list[Plot]
 ) -> str:
-  """Build a page of an answer, tables with their titles and notes, and plots."""
+  """Build a page from an answer, (title, note, table) parts, and plots."""
   body = f'<h1>{escape(title)}</h1><div class="answer">'
   body += ''.join(f'<p>{escape(line)}</p>' for line in answer) + '</div>'
   body += sections(parts[:1], {}) + f'<h2>Plots</h2>{"".join(map(figure, plots))}'
@@ -59,7 +60,7 @@ def document(
 
 
 def skeleton(title: str, body: str) -> str:
-  """Wrap a body as a whole HTML file with its style."""
+  """Wrap a body as a complete HTML file."""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -76,20 +77,20 @@ def figure(p: Plot) -> str:
 
 
 def sections(parts: Iterable[tuple[str, str, Table]], keys: dict[str, str]) -> str:
-  """Build tables with rows, each under its title and note."""
+  """Build every table that has rows, under its title and note."""
   return ''.join(
-    f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{table(found, keys, kind(found))}'
-    for title, note, found in parts
-    if found[1]
+    f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{table(value, keys, kind(value))}'
+    for title, note, value in parts
+    if value[1]
   )
 
 
-def table(found: Table, keys: dict[str, str], kind: str = '', raw: bool = False) -> str:
+def table(value: Table, keys: dict[str, str], kind: str = '', raw: bool = False) -> str:
   """Build a table that scrolls sideways; `keys` gives row labels their colours.
 
-  `raw` cells are HTML already.
+  raw: cells are HTML already.
   """
-  head, rows = found
+  head, rows = value
   names = ''.join(f'<th>{escape(name)}</th>' for name in head)
   lines = ''.join(_row(row, keys, raw) for row in rows)
   return (
@@ -111,13 +112,12 @@ def _row(row: list[str], keys: dict[str, str], raw: bool) -> str:
 
 def dot(color: str) -> str:
   """Build the coloured dot before a label."""
-  # Ink stands for the page's text colour, which depends on light or dark.
   shown = 'currentColor' if color == INK else color
   return f'<span class="key" style="background:{shown}"></span>'
 
 
 def _rich(value: str) -> str:
-  """Escape text, but for line breaks and links to the page's own anchors."""
+  """Escape text, except for line breaks and links to the page's own anchors."""
   return _LINK.sub(r'<a href="\2">\1</a>', escape(value)).replace('&lt;br&gt;', '<br>')
 
 
@@ -132,14 +132,14 @@ def bullets(items: Iterable[str]) -> str:
 
 
 def environment(runs: Iterable[Path]) -> Table:
-  """Build a table of each distinct environment that runs were made in."""
-  known: dict[str, dict[str, Any]] = {}
+  """Build a table of the distinct environments that runs were made in."""
+  known: list[dict[str, Any]] = []
   for path in dict.fromkeys(runs):
-    for start in rundir.read_starts(rundir.split_ref(path)[0]):
-      known[repr(sorted(start['environment'].items()))] = start['environment']
+    environments = (x['environment'] for x in rundir.read_starts(rundir.split_ref(path)[0]))
+    known += [x for x in environments if x not in known]
   rows = []
-  for value in known.values():
-    for key, x in value.items():
-      shown = ', '.join(f'{k} {v}' for k, v in x.items()) if isinstance(x, dict) else x
-      rows.append([key.replace('_', ' '), str(shown)])
+  for key, value in itertools.chain.from_iterable(x.items() for x in known):
+    if isinstance(value, dict):
+      value = ', '.join(f'{name} {version}' for name, version in value.items())
+    rows.append([key.replace('_', ' '), str(value)])
   return ['what', 'value'], rows

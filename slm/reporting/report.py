@@ -22,52 +22,48 @@ _LEDGER_NOTE = (
 def report(models: Sequence[Model], sets: Sequence[str], out: Path) -> dict[str, list[Line]]:
   """Write report.html, table.md, results.csv and plots/ from run directories; return the losses."""
   by_set = {name: comparison.compare(models, name) for name in sets}
-  answer = [sentence(lines) for lines in by_set.values()]
+  title, answer = ', '.join(m.label for m in models), [sentence(x) for x in by_set.values()]
   sections = [
     (f'Held-out loss on {name}', comparison.note(lines), comparison.table(lines))
     for name, lines in by_set.items()
   ]
-  sections += [('Cost ledger', _LEDGER_NOTE, ledger_table(models))]
-  where = page.environment(Path(ref) for model in models for ref in model.refs)
-  sections += [('Environment', 'Each distinct one of the runs.', where)]
-  drawn = [comparison.plot(by_set)] if len(models) > 1 else []
-  drawn += [p for p in [_training(models)] if p is not None]
-  title = ', '.join(m.label for m in models)
-  for plot in drawn:
+  sections.append(('Cost ledger', _LEDGER_NOTE, ledger_table(models)))
+  environments = page.environment(Path(ref) for model in models for ref in model.refs)
+  sections.append(('Environment', 'Each distinct one of the runs.', environments))
+  plots = [comparison.plot(by_set)] if len(models) > 1 else []
+  plots += _training(models)
+  for plot in plots:
     files.write_text(out / 'plots' / f'{plot.name}.svg', plot.file)
   every = [line for lines in by_set.values() for line in lines]
   files.write_text(out / 'results.csv', comparison.results_csv(every))
   parts = [f'# {title}', *answer]
   parts += [f'## {name}\n\n{note}\n\n{markdown(table)}' for name, note, table in sections]
   files.write_text(out / 'table.md', '\n\n'.join(part.rstrip() for part in parts) + '\n')
-  files.write_text(out / 'report.html', page.document(title, answer, sections, drawn))
+  files.write_text(out / 'report.html', page.document(title, answer, sections, plots))
   return by_set
 
 
 def sentence(lines: Sequence[Line]) -> str:
-  """Say which models differ from the first on a set."""
+  """Describe which models differ from the first on a set."""
   first, *others = lines
-  start = f'On {first.on} {first.model.label} has a loss of {first.loss.value:.4f} nats/token'
-  parts = [f'{x.model.label} is {_SAYS[x.difference.verdict]} ({interval(x.difference)})'
-           for x in others]  # fmt: skip
-  return '; '.join([start, *parts]) + '.'
-
-
-_SAYS = {'better': 'better', 'worse': 'worse', 'within noise': 'within noise of it'}
+  parts = [f'On {first.on} {first.model.label} has a loss of {first.loss.value:.4f} nats/token']
+  for line in others:
+    verdict = line.difference.verdict.replace('noise', 'noise of it')
+    parts.append(f'{line.model.label} is {verdict} ({interval(line.difference)})')
+  return '; '.join(parts) + '.'
 
 
 def lineage(ref: str | Path) -> list[Path]:
-  """List a run and, without repetition, the runs and folders that it was made from."""
-  refs, todo = [], [Path(ref)]
-  while todo:
-    refs.append(todo.pop(0))
-    ancestors = ledger.read_ledger(rundir.split_ref(refs[-1])[0])['ancestors']
-    todo += [p for p in map(Path, ancestors) if p not in refs and p not in todo]
+  """List a run and, without repetition, the runs and directories that it was made from."""
+  refs = [Path(ref)]
+  for ref in refs:  # the list grows as ancestors are found
+    ancestors = ledger.read_ledger(rundir.split_ref(ref)[0])['ancestors']
+    refs += [path for path in map(Path, ancestors) if path not in refs]
   return refs
 
 
 def ledger_table(models: Sequence[Model]) -> Table:
-  """Build the costs of every run and its ancestors, and of each model with them."""
+  """Build the costs of every run and its ancestors, and of each model including them."""
   rows = []
   for model in models:
     totals: list[Cost | None] = []
@@ -81,19 +77,19 @@ def ledger_table(models: Sequence[Model]) -> Table:
   return ['run', 'what', 'tokens', 'FLOPs', 'device time'], rows
 
 
-def _training(models: Sequence[Model]) -> figures.Plot | None:
-  """Draw the training and held-out losses of every run that was trained here."""
+def _training(models: Sequence[Model]) -> list[figures.Plot]:
+  """Draw the training and held-out losses of every run that has some."""
   style = {ref: figures.style(i) for i, m in enumerate(models) for ref in m.refs}
   drawn = {ref: figures.curves(rundir.split_ref(ref)[0]) for ref in style}
   drawn = {ref: curve for ref, curve in drawn.items() if curve}
   if not drawn:
-    return None
+    return []
   with rc_context(figures.RC):
     figure = figures.training(drawn, style)
     shown = [m for m in models if any(ref in drawn for ref in m.refs)]
     figures.legend(figure, {m.label: style[m.refs[0]] for m in shown})
-    return figures.save(
-      figure, 'training', 'Training curves',
+    caption = (
       'Look for curves that still fall at their end: those runs would gain from more tokens. Each '
-      'run is evaluated on its own `eval.set`: levels compare only where that is the same.',
-    )  # fmt: skip
+      'run is evaluated on its own `eval.set`: levels compare only where that is the same.'
+    )
+    return [figures.save(figure, 'training', 'Training curves', caption)]

@@ -1,4 +1,4 @@
-"""Held-out losses, paired bootstrap intervals of their differences, and what training cost."""
+"""Held-out losses, paired bootstrap intervals of their differences, and training costs."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ _CHUNK = 1 << 22  # resampled row counts held at once
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What training took; seconds count every device for the whole time."""
+  """A cost of training; seconds are device-seconds."""
 
   tokens: float = 0
   flops: float = 0
@@ -36,12 +36,11 @@ class Cost:
 class Loss:
   """One model's held-out loss on one set, by seed.
 
-  seeds are in nats per token, bits per byte of text; replicates [RESAMPLES] are the losses on
-  resampled documents, the same ones for every model of a set.
+  replicates [RESAMPLES] are the losses on resampled documents, the same for every model of a set.
   """
 
-  seeds: dict[int, float]
-  bits: dict[int, float]
+  seeds: dict[int, float]  # nats per token
+  bits: dict[int, float]  # per byte of text
   replicates: dict[int, np.ndarray]
 
   @property
@@ -59,38 +58,33 @@ class Loss:
 class Difference:
   """A difference in nats per token (negative: lower loss) with its 95 % interval.
 
-  The interval is of held-out text, and of training runs too where there are two seeds or more.
-  seeds: the difference of each seed both models have.
+  The interval covers the choice of held-out text and, with two seeds or more, of training runs.
   """
 
   value: float
   low: float
   high: float
-  seeds: tuple[float, ...]
+  seeds: tuple[float, ...]  # the difference for each seed that both models have
 
   @property
   def verdict(self) -> str:
-    """Say better or worse only if the interval excludes zero."""
+    """Return better or worse if the interval excludes zero, else within noise."""
     return 'better' if self.high < 0 else 'worse' if self.low > 0 else 'within noise'
 
 
 def difference(a: Loss, b: Loss) -> Difference | None:
-  """Compare two models on the same text and the seeds both have, a minus b; None if none is."""
+  """Return a minus b on the same text and the seeds both have; None if they share no seed."""
   shared = sorted(a.seeds.keys() & b.seeds.keys())
   if not shared:
     return None
   replicates = np.mean([a.replicates[s] - b.replicates[s] for s in shared], axis=0)
   seeds = tuple(a.seeds[s] - b.seeds[s] for s in shared)
-  value, runs = float(np.mean(seeds)), _half_interval(seeds)
-  # Text and training runs vary independently: what they add to the interval adds in squares.
+  value, n, runs = float(np.mean(seeds)), len(seeds), 0.0
+  if n > 1:  # Student's 95 % interval of a mean over training runs
+    runs = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5)
+  # Text and training runs vary independently: their half-widths add in squares.
   low, high = (math.hypot(x - value, runs) for x in np.percentile(replicates, [2.5, 97.5]))
   return Difference(value, value - low, value + high, seeds)
-
-
-def _half_interval(seeds: tuple[float, ...]) -> float:
-  """Return half of Student's 95 % interval of a mean over training runs; 0 for a single one."""
-  n = len(seeds)
-  return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / n**0.5) if n > 1 else 0.0
 
 
 def resample(
@@ -99,8 +93,8 @@ def resample(
 ) -> np.ndarray:  # fmt: skip
   """Bootstrap documents: nll [rows,models], tokens [rows] -> losses [resamples,models].
 
-  A loss is a ratio of sums. What is drawn is shared by all models, so that differences are paired.
-  Rows of a document (documents [rows]; empty: each row by itself) are drawn together.
+  A loss is a ratio of sums. All models share the draws, so that differences are paired. Rows of one
+  document (documents [rows]; empty: each row is its own) are drawn together.
   """
   columns = np.column_stack([nll, tokens])
   if len(documents):
@@ -121,13 +115,16 @@ def losses(
   rows: Mapping[tuple[Hashable, int], np.ndarray], num_bytes: float, name: str,
   documents: np.ndarray | tuple = (),
 ) -> dict[Hashable, Loss]:  # fmt: skip
-  """Turn the rows [rows,2] of every (model, seed) on one set into losses, all resampled alike.
+  """Return each model's loss from the rows [rows,2] of every (model, seed) on one set.
 
-  num_bytes: of the set's text; 0: not known. The set's name seeds what is drawn.
+  num_bytes: of the set's text; 0: unknown. The set's name seeds the bootstrap.
+
+  Raises:
+    ValueError: if `documents` has another number of rows.
   """
   tokens = next(iter(rows.values()))[:, 1]
   if len(documents) not in (0, len(tokens)):
-    raise ValueError(f'{name}: documents.npy is of {len(documents)} rows, not {len(tokens)}')
+    raise ValueError(f'{name}: documents.npy has {len(documents)} rows, expected {len(tokens)}')
   nll = np.stack([values[:, 0] for values in rows.values()], axis=1)
   replicates = resample(nll, tokens, zlib.crc32(name.encode()), documents=documents)
   by_model: dict[Hashable, Loss] = {}
@@ -140,24 +137,19 @@ def losses(
 
 
 def documents(data: str | Path, name: str) -> np.ndarray:
-  """Read the document of each row of 'set/split'; empty if unknown or one for all."""
+  """Read the document id of each row of 'set/split'; empty if unknown or the same for all."""
   file = Path(data) / name / 'documents.npy'
   ids = files.read_npy(file) if file.exists() else np.zeros(0, np.int32)
   return ids if len(np.unique(ids)) > 1 else ids[:0]
 
 
 def training_cost(ref: Path) -> Cost | None:
-  """Add up the training phases of RUN, or of RUN@STEP up to that step. None: no ledger.
-
-  Held-out evaluations are not training.
-  """
+  """Add up the training phases of RUN, or of RUN@STEP up to that step; None without a ledger."""
   path, step = rundir.split_ref(ref)
   if step is not None:
-    lines = rundir.read_metrics(path) if (path / 'metrics.jsonl').exists() else []
-    line = next((x for x in lines if x['step'] == step), None)
+    line = next((x for x in rundir.read_metrics(path) if x['step'] == step), None)
     return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
   if not (path / 'ledger.json').exists():
     return None
-  phases = [p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate']
-  costs = (Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases)
-  return sum(costs, Cost())
+  phases = (p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate')
+  return sum((Cost(p['tokens'], p['flops'], p['device_seconds']) for p in phases), Cost())

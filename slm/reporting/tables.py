@@ -1,4 +1,4 @@
-"""Tables as Markdown, and how numbers are written in them."""
+"""Format tables as Markdown or text, and the numbers in them."""
 
 import math
 
@@ -8,38 +8,36 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def markdown(table: Table) -> str:
-  """Format a table as Markdown, numbers to the right, sentences to the left."""
+  """Format a table as Markdown: numbers right-aligned, sentences left-aligned."""
   head, rows = table
-  side = '---' if kind(table) else '---:'
-  lines = [head, ['---', *[side] * (len(head) - 1)], *rows]
+  rule = '---' if kind(table) else '---:'
+  lines = [head, ['---', *[rule] * (len(head) - 1)], *rows]
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def text(table: Table) -> str:
-  """Format a table for a terminal, numbers to the right, sentences to the left."""
+  """Format a table for a terminal: numbers right-aligned, sentences left-aligned."""
   head, rows = table
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   last = len(head) - 1
-  side = ['<' if i == 0 or (i == last and kind(table)) else '>' for i in range(len(head))]
-  cell = lambda value, i: f'{value:{side[i]}{widths[i]}}'
+  sides = ['<' if i == 0 or (i == last and kind(table)) else '>' for i in range(len(head))]
+  cell = lambda value, i: f'{value:{sides[i]}{widths[i]}}'
   lines = ('  '.join(cell(v, i) for i, v in enumerate(line)).rstrip() for line in (head, *rows))
   return '\n'.join(lines)
 
 
-def kind(found: Table) -> str:
-  """Say 'text' if a table holds sentences rather than numbers, '' if not."""
-  return 'text' if any(len(cell) > 60 for row in found[1] for cell in row) else ''
+def kind(table: Table) -> str:
+  """Return 'text' if a table holds sentences rather than numbers, '' if not."""
+  return 'text' if any(len(cell) > 60 for row in table[1] for cell in row) else ''
 
 
 def interval(d: Difference | None) -> str:
-  """Format a difference with its interval."""
-  if d is None:
-    return '–'
-  return f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'.replace('-', '−')
+  """Format a difference with its interval, '–' if there is none."""
+  return f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'.replace('-', '−') if d else '–'
 
 
 def number(value: float) -> str:
-  """Format a large number: 3.1e15, or 0."""
+  """Format a large number: 3.10e15, or 0."""
   return f'{value:.2e}'.replace('e+', 'e') if value else '0'
 
 

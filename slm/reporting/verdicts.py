@@ -1,4 +1,4 @@
-"""What a study says of a claim: the comparisons it stands on, and their sum."""
+"""Verdicts on claims: the comparisons that a claim rests on, and whether they support it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -12,52 +12,55 @@ ONE_SEED = ', one seed'
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """One comparison that a claim stands on: what was compared, whether it agrees, its numbers."""
+  """A comparison that a claim rests on."""
 
-  what: str
-  agrees: bool | None  # None: cannot be told
+  what: str  # what was compared
+  agrees: bool | None  # with the claim; None: within noise
   numbers: str
   run: bool = True
-  single: bool = False  # of one seed, so that training runs are not in its interval
+  single: bool = False  # of one seed: its interval leaves out how training runs vary
 
   @property
   def line(self) -> str:
-    """Say all of it in a line: (no) disagrees, (?) cannot be told."""
+    """Format as a line; (no) marks disagreement, (?) a difference within noise."""
     sign = {True: '', False: ' (no)', None: ' (?)'}[self.agrees] if self.run else ''
     return f'{self.what}: {self.numbers}{sign}'
 
 
 def not_run(what: str) -> Evidence:
-  """Say that a comparison lacks a run."""
+  """Return the evidence of a comparison whose runs are missing."""
   return Evidence(what, None, 'not run', run=False)
 
 
 def with_seeds(d: Difference) -> str:
-  """Format a difference with its interval and how many seeds it is of."""
+  """Format a difference with its interval and number of seeds."""
   seeds = 'one seed' if len(d.seeds) == 1 else f'{len(d.seeds)} seeds'
   return f'{interval(d)}, {seeds}'
 
 
 def judged(what: str, agrees: bool | None, d: Difference) -> Evidence:
-  """Say whether a difference agrees with a claim."""
+  """Return a difference as evidence for or against a claim."""
   return Evidence(what, agrees, with_seeds(d), single=len(d.seeds) == 1)
 
 
 def lower(what: str, d: Difference | None) -> Evidence:
-  """Claim that a difference is below zero."""
+  """Return the evidence for the claim that a difference is below zero."""
   if d is None:
     return not_run(what)
   return judged(what, {'better': True, 'worse': False, 'within noise': None}[d.verdict], d)
 
 
-def verdict(found: Iterable[Evidence]) -> str:
-  """Sum up: a part that clearly disagrees refutes; a claim not run in full is not tested.
+def verdict(evidence: Iterable[Evidence]) -> str:
+  """Sum up the evidence for a claim.
 
-  What rests on single training runs says so.
+  Any disagreement refutes it; otherwise a missing run leaves it untested. A verdict that rests on
+  single training runs says so.
   """
-  found = list(found)
-  if against := [e for e in found if e.agrees is False]:
+  evidence = list(evidence)
+  if against := [e for e in evidence if e.agrees is False]:
     return NO + ONE_SEED * all(e.single for e in against)
-  if not found or not all(e.run for e in found):
+  if not evidence or not all(e.run for e in evidence):
     return UNTESTED
-  return YES + ONE_SEED * any(e.single for e in found) if all(e.agrees for e in found) else NOISE
+  if not all(e.agrees for e in evidence):
+    return NOISE
+  return YES + ONE_SEED * any(e.single for e in evidence)
