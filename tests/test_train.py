@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs import finetune
+from configs import code, distill, finetune, lora, mask
 from slm import objectives, reparam
 from slm.base import console, files
 from slm.data import loader
@@ -278,7 +278,7 @@ def test_early_stopping_and_best(tiny_config, tmp_path):
   assert load.load(tmp_path / 'run', sharding.make_mesh({'data': 8})).step == result['best_step']
 
 
-def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
+def test_init_from_another_run_and_distillation(tiny_config, tmp_path, capsys):
   c = tiny_config
   loop.train(c.to_dict(), tmp_path / 'slm')
   c.init, c.phase = str(tmp_path / 'slm'), 'finetune'
@@ -292,7 +292,14 @@ def test_init_from_another_run_and_distillation(tiny_config, tmp_path):
   c.objective = {
     'name': 'distill', 'chunk': 64, 'temperature': 1.0, 'mixing': 0.5, 'kl': 'forward',
   }  # fmt: skip
+  capsys.readouterr()
   loop.train(c.to_dict(), tmp_path / 'student')
+  assert capsys.readouterr().err.splitlines()[:4] == [
+    'distill student: reading data',
+    f'distill student: loading teacher {tmp_path / "tuned"}',
+    f'distill student: loading init {tmp_path / "slm"}',
+    'distill student: compiling',
+  ]
   assert metrics(tmp_path / 'student', 'kl')[-1] < metrics(tmp_path / 'student', 'kl')[0]
   spent = ledger.read_ledger(tmp_path / 'student')
   assert spent['ancestors'] == [str(tmp_path / 'slm'), str(tmp_path / 'tuned')]
@@ -555,8 +562,9 @@ def test_wsd_is_extended_before_it_decays(tiny_config, tmp_path, monkeypatch):
   assert metrics(tmp_path / 'run') == metrics(tmp_path / 'at-once')
 
 
-def test_finetuning_names_what_it_starts_from(tiny_config, tmp_path):
-  tiny_config.init, tiny_config.phase = finetune.get_config().init, 'finetune'
+@pytest.mark.parametrize('config', [finetune, distill, lora, mask, code])
+def test_a_config_that_starts_from_a_run_is_refused_without_one(config, tiny_config, tmp_path):
+  tiny_config.init, tiny_config.phase = config.get_config().init, 'finetune'
   with pytest.raises(ValueError, match="init: phase 'finetune' starts from the weights of a run"):
     loop.train(tiny_config.to_dict(), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

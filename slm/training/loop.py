@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm import objectives, reparam
+from slm import objectives
 from slm.base import console, files, schema
 from slm.data import loader
 from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes
 from slm.runs.config import RunConfig
-from slm.training import optim
+from slm.training import optim, plan
 from slm.training.recorder import Recorder
 from slm.training.step import State, init_state, make_sums, make_train_step, trained
 from slm.weights import sharding
@@ -24,15 +24,18 @@ from slm.weights.count import forward_flops
 
 
 def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
-  """Run or continue a training run; returns what result.json holds.
+  """Run or continue a training run; return the contents of result.json.
 
   Raises:
     ValueError: if the config, the data or the run directory do not fit together, or another
       process is writing the run.
     FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
-    console.Interrupted: if SIGTERM or SIGINT asked to stop; the state is saved.
+    console.Interrupted: on SIGTERM or SIGINT, once the state is saved.
   """
   workdir = Path(workdir)
+  name, main = f'{given["phase"]} {workdir.name}', jax.process_index() == 0
+  progress = console.progress(name, 0, 'tokens', show=main)
+  progress.say('reading data')
   cfg = processes.together(lambda: config.resolve(given))
   processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})
   longer = processes.together(lambda: _extends(workdir, cfg))
@@ -40,19 +43,20 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     return files.read_json(workdir / 'result.json')
   mesh = sharding.make_mesh(vars(cfg.mesh))
   with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
-    processes.together(lambda: _extends(workdir, cfg))  # nobody else writes from here on
-    if jax.process_index() == 0:
+    processes.together(lambda: _extends(workdir, cfg))  # again: another run may have held it
+    if main:
       (workdir / 'result.json').unlink(missing_ok=True)
+    for key in ('teacher', 'init'):
+      if ref := getattr(cfg, key):
+        progress.say(f'loading {key} {ref}')
     return _Run(cfg, workdir, mesh).loop()
 
 
 def _extends(workdir: Path, cfg: RunConfig) -> bool:
-  """Refuse a directory that holds something else; say whether the run there is to be longer.
-
-  It may be if that changes no step which is done.
+  """Check that a directory may hold this run; return whether it extends the one there.
 
   Raises:
-    ValueError: if it holds another run, or a schedule that depends on where it ends.
+    ValueError: if it holds another run, or one whose completed steps depend on the total number.
   """
   done = checkpoint.saved_steps(workdir / 'checkpoints')
   before = config.of(workdir) if done and (workdir / 'config.json').exists() else cfg
@@ -60,9 +64,8 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
     config.check_run(workdir, cfg)
     return False
   config.check_run(workdir, dataclasses.replace(cfg, steps=before.steps))
-  old, new = (optim.schedule(cfg.schedule, c.steps) for c in (before, cfg))
-  same = np.array_equal(*(rate(np.arange(done[0])) for rate in (old, new)))
-  if not same or cfg.objective.counts_to_the_end:
+  rates = [optim.schedule(cfg.schedule, c.steps)(np.arange(done[0])) for c in (before, cfg)]
+  if not np.array_equal(*rates) or cfg.objective.counts_to_the_end:
     raise ValueError(
       f'{workdir}: steps was {before.steps}, now {cfg.steps}: the {done[0]} steps that are done '
       'would have been others; a schedule that is constant, inverse_sqrt, or wsd before its '
@@ -72,7 +75,7 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
 
 
 class _Run:
-  """One run's state between the banner steps of `loop`."""
+  """A run that trains: its model, objective, optimiser, data and compiled steps."""
 
   def __init__(self, cfg: RunConfig, workdir: Path, mesh: jax.sharding.Mesh):
     self.cfg, self.workdir, self.mesh = cfg, workdir, mesh
@@ -86,15 +89,12 @@ class _Run:
     self.tx = optim.build(cfg.optim, self.schedule, self.reparam.independent)
     if self.beside:
       self.tx = optim.each(self.tx, self.setup.rates)
-    theta, where = load.theta_shardings(self.reparam, mesh)
+    theta, shardings = load.theta_shardings(self.reparam, mesh)
     beside = jax.eval_shape(lambda: self.beside)
-    groups = cfg.data.batch_size // cfg.data.rows_per_group
-    own_flops = 3 * forward_flops(self.model.cfg, cfg.context)
-    self.step_flops = cfg.data.batch_size * cfg.context * (own_flops + self.setup.flops)
-    self.step_flops += 3 * reparam.materialize_flops(self.reparam, theta, groups)
+    self.step_flops = plan.step_flops(cfg, self.model, self.reparam, theta, self.setup.flops)
     self.shapes = jax.eval_shape(lambda t, b: init_state(t, self.tx, b), theta, beside)
-    self.layout = self._layout(where, sharding.shardings(beside, mesh))
-    self.batches = self._open_data(groups // cfg.data.accum)
+    self.layout = self._layout(shardings, sharding.shardings(beside, mesh))
+    self.batches = self._open_data()
     self.materialize = jax.jit(self.reparam.materialize)
     self.compiled: dict[Any, Any] = {}
 
@@ -114,13 +114,15 @@ class _Run:
       moments = like(where, moments)
     return State(replicated, theta, beside, moments)
 
-  def _open_data(self, groups: int) -> loader.Loader:
-    """Open the batches of the groups that lie on this process's devices."""
-    where = sharding.batch_sharding(self.mesh).addressable_devices_indices_map((groups,))
-    starts = [s.indices(groups) for (s,) in where.values()]
-    start, stop = min(s[0] for s in starts), max(s[1] for s in starts)
+  def _open_data(self) -> loader.Loader:
+    """Open the batches of the groups of rows on this process's devices."""
+    d = self.cfg.data
+    groups = d.batch_size // d.rows_per_group // d.accum
+    slices = sharding.batch_sharding(self.mesh).addressable_devices_indices_map((groups,))
+    ranges = [s.indices(groups) for (s,) in slices.values()]
+    start, stop = min(r[0] for r in ranges), max(r[1] for r in ranges)
     return loader.build(
-      self.cfg.data,
+      d,
       seed=self.cfg.seed,
       tokenizer=self.cfg.tokenizer,
       look_up=self.setup.look_up,
@@ -129,20 +131,20 @@ class _Run:
     )
 
   def initial_state(self) -> State:
-    """Draw theta, or take the weights of cfg.init, laid out on the mesh."""
+    """Draw theta, or start from the weights of cfg.init, laid out on the mesh."""
     cfg = self.cfg
     if cfg.init and not self.reparam.base:
-      start = load.load(cfg.init, self.mesh, finished=True)
-      load.same_tokenizer(start, cfg.tokenizer)
+      loaded = load.load(cfg.init, self.mesh, finished=True)
+      load.same_tokenizer(loaded, cfg.tokenizer)
       if not self.reparam.start:
         raise ValueError(
           f'init: reparam {cfg.reparam.name!r} cannot start from the weights of another run'
         )
-      theta = jax.jit(self.reparam.start, out_shardings=self.layout.theta)(start.params())
+      make, source = self.reparam.start, loaded.params()
     else:
-      key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
-      theta = jax.jit(self.reparam.init, out_shardings=self.layout.theta)(key)
-    beside, self.beside = self.beside, {}  # the state alone holds them now
+      make, source = self.reparam.init, jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    theta = jax.jit(make, out_shardings=self.layout.theta)(source)
+    beside, self.beside = self.beside, {}  # from here on the state holds these weights
     init = jax.jit(lambda t, b: init_state(t, self.tx, b), out_shardings=self.layout)
     return init(theta, beside)
 
@@ -150,16 +152,16 @@ class _Run:
     """Continue from the newest checkpoint, or start."""
     if saved.latest is None:
       return self.initial_state()
-    want = checkpoint.abstract(self.shapes, self.layout)
-    theta, rest, next_batch = saved.restore(saved.latest, *_saved(want))
-    opt_state, beside = rest if want.beside else (rest, {})
+    expected = checkpoint.abstract(self.shapes, self.layout)
+    theta, rest, next_batch = saved.restore(saved.latest, *_saved(expected))
+    opt_state, beside = rest if expected.beside else (rest, {})
     self.batches.set_state(next_batch)
     self.beside = {}
     step = jax.device_put(jnp.asarray(saved.latest, jnp.int32), self.layout.step)
     return State(step, theta, beside, opt_state)
 
   def evaluate(self, state: State) -> tuple[dict[str, dict[str, float]], float]:
-    """Run the objective's evaluators; returns their values and the seconds."""
+    """Run the objective's evaluators; return their values and the seconds."""
     began = time.monotonic()
     specialist = lambda condition: state.theta
     if self.reparam.clusters or self.reparam.base:
@@ -170,35 +172,34 @@ class _Run:
 
   def global_batch(self, batch: dict[str, np.ndarray]) -> Batch:
     """Make global arrays of this process's rows, groups split over the batch axes."""
-    where = sharding.batch_sharding(self.mesh, axis=1)
-    make = jax.make_array_from_process_local_data
-    return jax.tree.map(lambda x: make(where, x), batch)
+    split = sharding.batch_sharding(self.mesh, axis=1)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
 
   def step(self, kind: str, state: State, batch: Batch, record: Recorder) -> tuple[State, Any]:
-    """Take a step on a kind of batch; compiles what it is given for the first time."""
+    """Take a step on a batch; compile for each kind and shape of batch once."""
     shapes, structure = jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
     key = (kind, structure, *shapes)
     if key not in self.compiled:
       sums = make_sums(self.setup.objectives[kind], self.reparam, self.cfg.dtype)
-      made = make_train_step(sums, self.tx, self.reparam.independent)
-      jitted = jax.jit(made, donate_argnums=0, out_shardings=(self.layout, None))
+      step = make_train_step(sums, self.tx, self.reparam.independent)
+      jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
       with record.paused():  # compiling is no training time
         self.compiled[key] = jitted.lower(state, self.frozen, batch).compile()
     return self.compiled[key](state, self.frozen, batch)
 
   def loop(self) -> dict[str, Any]:
-    """Train, record, evaluate, save; returns the result."""
+    """Train, record, evaluate, save; return the result."""
     cfg = self.cfg
     # A new run is recorded once its first state exists: until then the config may be wrong.
-    began = (self.workdir / 'config.json').exists()
-    state = None if began else self.initial_state()
+    continues = (self.workdir / 'config.json').exists()
+    state = None if continues else self.initial_state()
     keep = cfg.checkpoint
     with checkpoint.Checkpoints(self.workdir / 'checkpoints', keep.keep, keep.milestones) as saved:
-      state = self.restore(saved) if began else state
+      state = self.restore(saved) if continues else state
       start = int(state.step)
       config.write_run(self.workdir, cfg, start)
-      with self.recorder(start) as record, checkpoint.StopSignal() as asked:
-        step, stop = self._steps(start, state, saved, record, asked)
+      with self.recorder(start) as record, checkpoint.StopSignal() as stop_signal:
+        step, stop = self._steps(start, state, saved, record, stop_signal)
     if stop:
       raise console.Interrupted(
         f'{self.workdir}: saved step {step}, the same command continues', stop
@@ -208,8 +209,8 @@ class _Run:
       files.write_json(self.workdir / 'result.json', result)
     return result
 
-  def _steps(self, start, state, saved, record, asked) -> tuple[int, int]:
-    """Take the steps after `start`; returns the last, and the signal that stopped there, or 0."""
+  def _steps(self, start, state, saved, record, stop_signal) -> tuple[int, int]:
+    """Take the steps after `start`; return the last, and the signal that stopped it (or 0)."""
     cfg, step = self.cfg, start
     due = lambda every: every and step % every == 0
     for step in range(start + 1, cfg.steps + 1):
@@ -221,7 +222,7 @@ class _Run:
         kind, batch = self.setup.rewrite(state.theta, self.frozen, batch, step)
       state, metrics = self.step(kind, state, batch, record)
       record.dispatched(step, metrics)
-      final, stop = step == cfg.steps, asked(step)
+      final, stop = step == cfg.steps, stop_signal(step)
       if due(cfg.eval.every) or final:
         record.flush()
         record.evaluated(step, *self.evaluate(state))
@@ -230,7 +231,7 @@ class _Run:
       if final or stop or best or due(cfg.checkpoint.every) or step in cfg.checkpoint.milestones:
         record.flush()
         record.write()
-        # A loss makes a checkpoint a candidate for the best, which only early stopping wants.
+        # A checkpoint with a loss is a candidate for the best, which early stopping alone keeps.
         loss = record.eval_loss(step) if cfg.eval.patience else None
         saved.save(step, *_saved(state), self.batches.get_state(), loss)
       if stop and not final:
@@ -239,23 +240,16 @@ class _Run:
 
   def recorder(self, start: int) -> Recorder:
     """Open the metrics and ledger of this run at a step."""
-    weights = trained(self.shapes.theta, self.shapes.beside)
+    cfg, weights = self.cfg, trained(self.shapes.theta, self.shapes.beside)
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)]
-    ancestors = [self.cfg.init] * bool(self.cfg.init) + list(self.setup.ancestors)
-    return Recorder(
-      self.cfg,
-      self.workdir,
-      start,
-      names,
-      self.step_flops,
-      forward_flops(self.model.cfg, self.cfg.context),
-      self.schedule,
-      ancestors,
-    )
+    ancestors = [*filter(None, [cfg.init]), *self.setup.ancestors]
+    token_flops = forward_flops(self.model.cfg, cfg.context)
+    flops = (self.step_flops, token_flops)
+    return Recorder(cfg, self.workdir, start, names, *flops, self.schedule, ancestors)
 
 
 def _saved(state: State) -> tuple[Any, Any]:
-  """Return what a checkpoint serves, and what only continuing needs."""
+  """Return the part of a checkpoint that is served, and the part that only a restart needs."""
   if state.beside:
     return state.theta, (state.opt_state, state.beside)
   return state.theta, state.opt_state

@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: metrics, TensorBoard, progress, the cost ledger."""
+"""Record a training run as it goes: metrics, TensorBoard, progress, the cost ledger."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from slm.runs import ledger, rundir
 from slm.runs.config import RunConfig
 from slm.runs.ledger import phase_entry
 
-# Counted over all restarts of a run.
+# Totals over all restarts of a run.
 TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
 
 
 class Recorder:
-  """Receives each step's metrics while the next step runs; cumulative counts survive restarts.
+  """Takes each step's metrics while the next step runs; totals survive restarts.
 
-  Every process counts alike, so that all stop together; process 0 alone writes.
+  Every process keeps the same counts, so that all stop together; only process 0 writes.
   """
 
   def __init__(
@@ -37,16 +37,15 @@ class Recorder:
     schedule: Callable[[int], float],
     ancestors: list[str],
   ):
-    """Open the records of a run at a step; lines after it were lost with their process."""
+    """Open the records of a run at a step; lines after it, of a killed process, are dropped."""
     self._cfg, self._workdir, self._leaves = cfg, workdir, leaves
     self._step_flops, self._token_flops = step_flops, token_flops
     self._schedule, self._ancestors = schedule, ancestors
-    path = workdir / 'metrics.jsonl'
-    lines = rundir.read_metrics(workdir) if path.exists() else []
-    lines = [line for line in lines if line['step'] <= start]
+    lines = [line for line in rundir.read_metrics(workdir) if line['step'] <= start]
     self._main = jax.process_index() == 0
     if self._main:
-      files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+      text = ''.join(json.dumps(line) + '\n' for line in lines)
+      files.write_text(workdir / 'metrics.jsonl', text)
     last = lines[-1] if lines else {}
     self._total = {name: last.get(name, 0) for name in TOTALS}
     self._evals = [(line['step'], line['eval_loss']) for line in lines if 'eval_loss' in line]
@@ -62,12 +61,10 @@ class Recorder:
     if self._cfg.tensorboard and self._main:
       board = str(self._workdir / 'tb')
       self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
-    positions = self._cfg.data.batch_size * self._cfg.context
-    name = f'{self._cfg.phase} {self._workdir.name}'
-    self._positions = positions
-    total = self._cfg.steps * positions
+    self._positions = self._cfg.data.batch_size * self._cfg.context  # of a step
+    name, total = f'{self._cfg.phase} {self._workdir.name}', self._cfg.steps * self._positions
     self._progress = console.progress(name, total, 'tokens', show=self._main).__enter__()
-    self._progress.skip(self._start * positions)
+    self._progress.skip(self._start * self._positions)
     self._progress.say('compiling')
     return self
 
@@ -81,12 +78,12 @@ class Recorder:
       self._board.close()
 
   def dispatch(self) -> None:
-    """Start the clock of training time, unless it runs."""
+    """Start the clock of training time if it is stopped."""
     if self._clock is None:
       self._clock = time.monotonic()
 
   def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Take a step's metrics; reads those of the step before, which the device has finished."""
+    """Take a step's metrics; read those of the step before, which the device has finished."""
     self._pending.append((step, metrics))
     while len(self._pending) > 1:
       self._finish(*self._pending.pop(0))
@@ -100,7 +97,7 @@ class Recorder:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Stop the clock of training time for a while."""
+    """Stop the clock of training time in a context."""
     self.flush()
     yield
     self.dispatch()
@@ -121,7 +118,7 @@ class Recorder:
         f'{self._workdir}: step {step}: {where} is not finite (loss {values["loss"]})'
       )
     if self._due:
-      self.write()  # the step before's, with its evaluation if it had one
+      self.write()  # the step before, with its evaluation
     before = self._total['seconds']
     self._tick()
     tokens = values.pop('tokens')
@@ -140,7 +137,7 @@ class Recorder:
   def evaluated(
     self, step: int, results: Mapping[str, Mapping[str, float]], seconds: float
   ) -> None:
-    """Record what evaluators measured; 'heldout' says which step is best."""
+    """Record the evaluators' values; 'heldout' decides which step is best."""
     self._total['eval_tokens'] += sum(int(values['tokens']) for values in results.values())
     self._total['eval_device_seconds'] += seconds * jax.device_count()
     heldout = results['heldout']
@@ -164,33 +161,23 @@ class Recorder:
       for name, value in (self._line | self._total).items():
         self._board.add_scalar(name, value, self._line['step'])
     t = self._total
-    ledger.write_ledger(
-      self._workdir,
-      [
-        phase_entry(self._cfg.phase, t['tokens'], t['flops'], t['device_seconds']),
-        phase_entry(
-          'evaluate',
-          t['eval_tokens'],
-          self._token_flops * t['eval_tokens'],
-          t['eval_device_seconds'],
-        ),
-      ],
-      self._ancestors,
-    )
+    training = (t['tokens'], t['flops'], t['device_seconds'])
+    evaluation = (t['eval_tokens'], self._token_flops * t['eval_tokens'], t['eval_device_seconds'])
+    phases = [phase_entry(self._cfg.phase, *training), phase_entry('evaluate', *evaluation)]
+    ledger.write_ledger(self._workdir, phases, self._ancestors)
 
   @property
   def best_step(self) -> int | None:
-    """Return the step of the lowest held-out loss so far."""
-    # Of equal losses the latest, as the checkpoints keep it.
+    """Return the step of the lowest held-out loss so far, the latest of equals."""
     return min(self._evals, key=lambda e: (e[1], -e[0]))[0] if self._evals else None
 
   def eval_loss(self, step: int) -> float | None:
-    """Return the held-out loss measured at a step, if one was."""
+    """Return the held-out loss at a step, None if it was not evaluated."""
     return dict(self._evals).get(step)
 
   @property
   def exhausted(self) -> bool:
-    """Say whether the held-out loss has not improved for `eval.patience` evaluations."""
+    """Return whether the held-out loss has not improved for `eval.patience` evaluations."""
     patience = self._cfg.eval.patience
     since = [step for step, _ in self._evals if step > (self.best_step or 0)]
     return bool(patience) and len(since) >= patience
@@ -202,7 +189,7 @@ class Recorder:
       'steps': steps,
       'best_step': self.best_step,
       'best_loss': loss[self.best_step],
-      # Of the weights that are served, see rundir.served_step.
+      # Of the weights that are served; see load.served_step.
       'loss': loss.get(self.best_step if self._cfg.eval.patience else steps),
       **self._total,
     }

@@ -1,4 +1,4 @@
-"""The one step maker: objectives and reparameterisations come in as functions."""
+"""Make training steps from objectives and reparameterisations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from slm.weights.axes import Params
 
 @flax.struct.dataclass
 class State:
-  """What training changes; donated to every step. `beside` is trained beside theta, {} mostly."""
+  """What training changes, donated to every step; `beside` is trained beside theta, often {}."""
 
   step: jax.Array
   theta: Params
@@ -26,19 +26,19 @@ class State:
 
 
 def trained(theta: Params, beside: Params) -> Params:
-  """Return what the optimiser sees: theta, or with parts beside it {'student': theta, **beside}."""
+  """Return the optimiser's weights: theta, or {'student': theta, **beside} if there are others."""
   return {'student': theta, **beside} if beside else theta
 
 
 def apart(tree: Params, beside: Params) -> tuple[Params, Params]:
-  """Undo `trained`, for a tree that has parts beside theta if `beside` has."""
+  """Split a tree like that of `trained` into theta's part and the parts beside it."""
   if not beside:
     return tree, {}
   return tree['student'], {name: x for name, x in tree.items() if name != 'student'}
 
 
 def init_state(theta: Params, tx: optax.GradientTransformation, beside: Params) -> State:
-  """Start from weights."""
+  """Return the state before the first step."""
   return State(jnp.zeros((), jnp.int32), theta, beside, tx.init(trained(theta, beside)))
 
 
@@ -47,8 +47,8 @@ def make_sums(
 ) -> Callable[[Params, Params, Batch], Sums]:
   """Make sums(theta, frozen, batch [groups,rows,t]): materialise, cast, apply the objective.
 
-  The objective's student must be reparam.map_groups(rep, forward). Independent models have a loss
-  each, so the objective itself is mapped over groups and the sums are per group.
+  The objective's student must be reparam.map_groups(rep, forward). Independent models each have a
+  loss: the objective itself is mapped over groups and the sums are per group.
   """
 
   def sums(theta, frozen, batch):
@@ -72,11 +72,10 @@ def make_train_step(
 ) -> Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]:
   """Make step(state, frozen, batch) -> (state, metrics).
 
-  `sums(theta, frozen, microbatch)` returns {name: (sum, weight)}, each a scalar or one value per
-  group; what is trained beside theta comes among the frozen weights. Batch leaves lead with the
-  accumulation axis. The loss is sum / weight over everything; with `independent` groups it is the
-  sum over groups of their own sum / weight, so that each group's gradient is what it would be if
-  trained alone.
+  `sums(theta, frozen, microbatch)` returns {name: (sum, weight)}, scalars or one value per group;
+  `frozen` includes what is trained beside theta. Batch leaves lead with the accumulation axis. The
+  loss is sum / weight over everything. With `independent` groups it is the sum of each group's
+  sum / weight, so that its gradient is the same as if the group were trained alone.
   """
 
   def gradient(state, frozen, micro):
@@ -97,10 +96,10 @@ def make_train_step(
       (grads, values), _ = jax.lax.scan(add, (grads, values), rest)
     weight = values['loss'][1]
     if independent:
-      over = lambda g: g / weight.reshape((-1,) + (1,) * (g.ndim - 1))
+      normalise = lambda g: g / weight.reshape((-1,) + (1,) * (g.ndim - 1))
     else:
-      over = lambda g: g / weight.sum()
-    grads = jax.tree.map(over, grads)
+      normalise = lambda g: g / weight.sum()
+    grads = jax.tree.map(normalise, grads)
     weights = trained(state.theta, state.beside)
     updates, opt_state = tx.update(grads, state.opt_state, weights)
     theta, beside = apart(optax.apply_updates(weights, updates), state.beside)
@@ -108,9 +107,8 @@ def make_train_step(
     metrics = {name: value.sum() / weight.sum() for name, (value, weight) in values.items()}
     metrics['tokens'] = weight.sum()
     metrics['grad_norm'] = jnp.sqrt(norms.sum())
-    # Index of the first leaf with a non-finite gradient, -1 if there is none.
     bad = ~jnp.isfinite(norms)
-    metrics['bad_leaf'] = jnp.where(bad.any(), jnp.argmax(bad), -1)
+    metrics['bad_leaf'] = jnp.where(bad.any(), jnp.argmax(bad), -1)  # index of the first; -1: none
     return State(state.step + 1, theta, beside, opt_state), metrics
 
   return step
