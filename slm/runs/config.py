@@ -1,8 +1,8 @@
-"""A run's config: every key of a training run, its default and what it means.
+"""The config of a run: every key, its default and its meaning.
 
-A config file (configs/) and the command line give some of the keys as an ml_collections config;
-`resolve` turns it into a frozen RunConfig once, at the door. Models, reparameterisations and data
-define their own sections.
+A config file (configs/) and the command line give some keys as an ml_collections config, which
+`resolve` turns into a frozen RunConfig. Models, reparameterisations and data define their own
+sections.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from slm.reparam.projection import CodeConfig, ProjectConfig
 from slm.runs import rundir
 
 DTYPES = ('float32', 'bfloat16')
-# Keys that say where and how often, not what is computed: they may change between restarts.
+# Keys that do not change what is computed: they may change between restarts.
 OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
-# Keys of a model that say how it is computed, not what it is.
+# Keys of a model that change how it is computed, not its weights.
 COMPUTED = ('dispatch', 'remat', 'unroll')
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis of the mesh; -1: those that are left."""
+  """Devices along each axis of the mesh; -1: all that remain."""
 
   data: int = -1
   fsdp: int = 1
@@ -39,26 +39,26 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-  """Several processes: the same command on each."""
+  """Several processes, each started with the same command."""
 
   enable: bool = False
-  coordinator: str = ''  # host:port of process 0; '': found out on Slurm, TPU, Kubernetes, MPI
-  num_processes: int = 0  # 0: found out likewise
-  process_id: int = -1  # -1: found out likewise
+  coordinator: str = ''  # host:port of process 0; '': detected on Slurm, TPU, Kubernetes, MPI
+  num_processes: int = 0  # 0: detected likewise
+  process_id: int = -1  # -1: detected likewise
   timeout: int = 300  # seconds to wait for the others at the start
 
 
 class ObjectiveConfig:
-  """What the loop and the plan ask of any objective."""
+  """What the loop and the plan need from every objective's config."""
 
   @property
   def own_share(self) -> float:
-    """Return the share of all steps that are on the student's own text."""
+    """Return the share of all steps that train on the model's own text."""
     return 0.0
 
   @property
   def counts_to_the_end(self) -> bool:
-    """Return whether what a step does depends on how many steps there are."""
+    """Return whether a step depends on the total number of steps."""
     return False
 
 
@@ -66,7 +66,7 @@ class ObjectiveConfig:
 class NextTokenConfig(ObjectiveConfig):
   """The next-token loss."""
 
-  chunk: int = 512  # tokens whose logits exist at once, on a device
+  chunk: int = 512  # tokens whose logits exist at once on a device
   balance: float = 0.0  # weight of the load-balance loss of a model that routes tokens
   z: float = 0.0  # weight of its router's z-loss
   name: str = 'next_token'
@@ -80,18 +80,18 @@ class DistillConfig(ObjectiveConfig):
   temperature: float = 1.0
   mixing: float = 0.5
   kl: str = 'forward'  # forward | reverse | jsd | cosine | mse | wsl
-  beta: float = 0.5  # of jsd: towards 1 it weighs what the teacher, towards 0 the student gives
-  top_k: int = 0  # tell only the teacher's k best tokens apart from all others; 0: every token
-  # Pull states together too: 'embed', or 'TEACHER:STUDENT' layers, such as '-3:-3' (Minitron).
+  beta: float = 0.5  # of jsd: the teacher's weight in the mixture
+  top_k: int = 0  # merge all tokens but the teacher's k best into one; 0: keep every token
+  # Match hidden states too: 'embed', or 'TEACHER:STUDENT' layers, such as '-3:-3' (Minitron).
   states: tuple[str, ...] = ()
-  on_policy: float = 0.0  # this share of the steps is on the student's own text (GKD) ...
-  on_policy_from: float = 0.0  # ... once this share of all steps is done
-  on_policy_kl: str = ''  # kl of those steps, if another (GKD: jsd)
-  prompt: int = 16  # tokens of a row that it starts from
+  on_policy: float = 0.0  # share of steps that train on the student's own text (GKD) ...
+  on_policy_from: float = 0.0  # ... after this share of all steps
+  on_policy_kl: str = ''  # kl of those steps; '': kl (GKD: jsd)
+  prompt: int = 16  # tokens of a row that the student's text continues
   # Above 0 the teacher learns the next token meanwhile, at this share of the learning rate.
   correct: float = 0.0
-  balance: float = 0.01  # of a student that routes tokens: its load-balance loss ...
-  z: float = 1e-3  # ... and its router's z-loss
+  balance: float = 0.01  # weight of the load-balance loss of a student that routes tokens
+  z: float = 1e-3  # weight of its router's z-loss
   name: str = 'distill'
 
   def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class DistillConfig(ObjectiveConfig):
       raise ValueError(f'objective.top_k={self.top_k}: expected at least 0, and 0 with kl="mse"')
     if not 0 < self.beta < 1:
       raise ValueError(
-        f'objective.beta={self.beta}: expected more than 0 and less than 1, where kl="forward" and '
-        '"reverse" are the ends'
+        f'objective.beta={self.beta}: expected more than 0 and less than 1 (the limits are '
+        'kl="forward" and kl="reverse")'
       )
     if not 0 <= self.on_policy <= 1 or not 0 <= self.on_policy_from < 1:
       raise ValueError(
@@ -118,14 +118,13 @@ class DistillConfig(ObjectiveConfig):
       )
     if self.on_policy and (self.mixing < 1 or self.correct):
       raise ValueError(
-        f'objective.on_policy={self.on_policy}: needs mixing=1 and correct=0, for nobody learns '
-        f'the next token of what the student wrote; found mixing={self.mixing}, '
-        f'correct={self.correct}'
+        f"objective.on_policy={self.on_policy}: needs mixing=1 and correct=0, as the student's own "
+        f'text is no target; found mixing={self.mixing}, correct={self.correct}'
       )
 
   @property
   def own_share(self) -> float:
-    """Return the share of all steps that are on the student's own text."""
+    """Return the share of all steps that train on the student's own text."""
     return self.on_policy * (1 - self.on_policy_from)
 
   @property
@@ -141,8 +140,8 @@ class ScheduleConfig:
   name: str = 'cosine'  # constant | cosine | inverse_sqrt | wsd
   peak: float = 2e-3
   warmup: int = 100  # steps
-  final: float = 0.1  # share of the peak at the last step (cosine, wsd)
-  decay: float = 0.2  # share of the steps that decay (wsd)
+  final: float = 0.1  # last rate as a share of the peak (cosine, wsd)
+  decay: float = 0.2  # length of the decay as a share of the steps (wsd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ class OptimConfig:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
-  clip: float = 1.0  # global norm of the gradient; 0: not clipped
+  clip: float = 1.0  # maximum global norm of the gradient; 0: unlimited
 
   def __post_init__(self) -> None:
     if self.clip < 0:
@@ -162,7 +161,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Held-out losses while training."""
+  """Held-out evaluation during training."""
 
   every: int = 200  # steps; 0: only at the end
   set: str = ''  # '': data.set
@@ -178,38 +177,38 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """What is kept, beside the best by evaluation loss where eval.patience asks for it."""
+  """Checkpoints to keep, beside the best one if eval.patience is set."""
 
   every: int = 200  # steps
   keep: int = 1
-  milestones: tuple[int, ...] = ()  # steps kept for good: RUN@STEP
+  milestones: tuple[int, ...] = ()  # steps that are always kept: RUN@STEP
 
 
 def _section(kind: type) -> Any:
   return dataclasses.field(default_factory=kind)
 
 
-def _known(default: Any) -> Any:
-  """Return a field that is found out, not given."""
+def _derived(default: Any) -> Any:
+  """Make a field that is derived from the data or another run, not given."""
   return dataclasses.field(default=default, metadata={'given': False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """All that a run computes; the last fields are found out from the data and from other runs."""
+  """The config of a run; its last fields are derived from the data and from other runs."""
 
   seed: int = 0
-  phase: str = 'pretrain'  # the ledger's name for this run's cost: pretrain | finetune | distill
+  phase: str = 'pretrain'  # of the cost ledger: pretrain | finetune | distill
   steps: int = 1000
   dtype: str = 'float32'  # compute dtype; weights and optimiser state stay float32
   mesh: MeshConfig = _section(MeshConfig)
   distributed: DistributedConfig = _section(DistributedConfig)
   model: ModelConfig
-  reparam: ReparamConfig = _section(FullConfig)  # see slm/reparam, and the configs named so
+  reparam: ReparamConfig = _section(FullConfig)  # see slm/reparam and the configs of that name
   objective: NextTokenConfig | DistillConfig = _section(NextTokenConfig)
   teacher: str = ''  # run directory of the distillation teacher
-  teacher_cache: str = ''  # instead of it: what slm.signals wrote of its predictions
-  # Run directory whose (dense) weights, and so shape, to start from; '': random, '?': refused.
+  teacher_cache: str = ''  # instead of it: its predictions, as slm.signals wrote them
+  # Run directory whose (dense) weights and shape to start from; '': random, '?': must be named.
   init: str = ''
   data: loader.DataConfig
   schedule: ScheduleConfig = _section(ScheduleConfig)
@@ -219,13 +218,13 @@ class RunConfig:
   log_every: int = 10  # steps; 0: at evaluations and saves only
   tensorboard: bool = True
 
-  context: int = _known(0)  # tokens in a row
-  tokenizer: str = _known('')  # fingerprint
-  rows: str = _known('')  # hash of the rows that are trained on
-  clustering: str = _known('')  # hash of the clusters that rows are grouped by
-  specialist: dict[str, Any] | None = _known(None)  # which of whose, and by which rule
-  prune: dict[str, Any] | None = _known(None)  # what was cut, and how it was scored
-  hf: dict[str, Any] | None = _known(None)  # the model of transformers that was imported
+  context: int = _derived(0)  # tokens in a row
+  tokenizer: str = _derived('')  # fingerprint
+  rows: str = _derived('')  # hash of the training rows
+  clustering: str = _derived('')  # hash of the clusters that rows are grouped by
+  specialist: dict[str, Any] | None = _derived(None)  # its run, cluster and rule of choice
+  prune: dict[str, Any] | None = _derived(None)  # what was cut, and how it was scored
+  hf: dict[str, Any] | None = _derived(None)  # the imported model of transformers
 
   def __post_init__(self) -> None:
     if self.dtype not in DTYPES:
@@ -233,17 +232,17 @@ class RunConfig:
 
   @property
   def computed(self) -> dict[str, Any]:
-    """Return what decides the result, as plain values: all but operational keys."""
+    """Return the keys that decide the result, as plain values: all but operational ones."""
     return {key: x for key, x in schema.plain(self).items() if key not in OPERATIONAL}
 
 
 def defaults() -> dict[str, Any]:
-  """Return every key that may be given, with its default."""
+  """Return the defaults of all keys that may be given."""
   return schema.defaults(RunConfig)
 
 
 def read(values: Mapping[str, Any]) -> RunConfig:
-  """Make a RunConfig of plain values; keys that are left out have their defaults."""
+  """Make a RunConfig from plain values; missing keys take their defaults."""
   return schema.read(RunConfig, values)
 
 
@@ -261,7 +260,7 @@ def of(ref: str | Path) -> RunConfig:
 
 
 def resolve(config: Mapping[str, Any]) -> RunConfig:
-  """Fill in what the data decide (vocabulary, tokenizer, context) and make paths absolute.
+  """Derive the keys that data and other runs decide, and make paths absolute.
 
   Raises:
     ValueError: if a value is impossible or two do not fit together.
@@ -277,39 +276,36 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   cfg = read(given)
   if cfg.model.vocab < vocab:
     raise ValueError(f'model.vocab={cfg.model.vocab}: the tokenizer has {vocab} ids')
-  absolute = lambda name: str(Path(name).resolve()) if name else ''
-  cfg = dataclasses.replace(
-    cfg,
-    **{key: absolute(getattr(cfg, key)) for key in ('init', 'teacher', 'teacher_cache')},
-    data=dataclasses.replace(cfg.data, path=absolute(path)),
-    eval=dataclasses.replace(cfg.eval, set=cfg.eval.set or cfg.data.set),
-    tokenizer=manifest['tokenizer']['fingerprint'],
-    context=manifest['context'],
-    clustering=loader.clustering(path) if cfg.data.level else '',
-  )
   check(cfg)
-  return _with_rows(cfg)
-
-
-def _with_rows(cfg: RunConfig) -> RunConfig:
-  """Fill in what the rows decide: their hash, and the histogram that a code is tuned from."""
-  d = cfg.data
-  loader.Split(d.path, cfg.eval.set, cfg.eval.split)  # before any work: is it there?
+  absolute = lambda name: str(Path(name).resolve()) if name else ''
+  d = dataclasses.replace(cfg.data, path=absolute(path))
+  held_out = dataclasses.replace(cfg.eval, set=cfg.eval.set or d.set)
+  loader.Split(d.path, held_out.set, held_out.split)  # raises before any work if it is missing
   rows = loader.Split(d.path, d.set, d.split, d.index).sha256
   if d.mix_set:
     rows += ' ' + loader.Split(d.path, d.mix_set, 'train', d.mix_index).sha256
-  if cfg.init and isinstance(cfg.reparam, CodeConfig):
-    histogram = loader.histogram(d.path, d.set, d.split, cfg.reparam.of.clusters, d.index)
-    tuned = dataclasses.replace(cfg.reparam, histogram=tuple(histogram.tolist()))
-    cfg = dataclasses.replace(cfg, reparam=tuned)
-  return dataclasses.replace(cfg, rows=rows)
+  rep = cfg.reparam
+  if cfg.init and isinstance(rep, CodeConfig):
+    histogram = loader.histogram(d.path, d.set, d.split, rep.of.clusters, d.index)
+    rep = dataclasses.replace(rep, histogram=tuple(histogram.tolist()))
+  return dataclasses.replace(
+    cfg,
+    **{key: absolute(getattr(cfg, key)) for key in ('init', 'teacher', 'teacher_cache')},
+    data=d,
+    eval=held_out,
+    reparam=rep,
+    rows=rows,
+    tokenizer=manifest['tokenizer']['fingerprint'],
+    context=manifest['context'],
+    clustering=loader.clustering(path) if d.level else '',
+  )
 
 
 def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
-  """Read a config before there are data, of which the vocabulary and the context are given.
+  """Read a config that has no data yet but gives the vocabulary and the context.
 
   Raises:
-    ValueError: if one of them is not.
+    ValueError: if one of them is missing.
   """
   given = inherit(json.loads(json.dumps(config)))
   context = given.get('context', context)
@@ -319,13 +315,13 @@ def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
 
 
 def inherit(given: dict[str, Any]) -> dict[str, Any]:
-  """Take over from the run that `init` names what its weights decide: the model's shape.
+  """Take the model's shape, but not how it is computed, from the run that `init` names.
 
-  How it is computed stays the config's. Changes `given` and returns it.
+  Changes `given` and returns it.
 
   Raises:
-    ValueError: if the config leaves open which run to start from, or a tuned code does not start
-      from a projected network.
+    ValueError: if the run to start from must be named, or a tuned code does not start from a
+      projected network.
   """
   if given['init'] == '?':
     raise ValueError(
@@ -340,25 +336,25 @@ def inherit(given: dict[str, Any]) -> dict[str, Any]:
     network = start.reparam
     if not isinstance(network, ProjectConfig):
       raise ValueError(f'init: reparam "code" tunes a projected network, found {network.name!r}')
-    even = [1 / network.clusters] * network.clusters  # where there are no data to say otherwise
-    given['reparam'] |= {'of': schema.plain(network), 'histogram': even}
+    uniform = [1 / network.clusters] * network.clusters  # until the data give the histogram
+    given['reparam'] |= {'of': schema.plain(network), 'histogram': uniform}
   return given
 
 
 def shaped(given: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-  """Return the model section of a shape, computed as a given section says."""
+  """Return a model section with the shape of `model`, computed as `given` says."""
   return schema.plain(model) | {key: given[key] for key in COMPUTED}
 
 
 def check(cfg: RunConfig) -> None:
-  """Refuse a training run whose keys do not fit together.
+  """Check that the keys of a training run fit together.
 
   Raises:
-    ValueError: naming them.
+    ValueError: naming those that do not.
   """
   if cfg.steps < 1:
     raise ValueError(f'steps: expected at least 1, found {cfg.steps}')
-  teachers = [name for name in (cfg.teacher, cfg.teacher_cache) if name]
+  teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
   distils = isinstance(cfg.objective, DistillConfig)
   if len(teachers) != distils:
     raise ValueError(
@@ -368,10 +364,10 @@ def check(cfg: RunConfig) -> None:
 
 
 def derive(parent: RunConfig, phase: str, **changes: Any) -> RunConfig:
-  """Return the config of a dense run whose weights another run's became without training.
+  """Return the config of a dense run made from another run's weights without training.
 
-  It has no start, teacher or reparameterisation, and its data are not grouped; what it was made of
-  goes into `changes`.
+  It has no init, teacher or reparameterisation, and its rows are not grouped. `changes` record what
+  it was made from.
   """
   dense = {
     'phase': phase,
@@ -384,7 +380,7 @@ def derive(parent: RunConfig, phase: str, **changes: Any) -> RunConfig:
 
 
 def check_run(workdir: Path, cfg: RunConfig) -> None:
-  """Refuse a directory that holds something else.
+  """Check that a directory is empty or holds this run.
 
   Raises:
     ValueError: if it holds a run of another config, naming the first difference, or other files.
@@ -394,10 +390,10 @@ def check_run(workdir: Path, cfg: RunConfig) -> None:
 
 
 def write_run(workdir: Path, cfg: RunConfig, step: int = 0) -> None:
-  """Record what runs and, from which step, with which code and where; process 0 alone writes."""
+  """Record a run's config, code and environment from a step on; only process 0 writes."""
   rundir.write_run(workdir, schema.plain(cfg), step)
 
 
 def section(kind: str, values: Mapping[str, Any]) -> Any:
-  """Read one section of a run's config, such as 'reparam'."""
+  """Make one section of a run's config, such as 'reparam', from plain values."""
   return schema.convert(typing.get_type_hints(RunConfig)[kind], values, kind)

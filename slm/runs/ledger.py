@@ -17,15 +17,15 @@ def read_ledger(workdir: Path) -> dict[str, Any]:
 
 def write_ledger(workdir: Path, phases: list[dict[str, Any]], ancestors: list[str]) -> None:
   """Set these phases' entries in the ledger; entries of other phases stay."""
-  mine = {p['phase'] for p in phases}
-  others = [p for p in read_ledger(workdir)['phases'] if p['phase'] not in mine]
+  names = {p['phase'] for p in phases}
+  others = [p for p in read_ledger(workdir)['phases'] if p['phase'] not in names]
   files.write_json(workdir / 'ledger.json', {'phases': others + phases, 'ancestors': ancestors})
 
 
 def phase_entry(phase: str, tokens: int, flops: float, device_seconds: float) -> dict[str, Any]:
-  """Make a ledger entry; device_seconds counts every device for the whole time."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  # CPU devices report no statistics: the process's high-water mark stands in.
+  """Make a ledger entry."""
+  stats = jax.local_devices()[0].memory_stats()
+  # CPU devices report no statistics: the process's peak memory stands in.
   host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return {
     'phase': phase,
@@ -41,9 +41,9 @@ def phase_entry(phase: str, tokens: int, flops: float, device_seconds: float) ->
 def spend(
   folder: Path, phase: str, tokens: int, flops: float, device_seconds: float, ancestors: list[str]
 ) -> None:
-  """Add a cost to a phase's entry in the folder's ledger."""
+  """Add a cost to a phase's entry in a directory's ledger."""
   cost = {'tokens': tokens, 'flops': flops, 'device_seconds': device_seconds}
-  for before in read_ledger(folder)['phases']:
-    if before['phase'] == phase:
-      cost = {name: before[name] + more for name, more in cost.items()}
+  for entry in read_ledger(folder)['phases']:
+    if entry['phase'] == phase:
+      cost = {name: entry[name] + value for name, value in cost.items()}
   write_ledger(folder, [phase_entry(phase, **cost)], ancestors)

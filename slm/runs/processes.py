@@ -1,4 +1,4 @@
-"""Several processes of one run: they start together, agree, and end together."""
+"""Several processes of one run: connecting, agreeing and ending together."""
 
 import contextlib
 import faulthandler
@@ -18,53 +18,61 @@ from jax.experimental import multihost_utils
 
 from slm.base import artifact
 
-_LAST = 3.0  # seconds: without process 0, JAX aborts the others before they have said why they end
+_LAST = 3.0  # seconds that process 0 outlives the others, which JAX aborts without it
 
 
 def connect(cfg: Mapping[str, Any]) -> None:
-  """Meet the other processes of a run, as `distributed` says.
+  """Connect the processes of a run, as the section `distributed` says.
 
-  What is left at its default is found out from Slurm, Kubernetes, MPI or the TPU's metadata. Ends
-  this process if the others are not there within `distributed.timeout` seconds.
+  Keys left at their defaults are detected on Slurm, Kubernetes, MPI and TPUs. Exits if the others
+  have not connected within `distributed.timeout` seconds.
 
   Raises:
-    ValueError: if it cannot be found out.
+    ValueError: if a key cannot be detected.
   """
-  place, count, index = cfg['coordinator'], cfg['num_processes'], cfg['process_id']
-  if place and not re.fullmatch(r'.+:\d+', place):
-    raise ValueError(f'distributed.coordinator: expected host:port of process 0, found {place!r}')
-  faulthandler.disable()  # JAX aborts if process 0 is lost: where Python then was says nothing
+  coordinator, count, index = cfg['coordinator'], cfg['num_processes'], cfg['process_id']
+  if coordinator and not re.fullmatch(r'.+:\d+', coordinator):
+    raise ValueError(
+      f'distributed.coordinator: expected host:port of process 0, found {coordinator!r}'
+    )
+  faulthandler.disable()  # JAX aborts if process 0 is lost; Python's stack explains nothing then
   # JAX's own timeout ends in a stack of C++ frames: this one comes first.
-  alarm = threading.Timer(cfg['timeout'], _alone, [cfg])
+  alarm = threading.Timer(cfg['timeout'], _time_out, [cfg])
   alarm.daemon = True
   alarm.start()
   try:
     jax.distributed.initialize(
-      place or None,
+      coordinator or None,
       count if count > 0 else None,
       index if index >= 0 else None,
       initialization_timeout=cfg['timeout'] + 60,
     )
   except ValueError as e:
-    missing = {'coordinator': 'coordinator', 'Number': 'num_processes'}
-    key = next((key for word, key in missing.items() if word in str(e)), 'process_id')
+    keys = {'coordinator': 'coordinator', 'Number': 'num_processes'}
+    key = next((key for word, key in keys.items() if word in str(e)), 'process_id')
     raise ValueError(f'distributed.{key}={cfg[key]!r}: {e}') from None
   finally:
     alarm.cancel()
 
 
-def _alone(cfg: Mapping[str, Any]) -> None:
-  where = f'at distributed.coordinator={cfg["coordinator"]!r} '
-  print(
-    f'error: distributed: after {cfg["timeout"]} s not all {cfg["num_processes"] or ""} processes '
-    f'have met {where if cfg["coordinator"] else ""}(distributed.timeout)',
-    file=sys.stderr, flush=True,
-  )  # fmt: skip
+def _time_out(cfg: Mapping[str, Any]) -> None:
+  place = f'at distributed.coordinator={cfg["coordinator"]!r} ' if cfg['coordinator'] else ''
+  _exit(
+    f'distributed: after {cfg["timeout"]} s not all {cfg["num_processes"] or ""} processes have '
+    f'met {place}(distributed.timeout)'
+  )
+
+
+def _exit(message: str) -> None:
+  """End this process at once, without waiting for the others as JAX does."""
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  if jax.process_index() == 0:
+    time.sleep(_LAST)
   os._exit(1)
 
 
 def exchange(text: str) -> list[str]:
-  """Return what every process says, in their order."""
+  """Return the text of every process, in their order."""
   if jax.process_count() == 1:
     return [text]
   data = np.frombuffer(text.encode(), np.uint8)
@@ -75,10 +83,11 @@ def exchange(text: str) -> list[str]:
 
 
 def together(function: Callable[[], Any]) -> Any:
-  """Call a function in every process: if bad input stops one of them, it stops all.
+  """Call a function in every process; bad input in one of them stops all.
 
   Raises:
-    ValueError: what it raised here, or elsewhere first.
+    ValueError: the error here, or else the first in another process.
+    OSError: the error here.
   """
   result, problem = None, None
   try:
@@ -95,21 +104,21 @@ def together(function: Callable[[], Any]) -> Any:
 
 
 def agree(cfg: Mapping[str, Any]) -> None:
-  """Refuse to go on if the processes were started with different configs.
+  """Check that the processes were started with the same config.
 
   Raises:
     ValueError: naming the first process and the first key that differ from process 0.
   """
-  kept = {key: value for key, value in cfg.items() if key != 'distributed'}
-  first, *others = (json.loads(text) for text in exchange(json.dumps(kept)))
+  shared = {key: value for key, value in cfg.items() if key != 'distributed'}
+  first, *others = (json.loads(text) for text in exchange(json.dumps(shared)))
   for index, other in enumerate(others, 1):
-    if found := artifact.difference(first, other):
-      raise ValueError(f'process {index} has another config than process 0: {found}')
+    if difference := artifact.difference(first, other):
+      raise ValueError(f'process {index} has another config than process 0: {difference}')
 
 
 @contextlib.contextmanager
 def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
-  """Hold a directory, or `name` in it, that all processes write: process 0 does, for all."""
+  """Hold a directory, or `name` in it, for all processes; process 0 takes the lock."""
   with contextlib.ExitStack() as stack:
     together(lambda: jax.process_index() or stack.enter_context(artifact.hold(folder, name)))
     yield
@@ -117,9 +126,9 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-  """Where there are several processes, end this one at once on an error, in one line.
+  """End one of several processes at once on an error, with one line.
 
-  JAX would wait for the others, which wait for this one, and in the end abort with a stack.
+  JAX would wait for the others, which wait for this one, and abort with a C++ stack.
   """
   try:
     yield
@@ -129,7 +138,4 @@ def ending() -> Iterator[None]:
     text = ' '.join(str(e).split())[:500]
     if isinstance(e, jax.errors.JaxRuntimeError):
       text += ': another process has ended; started again, all of them continue'
-    print(f'error: process {jax.process_index()}: {text}', file=sys.stderr, flush=True)
-    if jax.process_index() == 0:
-      time.sleep(_LAST)
-    os._exit(1)
+    _exit(f'process {jax.process_index()}: {text}')
