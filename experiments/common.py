@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from slm.base import schema
 from slm.data import prepare, settings
 
 
@@ -38,7 +39,7 @@ def prepare_data(
     for name, source in sources.items()
   }
   found.update_from_flattened_dict({**changes, 'sizes': sizes, 'out': str(out)})
-  prepare.prepare(settings.PrepareConfig.of(found))
+  prepare.prepare(schema.read(settings.PrepareConfig, found.to_dict()))
 
 
 def cache(directory: str) -> None:

@@ -24,6 +24,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 from configs import base  # noqa: E402
 from configs import data as data_config  # noqa: E402
+from slm.base import schema  # noqa: E402
 from slm.data import prepare, settings  # noqa: E402
 
 TOPICS = {
@@ -62,7 +63,7 @@ def tiny_data(tmp_path_factory) -> str:
   c.tokenizer.name = 'bytes'
   c.context, c.levels, c.fit_windows, c.dims = 32, (2, 4), 400, 8
   c.sizes, c.workers = (2000, 8000), 1
-  prepare.prepare(settings.PrepareConfig.of(c))
+  prepare.prepare(schema.read(settings.PrepareConfig, c.to_dict()))
   return c.out
 
 

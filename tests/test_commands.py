@@ -138,6 +138,7 @@ def test_help_has_the_defaults_and_comments_of_the_config_that_is_named(call):
   assert '--config.reparam.alpha=16.0            the change is alpha' in call(
     'train', '--config=lora', '-h'
   )[1]  # fmt: skip
+  assert '--config.tokenizer.vocab=4096          pieces of a' in call('data.prepare', '--help')[1]
 
 
 def test_slm_lists_its_commands_and_names_the_nearest(call):

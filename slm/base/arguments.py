@@ -111,8 +111,7 @@ def wants_help(argv: list[str]) -> bool:
 def help_text(argv: list[str], keys: type | None) -> str:
   """Return the running command's docstring, its flags and the keys of its config, if it takes one.
 
-  Defaults stand behind the `=`; what keys mean is read from the comments of the dataclass `keys`,
-  or of the config's file.
+  `keys` is the config's dataclass, whose comments say what its keys mean.
   """
   lines = [inspect.cleandoc(sys.modules['__main__'].__doc__ or ''), '', 'Flags:']
   for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
@@ -121,21 +120,17 @@ def help_text(argv: list[str], keys: type | None) -> str:
   if 'config' in flags.FLAGS:
     config = argv[1].partition('=')[2]
     values = _read(config)
-    if keys:
-      notes = _meanings(keys, values.to_dict())
-    else:
-      notes = _comments(Path(config.partition(':')[0]).read_text())
+    meanings = _meanings(keys, values.to_dict())
     about = f'A config, by file or by name; the keys below are those of {_shown_file(config)}.'
     lines += [_columns('--config=FILE', about), '']
     for key, value in _flatten(values):
-      lines.append(_columns(f'--config.{key}={_shown(value)}', notes.get(key, '')))
+      lines.append(_columns(f'--config.{key}={_shown(value)}', meanings.get(key, '')))
   return '\n'.join(lines)
 
 
 def _meanings(kind: type, values: Mapping[str, Any], prefix: str = '') -> dict[str, str]:
   """Return the comments of a dataclass' fields, and of its sections', by dotted key."""
-  own = _comments(textwrap.dedent(inspect.getsource(kind)))
-  meanings = {f'{prefix}{name}': text for name, text in own.items()}
+  meanings = {f'{prefix}{name}': text for name, text in _comments(kind).items()}
   for name, section in schema.sections(kind, values).items():
     meanings |= _meanings(section, values[name], f'{prefix}{name}.')
   return meanings
@@ -154,8 +149,9 @@ def _columns(left: str, right: str) -> str:
                        break_on_hyphens=False)  # fmt: skip
 
 
-def _comments(source: str) -> dict[str, str]:
-  """Return the comment beside, or else above, each key that a config file assigns."""
+def _comments(kind: type) -> dict[str, str]:
+  """Return the comment beside, or else above, each field of a dataclass."""
+  source = textwrap.dedent(inspect.getsource(kind))
   beside, above = {}, {}
   for token in tokenize.generate_tokens(io.StringIO(source).readline):
     if token.type == tokenize.COMMENT:
@@ -168,16 +164,5 @@ def _comments(source: str) -> dict[str, str]:
       first -= 1
     return beside.get(line) or ' '.join(above[i] for i in range(first, line))
 
-  found = {}
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.AnnAssign):  # a field of a dataclass
-      found[ast.unparse(node.target)] = note(node.lineno)
-    elif isinstance(node, ast.Assign) and (key := ast.unparse(node.targets[0]).partition('.')[2]):
-      found[key] = note(node.lineno)
-      for part in ast.walk(node.value):  # {'name': ...} or dict(name=...)
-        if isinstance(part, ast.Dict):
-          names = [k for k in part.keys if isinstance(k, ast.Constant)]
-          found |= {f'{key}.{k.value}': note(k.lineno) for k in names}
-        elif isinstance(part, ast.keyword):
-          found[f'{key}.{part.arg}'] = note(part.lineno)
-  return {key: text for key, text in found.items() if text}
+  fields = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign))
+  return {ast.unparse(field.target): note(field.lineno) for field in fields}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, schema
 from slm.data import (
   cluster,
   documents,
@@ -399,7 +399,7 @@ def _main(_: list[str]) -> None:
   config = flags.FLAGS.config
   if flags.FLAGS.out:
     config.out = flags.FLAGS.out
-  found = prepare(PrepareConfig.of(config), flags.FLAGS.verify)
+  found = prepare(schema.read(PrepareConfig, config.to_dict()), flags.FLAGS.verify)
   for name, splits in found['sets'].items():
     for split, s in splits.items():
       print(
@@ -412,4 +412,4 @@ def _main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('out', '', 'Directory to write to.')
   flags.DEFINE_bool('verify', False, 'Compare hashes too, and make again what is damaged.')
-  console.run(_main, config='data')
+  console.run(_main, config='data', keys=PrepareConfig)

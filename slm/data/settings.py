@@ -1,11 +1,10 @@
-"""What `configs/data.py` describes, checked before any work."""
+"""The config of `slm.data.prepare`, checked before any work."""
 
 import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slm.data import documents
 
@@ -17,9 +16,9 @@ ALL = 'all'  # the split name of a source that is to be split by hash
 class TokenizerConfig:
   """Which tokenizer to train, or the one at `path`; see slm/data/tokenizer.py."""
 
-  name: str
-  vocab: int
-  path: str
+  name: str = 'sentencepiece'  # sentencepiece | bytes | huggingface (the one at path)
+  vocab: int = 4096  # pieces of a SentencePiece model trained on generic/train
+  path: str = ''  # a .model, a tokenizer.json or a folder with one to use, whatever the name
 
   def __post_init__(self) -> None:
     names = ('sentencepiece', 'bytes', 'huggingface')
@@ -35,23 +34,25 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-  """What `configs/data.py` describes; keys are explained there."""
+  """The config of a prepared directory."""
 
-  out: str
-  sets: dict[str, dict[str, str]]  # set -> split (or 'all') -> source
-  tokenizer: TokenizerConfig
-  context: int
-  levels: tuple[int, ...]
-  fit_windows: int
-  dims: int
-  sizes: tuple[int, ...]
-  text_field: str
-  id_field: str
-  heldout: tuple[float, float]
-  workers: int
-  seed: int
-  near_duplicates: float = 0.0
-  sbert: str = ''
+  out: str = ''  # directory to write to (or --out)
+  sets: dict[str, dict[str, str]] = dataclasses.field(
+    default_factory=dict
+  )  # name -> split -> source
+  tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+  context: int = 256  # tokens in a row
+  levels: tuple[int, ...] = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
+  fit_windows: int = 20_000  # windows of generic/train that the clusters are fitted on
+  dims: int = 64  # of a window's embedding by TF-IDF and SVD
+  sbert: str = ''  # directory of a sentence-transformers model to embed windows with instead
+  sizes: tuple[int, ...] = (20_000, 80_000)  # tokens of each domain's nested specialisation sets
+  text_field: str = 'text'  # field of a JSON line that holds the document
+  id_field: str = ''  # field whose hash chooses the split; '': the text's hash
+  heldout: tuple[float, float] = (0.05, 0.1)  # shares of documents for validation and test
+  near_duplicates: float = 0.0  # drop training documents this similar (Jaccard); 0: exact only
+  workers: int = 0  # processes; 0: one per usable core
+  seed: int = 0  # of samples, clusters and nested sets
 
   def __post_init__(self) -> None:
     if not self.out:
@@ -98,11 +99,3 @@ class PrepareConfig:
     """Return (number, name) of the splits that are to hold something."""
     shares = (1.0, *self.heldout) if ALL in self.sets[name] else None
     return [(i, s) for i, s in enumerate(self.splits(name)) if shares is None or shares[i] > 0]
-
-  @classmethod
-  def of(cls, config: Any) -> 'PrepareConfig':
-    """Make it from a ConfigDict."""
-    fields = dict(config.to_dict())
-    for key in ('levels', 'sizes', 'heldout'):
-      fields[key] = tuple(fields[key])
-    return cls(**fields | {'tokenizer': TokenizerConfig(**fields['tokenizer'])})
