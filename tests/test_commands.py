@@ -61,7 +61,7 @@ def test_a_config_of_ones_own_comes_before_those_of_slm(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('argument', 'message'),
   [
-    ('--config=configs/nope.py', '--config=configs/nope.py: no such file; slm brings base, '),
+    ('--config=configs/nope.py', '--config=configs/nope.py: no such file; slm has base, '),
     ('--config=pretrian', '--config=pretrian: no such file; did you mean pretrain?'),
     ('--config.contxt=3', '.contxt: configs/data.py has no such key; did you mean context?'),
     ('--config.tokenizer.vocb=3', 'did you mean tokenizer.vocab?'),

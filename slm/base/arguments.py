@@ -1,13 +1,10 @@
-"""Command lines: configs found by name, flags in any order, keys checked first, and --help."""
+"""Command lines: configs by name, flags in any order, checks of config keys, and --help."""
 
-import ast
 import difflib
 import inspect
-import io
 import re
 import sys
 import textwrap
-import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,17 +27,18 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def arrange(argv: list[str], config: str, renamed: Mapping[str, str]) -> list[str]:
-  """Return argv with --config=FILE first, which ml_collections asks for, and its file found.
+  """Return argv with the path of the config first, as --config=FILE, as ml_collections expects.
 
-  `config` is what a command takes if no --config is given, '' if it takes none. `renamed` maps the
-  names of flags that there were to what is written instead.
+  `config` is the default of --config, '' for a command without one. `renamed` maps former flags to
+  their replacements.
 
   Raises:
     ValueError: if a flag was renamed, or there is no such config or no such key in it.
   """
   program, *rest = argv
-  for flag in filter(None, (re.match(r'--?(?:no)?(\w+)', arg) for arg in rest)):
-    if flag[1] in renamed:
+  for arg in rest:
+    flag = re.match(r'--?(?:no)?(\w+)', arg)
+    if flag and flag[1] in renamed:
       raise ValueError(f'--{flag[1]} is no longer a flag: write {renamed[flag[1]]}')
   if not config:
     return argv
@@ -57,7 +55,7 @@ def arrange(argv: list[str], config: str, renamed: Mapping[str, str]) -> list[st
 
 
 def _find(config: str) -> str:
-  """Return a config that is there: FILE[:ARGUMENT] as it is, or the NAME of one of slm's own."""
+  """Return the path of a config: an existing FILE[:ARGUMENT], or the NAME of one of slm's own."""
   file, colon, argument = config.partition(':')
   path = Path(file)
   if path.is_file():
@@ -66,11 +64,11 @@ def _find(config: str) -> str:
   if path.stem in known and str(path.parent) in ('.', 'configs') and path.suffix in ('', '.py'):
     return f'{CONFIGS / path.stem}.py{colon}{argument}'
   near = suggestion(path.stem, known)
-  raise ValueError(f'--config={file}: no such file{near}; slm brings {", ".join(known)}')
+  raise ValueError(f'--config={file}: no such file{near}; slm has {", ".join(known)}')
 
 
 def _shown_file(config: str) -> str:
-  """Return a config's file, without the place of those that come with slm."""
+  """Return a config's file as a message names it: configs/NAME.py for slm's own."""
   path = Path(config.partition(':')[0])
   return f'configs/{path.name}' if path.parent == CONFIGS else str(path)
 
@@ -80,7 +78,7 @@ def _read(config: str) -> ConfigDict:
 
 
 def _check_keys(config: str, argv: list[str]) -> None:
-  """Refuse an override of a key that the config lacks, naming the nearest that it has."""
+  """Check that the config has every overridden key; suggest the nearest if not."""
   overrides = [match[1] for match in map(_OVERRIDE.match, argv) if match]
   values = _read(config) if overrides else ConfigDict()
   for key in overrides:
@@ -88,8 +86,8 @@ def _check_keys(config: str, argv: list[str]) -> None:
     for name in key.split('.'):
       if not isinstance(node, ConfigDict) or name not in node:
         keys = [known for known, _ in _flatten(values)]
-        moved = [known for known in keys if known.rpartition('.')[2] == key.rpartition('.')[2]]
-        near = f'; did you mean {" or ".join(moved)}?' if moved else suggestion(key, keys)
+        same_name = [k for k in keys if k.rpartition('.')[2] == key.rpartition('.')[2]]
+        near = f'; did you mean {" or ".join(same_name)}?' if same_name else suggestion(key, keys)
         raise ValueError(f'--config.{key}: {_shown_file(config)} has no such key{near}')
       node = node[name]
 
@@ -104,7 +102,7 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def wants_help(argv: list[str]) -> bool:
-  """Say whether an argument asks for help."""
+  """Return whether the arguments ask for help."""
   return bool(_HELP.intersection(argv[1:]))
 
 
@@ -121,8 +119,8 @@ def help_text(argv: list[str], keys: type | None) -> str:
     config = argv[1].partition('=')[2]
     values = _read(config)
     meanings = _meanings(keys, values.to_dict())
-    about = f'A config, by file or by name; the keys below are those of {_shown_file(config)}.'
-    lines += [_columns('--config=FILE', about), '']
+    summary = f'A config, by file or name; the keys below are those of {_shown_file(config)}.'
+    lines += [_columns('--config=FILE', summary), '']
     for key, value in _flatten(values):
       lines.append(_columns(f'--config.{key}={_shown(value)}', meanings.get(key, '')))
   return '\n'.join(lines)
@@ -137,7 +135,7 @@ def _meanings(kind: type, values: Mapping[str, Any], prefix: str = '') -> dict[s
 
 
 def _shown(value: Any) -> str:
-  """Return a default as it is written on the command line."""
+  """Format a default as on the command line."""
   if isinstance(value, list):  # of a flag that may be repeated
     return ','.join(map(str, value))
   return '' if value is None else str(value)
@@ -145,24 +143,18 @@ def _shown(value: Any) -> str:
 
 def _columns(left: str, right: str) -> str:
   text = f'  {left:38s} {" ".join(right.split())}'.rstrip()
-  return textwrap.fill(text, 100, subsequent_indent=' ' * 41, break_long_words=False,
-                       break_on_hyphens=False)  # fmt: skip
+  unbroken = {'break_long_words': False, 'break_on_hyphens': False}
+  return textwrap.fill(text, 100, subsequent_indent=' ' * 41, **unbroken)
 
 
 def _comments(kind: type) -> dict[str, str]:
   """Return the comment beside, or else above, each field of a dataclass."""
-  source = textwrap.dedent(inspect.getsource(kind))
-  beside, above = {}, {}
-  for token in tokenize.generate_tokens(io.StringIO(source).readline):
-    if token.type == tokenize.COMMENT:
-      alone = token.line.lstrip().startswith('#')
-      (above if alone else beside)[token.start[0]] = token.string.lstrip('# ')
-
-  def note(line: int) -> str:
-    first = line
-    while first - 1 in above:
-      first -= 1
-    return beside.get(line) or ' '.join(above[i] for i in range(first, line))
-
-  fields = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign))
-  return {ast.unparse(field.target): note(field.lineno) for field in fields}
+  comments, above = {}, []
+  for line in inspect.getsource(kind).splitlines():
+    if line.lstrip().startswith('# '):
+      above.append(line.lstrip(' #'))
+      continue
+    if field := re.match(r'  (\w+): ', line):
+      comments[field[1]] = line.partition('  # ')[2] or ' '.join(above)
+    above = []
+  return comments

@@ -1,8 +1,8 @@
-"""Directories that commands write: one writer at a time, and of one thing that was asked for.
+"""Directories that commands write: one writer at a time, made from one set of settings.
 
-A command holds its directory while it writes (`writes`, `hold`), and keeps a record of what was
-asked: settings and the hashes of inputs. Asked the same again it continues, or says that it is
-done; asked for something else it refuses, naming the first difference (`check`, `claim`).
+A command locks its directory while it writes (`writes`, `hold`) and records what the directory is
+made from: settings and hashes of inputs. Called with the same again it continues, or finds its work
+done; called with others it fails and names the first difference (`check`, `claim`).
 """
 
 import concurrent.futures
@@ -13,21 +13,21 @@ import functools
 import inspect
 import json
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from slm.base import console, files
 
-Path = pathlib.Path
+# Errors of file systems without locks.
 _LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_held: list[Path] = []  # by this process
+_held: list[Path] = []  # locks of this process
 
 
 def writes(parameter: str) -> Callable[[Callable], Callable]:
-  """Decorate a function that writes the directory named by one of its parameters: it holds it."""
+  """Make a decorator: the function holds the directory that `parameter` names while it runs."""
 
   def decorate(function: Callable) -> Callable:
     signature = inspect.signature(function)
@@ -44,12 +44,12 @@ def writes(parameter: str) -> Callable[[Callable], Callable]:
 
 @contextlib.contextmanager
 def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
-  """Keep other processes from writing a directory, or what is called `name` in it.
+  """Lock a directory, or the part of it called `name`, against other processes.
 
-  What a dead process held is taken over. A directory made here that stays empty is removed.
+  The lock of a dead process is taken over. A directory made here that stays empty is removed.
 
   Raises:
-    ValueError: if another process holds it, naming that process, its machine and since when.
+    ValueError: if another process holds the lock: its number, its machine and since when.
   """
   path = (folder / f'{name}.lock').absolute()
   if path in _held:
@@ -75,7 +75,7 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
 
 
 def _take(path: Path) -> int:
-  """Lock a file and write in it who holds it; return its open descriptor."""
+  """Lock a file, write its holder into it, and return its open descriptor."""
   while True:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     holder, refusal = _read(handle), ''
@@ -83,19 +83,19 @@ def _take(path: Path) -> int:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
       refusal = _refusal(path, holder)
-      if e.errno in _LOCKLESS:  # what the file says must do
+      if e.errno in _LOCKLESS:  # the holder in the file decides
         refusal = _alive(holder) and f'{refusal} (if that process is gone, delete {path})'
     if refusal:
       os.close(handle)
       raise ValueError(refusal)
-    with contextlib.suppress(FileNotFoundError):  # released and removed since it was opened
+    with contextlib.suppress(FileNotFoundError):  # it was released and removed meanwhile
       if os.path.samestat(os.fstat(handle), path.stat()):
         break
     os.close(handle)
-  me = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
-  me['since'] = time.strftime('%Y-%m-%d %H:%M:%S')
+  holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
+  holder['since'] = time.strftime('%Y-%m-%d %H:%M:%S')
   os.ftruncate(handle, 0)
-  os.pwrite(handle, json.dumps(me).encode(), 0)
+  os.pwrite(handle, json.dumps(holder).encode(), 0)
   return handle
 
 
@@ -107,25 +107,25 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _alive(holder: Mapping[str, Any]) -> bool:
-  """Say whether a process may still run: one of another machine may."""
+  """Return whether a holder may still run; one on another machine may."""
   if not holder or holder['host'] != socket.gethostname():
     return bool(holder)
   return alive(holder['pid']) and holder['started'] == _started(holder['pid'])
 
 
 def alive(pid: int) -> bool:
-  """Say whether a process of this machine runs."""
+  """Return whether a process of this machine runs."""
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):
     return False
   except PermissionError:
-    pass  # somebody else's
+    pass  # another user's
   return True
 
 
 def _started(pid: int) -> str:
-  """Return when a process started, in the kernel's ticks; '' where /proc does not say."""
+  """Return when a process started, in kernel ticks; '' without /proc."""
   try:
     return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
   except OSError:
@@ -133,96 +133,93 @@ def _started(pid: int) -> str:
 
 
 def _refusal(path: Path, holder: Mapping[str, Any]) -> str:
-  who = 'another process'
+  writer = 'another process'
   if holder:
-    who = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
-  return f'{path.parent}: is being written by {who}: wait for it, or choose another directory'
+    writer = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
+  return f'{path.parent}: is being written by {writer}: wait for it, or choose another directory'
 
 
 def check(
-  record: Path, asked: Any, what: str, read: Callable[[Path], Any] = files.read_json
+  record: Path, settings: Any, what: str, read: Callable[[Path], Any] = files.read_json
 ) -> None:
-  """Refuse the directory of a record, which `read` reads, if it holds something else.
+  """Check that the directory of a record is empty or was made from the same settings.
 
   Raises:
-    ValueError: if it does: another record, naming the first difference, or files without one.
+    ValueError: if the record, which `read` reads, differs (naming the first difference) or is
+      missing beside other files. `what` describes what the directory would then hold.
   """
   folder = record.parent
   if record.exists():
-    check_same(folder, read(record), plain(asked), what)
+    check_same(folder, read(record), plain(settings), what)
   elif occupied(folder):
     raise ValueError(f'{folder} is not empty and holds no {record.name}: choose another directory')
 
 
 def occupied(folder: Path) -> bool:
-  """Say whether a directory holds anything but the traces of being written."""
+  """Return whether a directory holds anything but locks and temporary files."""
   return folder.exists() and any(p.suffix not in ('.tmp', '.lock') for p in folder.iterdir())
 
 
-def claim(record: Path, asked: Any, what: str) -> None:
-  """Record what a directory is to hold, if it holds nothing else.
+def claim(record: Path, settings: Any, what: str) -> None:
+  """Check a directory as `check` does, and write its record if there is none.
 
   Raises:
     ValueError: as `check` does.
   """
-  check(record, asked, what)
+  check(record, settings, what)
   if not record.exists():
-    files.write_json(record, asked)
+    files.write_json(record, settings)
 
 
 def contents(paths: Iterable[Path], known: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-  """Return [size, time of change, hash] by name of files that a directory is made of.
+  """Return [size, time of change, hash] of input files by name.
 
-  Those in `known` stand where nothing changed: neither size nor time, or the hash did not. What an
-  earlier version knew, without a hash, stands as far as it goes.
+  An entry of `known` is kept if the file's size and time are the same, or its size and hash.
+  Entries of earlier versions lack the hash, or the time too.
   """
-  sizes = {path: path.stat() for path in paths}
-  stale = {p: s.st_size for p, s in sizes.items() if not _unchanged(s, known.get(str(p)))}
+  stats = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+  entries = {path: known.get(str(path)) or [] for path in stats}
+  unchanged = lambda path: entries[path] and entries[path][:2] == stats[path][: len(entries[path])]
+  stale = {path: stat[0] for path, stat in stats.items() if not unchanged(path)}
 
   def entry(path: Path) -> list[Any]:
-    before = known.get(str(path))
     if path not in stale:
-      return before
-    found = [sizes[path].st_size, sizes[path].st_mtime_ns, files.sha256(path)]
-    same = before and len(before) == 3 and (before[0], before[2]) == (found[0], found[2])
-    return before if same else found
+      return entries[path]
+    new = [*stats[path], files.sha256(path)]
+    return entries[path] if entries[path][::2] == new[::2] else new
 
-  found = {}
+  hashed = {}
   with (
     console.progress('hash of inputs', sum(stale.values()) / 1e6, 'MB') as bar,
     concurrent.futures.ThreadPoolExecutor(4) as pool,
   ):
-    for path, value in zip(sizes, pool.map(entry, sizes), strict=True):
-      found[str(path)] = value
+    for path, value in zip(stats, pool.map(entry, stats), strict=True):
+      hashed[str(path)] = value
       bar.update(stale.get(path, 0) / 1e6)
-  return found
-
-
-def _unchanged(stat: os.stat_result, entry: list[Any] | None) -> bool:
-  return bool(entry) and entry[:2] == [stat.st_size, stat.st_mtime_ns][: len(entry)]
+  return hashed
 
 
 def check_same(folder: Path, was: Any, now: Any, what: str) -> None:
-  """Refuse to go on in a folder that was made for something else.
+  """Check that a directory was made from the same settings.
 
   Raises:
-    ValueError: if it was, naming the first difference.
+    ValueError: if not, naming the first difference.
   """
-  if changed := difference(was, now):
-    raise ValueError(f'{folder} holds {what}: {changed}; choose another directory')
+  if change := difference(was, now):
+    raise ValueError(f'{folder} holds {what}: {change}; choose another directory')
 
 
 def difference(old: Any, new: Any, key: str = '') -> str:
-  """Name the first key that two records disagree on, and both values; '' if none."""
+  """Describe the first key in which two records differ, with both values; '' if none."""
   if isinstance(old, dict) and isinstance(new, dict):
     for name in sorted(old.keys() | new.keys()):
-      changed = difference(old.get(name), new.get(name), f'{key}.{name}' if key else name)
-      if changed:
-        return changed
+      change = difference(old.get(name), new.get(name), f'{key}.{name}' if key else name)
+      if change:
+        return change
     return ''
   return '' if old == new else f'{key} was {old!r}, now {new!r}'
 
 
 def plain(value: Any) -> Any:
-  """Return what JSON makes of a value: tuples are lists."""
+  """Return a value as JSON reads it back: tuples become lists."""
   return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""What every entry point shares: one-line errors and progress."""
+"""The command line of every command: flags, one-line errors, progress."""
 
 import contextlib
 import signal
@@ -18,7 +18,7 @@ _PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
 
 
 class Interrupted(BaseException):
-  """A command was asked to stop, by a signal: SIGTERM or SIGINT."""
+  """Raised where SIGTERM or SIGINT stops a command."""
 
   def __init__(self, text: str = '', number: int = signal.SIGTERM):
     super().__init__(text)
@@ -26,15 +26,17 @@ class Interrupted(BaseException):
 
 
 def run(
-  main: Callable[[list[str]], Any], *, config: str = '', keys: type | None = None,
+  main: Callable[[list[str]], Any],
+  *,
+  config: str = '',
+  keys: type | None = None,
   positional: bool = False,
   renamed: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
   """Run an absl main; bad input becomes one line on stderr and exit status 1.
 
-  A command with a `config`, the default, takes --config and --config.KEY, whose comments in the
-  dataclass `keys` --help shows. `renamed` maps the flags
-  that there were to what is written instead.
+  `config` is the default of --config ('': the command takes none) and `keys` its dataclass, whose
+  comments --help shows. `renamed` maps former flags to their replacements.
   """
   with one_line_errors():
     if config:
@@ -47,10 +49,10 @@ def run(
   def guarded(argv: list[str]) -> Any:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # libraries log every checkpoint at INFO
-      # What is logged with a traceback is raised too, and becomes one line.
+      # Errors that are logged with a traceback are raised too.
       logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     with one_line_errors():
-      # Such as the False of `--flag False`, which absl reads as --flag.
+      # For instance the False of `--flag False`, which absl reads as --flag.
       if len(argv) > 1 and not positional:
         raise ValueError(f'unexpected argument {argv[1]!r}; flags are --name=value')
       return main(argv)
@@ -60,10 +62,10 @@ def run(
 
 
 def required(*names: str) -> None:
-  """Refuse flags that were left out.
+  """Check that flags were given.
 
   Raises:
-    ValueError: naming them.
+    ValueError: naming those that were not.
   """
   missing = [f'--{name}' for name in names if flags.FLAGS[name].value in (None, '', [])]
   if missing:
@@ -81,9 +83,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Turn the errors that bad input raises into one line on stderr and exit status 1.
+  """Turn errors of bad input into one line on stderr and exit status 1.
 
-  SIGINT becomes a line and exit status 130, SIGTERM 143.
+  SIGINT becomes one line and exit status 130, SIGTERM 143.
   """
   try:
     yield
@@ -102,15 +104,15 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Progress:
-  """Counts work done; shows rate, share, time left and the latest fields."""
+  """Counts work done; shows its share, rate, time left and the latest fields."""
 
   def __init__(self, description: str, total: float, unit: str, show: bool = True):
+    """Describe work of `total` units (0: unknown)."""
     self._description, self._total, self._unit = description, total, unit
     self._show = show
     self._done, self._printed, self._info = 0.0, time.monotonic(), ''
     self._line = ''  # the latest one printed
-    # When the first unit was done and what was then: what comes before is compiled in, or done by
-    # an earlier run, and says nothing of the rate.
+    # Time and work at the first update; the rate leaves out compilation and earlier runs.
     self._clock: tuple[float, float] | None = None
     self._bar = None
 
@@ -132,14 +134,14 @@ class Progress:
     if self._bar:
       self._bar.stop()
     elif self._line and kind is None:
-      self._print()  # where it ended
+      self._print()  # the final state
 
   def skip(self, n: float) -> None:
-    """Count work that an earlier run did."""
+    """Count work that was done earlier."""
     self._done += n
 
   def say(self, text: str) -> None:
-    """Show what is done before the first unit is."""
+    """Show what happens before the first unit is done."""
     if self._bar:
       self._bar.update(self._task, completed=self._done, info=text)
     elif self._show:
@@ -151,9 +153,11 @@ class Progress:
     now = time.monotonic()
     self._clock = self._clock or (now, self._done)
     rate = (self._done - self._clock[1]) / max(now - self._clock[0], 1e-9)
-    left = (self._total - self._done) / rate if self._total and rate else 0.0
-    pace = [f'{_short(rate)} {self._unit}/s', f'{left:.0f} s left'] if rate else []
-    self._info = '  '.join([*pace, *(f'{k} {_short(v)}' for k, v in fields.items())])
+    parts = [f'{name} {_short(value)}' for name, value in fields.items()]
+    if rate:
+      left = (self._total - self._done) / rate if self._total else 0.0
+      parts = [f'{_short(rate)} {self._unit}/s', f'{left:.0f} s left', *parts]
+    self._info = '  '.join(parts)
     if self._bar:
       self._bar.update(self._task, completed=self._done, info=self._info)
     elif self._show and now - self._printed >= _PLAIN_EVERY:
@@ -167,9 +171,7 @@ class Progress:
       print(self._line, file=sys.stderr, flush=True)
 
 
-def progress(description: str, total: float, unit: str, show: bool = True) -> Progress:
-  """Open a progress display; `total` 0 means unknown."""
-  return Progress(description, total, unit, show)
+progress = Progress
 
 
 def _short(value: float | str) -> str:

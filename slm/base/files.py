@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and refusals by name of damaged ones."""
+"""Atomic writes of files, and errors that name a damaged one."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """Give a temporary path beside `path`, renamed to it when the block succeeds."""
+  """Yield a temporary path beside `path`, which is renamed to it when the block succeeds."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
     yield temporary
     os.umask(umask := os.umask(0))
-    temporary.chmod(0o666 & ~umask)  # as any other file: safetensors hides its own from others
+    temporary.chmod(0o666 & ~umask)  # safetensors makes its files unreadable to others
     temporary.replace(path)
   except Exception as e:
     if no_space(e):
       raise OSError(
-        errno.ENOSPC, f'no space on {path.parent} while writing {path.name}: free some and go on'
+        errno.ENOSPC, f'no space on {path.parent} while writing {path.name}: free some and retry'
       ) from None
     raise
   finally:
@@ -35,10 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str = '') -> Iterator[None]:
-  """Turn what a library raises while it reads `path` into one ValueError that names the file.
+  """Turn a library's error while it reads `path` into one ValueError that names the file.
 
-  `kind` is what the file should be, such as 'a tokenizer.json'. Errors of the operating system and
-  those that name the file already pass unchanged.
+  `kind` is what the file should be, such as 'a tokenizer.json'. OSError, MemoryError and errors
+  that name the file already pass unchanged.
   """
   try:
     yield
@@ -53,7 +53,7 @@ def reading(path: str | Path, kind: str = '') -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-  """Describe an error in one line; some classes put nothing but a key or a number in their text."""
+  """Describe an error in one line; the text of some classes is only a key or a number."""
   if isinstance(error, RecursionError):
     return 'nested too deeply'
   if isinstance(error, KeyError):
@@ -63,20 +63,18 @@ def _cause(error: Exception) -> str:
 
 
 def no_space(error: BaseException | None) -> bool:
-  """Say whether an error, of whatever class and library, comes from a full disk or quota."""
-  # NumPy says how much it wrote, and not why that was less.
+  """Return whether an error of any class, or a cause of it, is a full disk or quota."""
+  # NumPy reports only how much it wrote.
   words = re.compile(r'no space left|quota exceeded|\d+ requested and \d+ written', re.IGNORECASE)
   while error:
-    if getattr(error, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT):
-      return True
-    if words.search(str(error)):
+    if getattr(error, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT) or words.search(str(error)):
       return True
     error = error.__cause__ or error.__context__
   return False
 
 
 def write_text(path: Path, text: str) -> None:
-  """Write text whole or not at all."""
+  """Write text atomically."""
   with replacing(path) as temporary:
     temporary.write_text(text)
 
@@ -87,7 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-  """Read JSON; a missing or damaged file is refused by name."""
+  """Read JSON; FileNotFoundError or, if it is damaged, ValueError names the file."""
   try:
     with reading(path):
       return json.loads(path.read_text())
@@ -96,13 +94,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-  """Write one array, never pickled."""
+  """Write one array, not pickled."""
   with replacing(path) as temporary, temporary.open('wb') as f:
     np.save(f, array, allow_pickle=False)
 
 
 def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
-  """Read one array; a damaged file is refused by name."""
+  """Read one array; ValueError names a damaged file."""
   with reading(path):
     return np.load(path, mmap_mode=mmap, allow_pickle=False)
 
@@ -113,10 +111,7 @@ def stamp(path: Path) -> list[Any]:
 
 
 def damage(path: Path, stamp: Sequence[Any], content: bool = True) -> str:
-  """Say what is wrong with a file that had this stamp; '' if nothing is.
-
-  Without `content` its size alone is looked at.
-  """
+  """Describe how a file differs from its stamp, '' if it does not; `content`: compare the hash."""
   if not path.exists():
     return f'{path}: is missing'
   size = path.stat().st_size
@@ -126,6 +121,6 @@ def damage(path: Path, stamp: Sequence[Any], content: bool = True) -> str:
 
 
 def sha256(path: Path) -> str:
-  """Hash a file's bytes."""
+  """Return the SHA-256 of a file, in hexadecimal."""
   with path.open('rb') as f:
     return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as the schema of a config: read at the door, with one-line refusals."""
+"""Dataclasses as schemas of configs: plain values to dataclasses and back, with one-line errors."""
 
 import dataclasses
 import difflib
@@ -11,13 +11,13 @@ T = TypeVar('T')
 
 
 def read(kind: type[T], values: Mapping[str, Any], where: str = '') -> T:
-  """Make the dataclass `kind` of a mapping; keys that are left out take its defaults.
+  """Make the dataclass `kind` from a mapping; missing keys take its defaults.
 
-  Lists become tuples and integers floats where the field says so. A field that is a union of
-  dataclasses is the one whose default `name` is the mapping's.
+  Lists become tuples and integers floats where the field's type says so. A field that is a union of
+  dataclasses becomes the one whose default `name` is the mapping's.
 
   Raises:
-    ValueError: naming the key, if it is unknown, missing, of another type, or its value is refused.
+    ValueError: naming the key, if it is unknown, missing, of another type, or has a wrong value.
   """
   if not isinstance(values, Mapping):
     raise ValueError(f'{where or kind.__name__}: expected a section of keys, found {values!r}')
@@ -36,38 +36,37 @@ def read(kind: type[T], values: Mapping[str, Any], where: str = '') -> T:
 
 
 def defaults(kind: type) -> dict[str, Any]:
-  """Return the keys of `kind` with their defaults as nested dicts; of a union, its first member's.
+  """Return the defaults of `kind` as nested dicts; of a union, its first member's.
 
-  Fields whose metadata say 'given': False are found out rather than given: they are left out.
+  Fields with the metadata 'given': False, which are derived rather than given, are left out.
   """
-  hints, made = typing.get_type_hints(kind), {}
+  hints, values = typing.get_type_hints(kind), {}
   for field in dataclasses.fields(kind):
     if not field.metadata.get('given', True):
       continue
     section = (_members(hints[field.name]) or [hints[field.name]])[0]
     if dataclasses.is_dataclass(section):
-      made[field.name] = defaults(section)
+      values[field.name] = defaults(section)
     elif field.default is dataclasses.MISSING:
-      made[field.name] = field.default_factory()
+      values[field.name] = field.default_factory()
     else:
-      made[field.name] = field.default
-  return made
+      values[field.name] = field.default
+  return values
 
 
 def sections(kind: type, values: Mapping[str, Any]) -> dict[str, type]:
   """Return the dataclass of each section of a config's values."""
   hints, kinds = typing.get_type_hints(kind), {}
   for name in hints.keys() & values.keys():
-    members = _members(hints[name])
-    if members and isinstance(values[name], Mapping):
-      kinds[name] = members[0] if len(members) == 1 else _named(members, values[name], name)
-    elif dataclasses.is_dataclass(hints[name]):
+    if dataclasses.is_dataclass(hints[name]):
       kinds[name] = hints[name]
+    elif (members := _members(hints[name])) and isinstance(values[name], Mapping):
+      kinds[name] = _named(members, values[name], name)
   return kinds
 
 
 def plain(config: Any) -> dict[str, Any]:
-  """Return a config as nested dicts and lists, as JSON has them, without keys that are None."""
+  """Return a config as nested dicts and lists, as in JSON, without keys that are None."""
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   return {key: _plain(value) for key, value in values.items() if value is not None}
 
@@ -88,11 +87,11 @@ def _members(hint: Any) -> list[type]:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-  """Make a value what a field's type says; `where` is the field's name in refusals."""
+  """Convert a value to a field's type; ValueError names the field, `where`."""
   if members := _members(hint):
     if value is None and type(None) in typing.get_args(hint):
       return None
-    hint = members[0] if len(members) == 1 else _named(members, value, where)
+    hint = _named(members, value, where)
   if dataclasses.is_dataclass(hint):
     return value if isinstance(value, hint) else read(hint, value, where)
   if typing.get_origin(hint) is typing.Literal:
@@ -117,8 +116,10 @@ _NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'True or 
 
 
 def _named(members: list[type], value: Any, where: str) -> type:
-  """Return the dataclass of a section by its `name`."""
-  if any(isinstance(value, member) for member in members):
+  """Return the dataclass of a section: the only member of its union, or the one of its `name`."""
+  if len(members) == 1:
+    return members[0]
+  if type(value) in members:
     return type(value)
   table = {member.name: member for member in members}
   name = value.get('name') if isinstance(value, Mapping) else value

@@ -37,9 +37,8 @@ class PrepareConfig:
   """The config of a prepared directory."""
 
   out: str = ''  # directory to write to (or --out)
-  sets: dict[str, dict[str, str]] = dataclasses.field(
-    default_factory=dict
-  )  # name -> split -> source
+  # Set -> split, or 'all' (split by hash) -> source.
+  sets: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
   tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
   context: int = 256  # tokens in a row
   levels: tuple[int, ...] = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
