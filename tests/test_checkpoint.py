@@ -91,7 +91,7 @@ def test_checkpoints_without_checksums_load_and_what_cannot_be_read_is_one_line(
 
 @pytest.mark.parametrize(
   ('where', 'left'),
-  [('saving', 'step 2 is intact'), ('sealing', 'step 4 is there, without checksums')],
+  [('saving', 'step 2 is intact'), ('sealing', 'step 4 exists, without checksums')],
 )
 def test_a_full_disk_is_one_line_that_names_what_is_intact(
   where, left, tiny_config_of, tmp_path, monkeypatch

@@ -1,7 +1,7 @@
-"""Every Orbax call: asynchronous saves, restores onto any mesh; and the signal to save and stop.
+"""Checkpoints by Orbax: asynchronous saves, restores onto any mesh, and signals to save and stop.
 
-A checkpoint is sealed once it is there: checksums.json in it holds the size and hash of each of
-its files, and what is not as it was saved is never used.
+Once a checkpoint is written it is sealed: its checksums.json holds the size and hash of every file.
+A damaged checkpoint is never used.
 """
 
 import concurrent.futures
@@ -27,16 +27,16 @@ _SUMS = 'checksums.json'
 
 
 class Checkpoints:
-  """The checkpoints of one run; as a context manager it waits for pending saves."""
+  """The checkpoints of a run; leaving its context waits for pending saves."""
 
   def __init__(self, directory: str | Path, keep: int = 0, milestones: Sequence[int] = ()):
-    """Keep the latest `keep`, the one with the lowest loss, and the steps that are milestones.
+    """Keep the latest `keep` checkpoints, the one with the lowest loss, and the milestones.
 
-    keep=0 opens them to read only. Otherwise damaged ones that are newer than the newest sound one
-    are moved aside, which is said.
+    keep=0 opens them to read. Otherwise damaged ones newer than the newest sound one are moved
+    aside, with a message.
 
     Raises:
-      ValueError: if none of them is sound.
+      ValueError: if there are checkpoints and none is sound.
     """
     self._directory = Path(directory).absolute()
     if keep:
@@ -50,21 +50,20 @@ class Checkpoints:
       preservation_policy=policies.AnyPreservationPolicy(
         [policies.LatestN(n=keep), best, policies.CustomSteps(list(milestones))]
       ),
-      # Only the owner may clean up: to a reader, another process's unfinished save looks the same.
+      # A reader must not: another process's unfinished save looks like a leftover.
       cleanup_tmp_directories=bool(keep),
     )
     self._sealer = concurrent.futures.ThreadPoolExecutor(1)
-    self._sealed: concurrent.futures.Future = concurrent.futures.Future()
-    self._sealed.set_result(None)
-    self._saving, self._size = 0, 0  # the latest save: its step and bytes
+    self._sealed = self._sealer.submit(lambda: None)  # the latest save
+    self._saving, self._size = 0, 0  # its step and bytes
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-      return  # a process that has ended would be waited for
-    with self._named('saved'):
+      return  # closing would wait for a process that has ended
+    with self._errors('saved'):
       try:
         self._sealed.result()
       finally:
@@ -75,40 +74,36 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
-    """Return the newest step saved, None if there is none."""
+    """Return the newest step, None if there is none."""
     metadata = self._checkpointer.latest
     return None if metadata is None else metadata.step
 
   @property
   def steps(self) -> list[int]:
-    """List the steps that are there."""
+    """List the saved steps."""
     return [c.step for c in self._checkpointer.checkpoints]
 
   @property
   def best(self) -> int | None:
-    """Return the step with the lowest loss among those that recorded one, else the latest."""
+    """Return the step with the lowest recorded loss, else the latest."""
     scored = [c for c in self._checkpointer.checkpoints if c.metrics]
     return min(scored, key=lambda c: (c.metrics['loss'], -c.step)).step if scored else self.latest
 
   def save(
-    self,
-    step: int,
-    theta: Any,
-    opt_state: Any = None,
-    next_batch: int | None = None,
+    self, step: int, theta: Any, opt_state: Any = None, next_batch: int = 0,
     loss: float | None = None,
-  ) -> None:
+  ) -> None:  # fmt: skip
     """Start an asynchronous save; the state may be donated as soon as this returns.
 
     Raises:
-      OSError: if this one or the one before it cannot be saved, for want of space for instance,
-        naming the newest step that is intact.
+      OSError: if this save or the one before it fails, such as for lack of space, naming the newest
+        intact step.
     """
     items = {'theta': theta}
     if opt_state is not None:
       items |= {'opt': opt_state, 'data': {'next': np.asarray(next_batch)}}
     metrics = None if loss is None else {'loss': loss}
-    with self._named('saved'):
+    with self._errors('saved'):
       self._sealed.result()
       self._saving, self._size = step, sum(x.nbytes for x in jax.tree.leaves(items))
       saved = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
@@ -118,16 +113,16 @@ class Checkpoints:
     """Wait for a save and write the checksums of its files."""
     saved.result()
     if jax.process_index() == 0:
-      names = sorted(p for p in folder.rglob('*') if p.is_file())
-      sums = {str(p.relative_to(folder)): files.stamp(p) for p in names}
+      paths = (p for p in folder.rglob('*') if p.is_file())
+      sums = {str(p.relative_to(folder)): files.stamp(p) for p in paths}
       files.write_json(folder / _SUMS, sums)
 
   @contextlib.contextmanager
-  def _named(self, done: str, step: int | None = None) -> Iterator[None]:
-    """Turn what Orbax raises, of any class, into one line that names the checkpoint."""
+  def _errors(self, done: str, step: int | None = None) -> Iterator[None]:
+    """Turn any error of Orbax into one line that names the checkpoint."""
     try:
       yield
-    except Exception as e:  # noqa: BLE001 (Orbax and tensorstore raise of any class)
+    except Exception as e:  # noqa: BLE001 (Orbax and tensorstore raise errors of any class)
       step = self._saving if step is None else step
       text = f'{self._directory}: step {step} cannot be {done} ({_first_line(e)})'
       if files.no_space(e):
@@ -136,13 +131,13 @@ class Checkpoints:
       raise OSError(f'{text}; {self._intact()}' if done == 'saved' else text) from None
 
   def _intact(self) -> str:
-    """Say which step is the newest that is as it was saved."""
+    """Describe the newest intact step."""
     steps = saved_steps(self._directory)
     for step in steps:
       folder = self._directory / str(step)
       if (folder / _SUMS).exists() and not damage(folder):
         return f'step {step} is intact'
-    return f'step {steps[0]} is there, without checksums' if steps else 'no checkpoint is there'
+    return f'step {steps[0]} exists, without checksums' if steps else 'there is no checkpoint'
 
   def _move_damaged_aside(self) -> None:
     steps = saved_steps(self._directory)
@@ -163,48 +158,46 @@ class Checkpoints:
       )
 
   def restore(self, step: int, theta: Any, opt_state: Any) -> tuple[Any, Any, int]:
-    """Return theta, opt_state and the next batch, laid out as the abstract arguments say.
+    """Return theta, opt_state and the next batch, laid out like the abstract arguments.
 
     Raises:
       OSError: if the checkpoint cannot be read.
     """
     abstract = {'theta': theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
-    with self._named('read', step):
+    with self._errors('read', step):
       items = self._checkpointer.load_checkpointables(step, abstract)
     return items['theta'], items['opt'], int(items['data']['next'])
 
   def restore_theta(self, step: int, theta: Any) -> Any:
-    """Return theta alone, laid out as the abstract argument says.
+    """Return theta, laid out like the abstract argument.
 
     Raises:
-      ValueError: if a file of it is not as it was saved, naming it and the steps that are.
+      ValueError: if it is damaged, naming the file and the sound steps.
       OSError: if the checkpoint cannot be read.
     """
     processes.together(lambda: self._check_theta(step))
-    with self._named('read', step):
+    with self._errors('read', step):
       return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
 
   def _check_theta(self, step: int) -> None:
     if jax.process_index():
       return
     if problem := damage(self._directory / str(step), 'theta'):
-      others = [s for s in self.steps if not damage(self._directory / str(s), 'theta')]
-      run = self._directory.parent
-      sound = ', '.join(f'{run}@{s}' for s in others)
+      steps = (s for s in self.steps if not damage(self._directory / str(s), 'theta'))
+      sound = ', '.join(f'{self._directory.parent}@{s}' for s in steps)
       raise ValueError(f'{problem}; {"sound: " + sound if sound else "no other step is sound"}')
 
 
 def saved_steps(directory: Path) -> list[int]:
   """List the steps of a directory, newest first."""
-  names = (p.name for p in directory.glob('*')) if directory.is_dir() else ()
+  names = (path.name for path in directory.glob('*'))
   return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def damage(folder: Path, item: str = '') -> str:
-  """Name the first file of a checkpoint, or of one item in it, that is not as it was saved.
+  """Describe the first damaged file of a checkpoint, or of one item of it; '' if there is none.
 
-  Returns '' if all are, or if the checkpoint was never sealed: by an earlier version of slm, or
-  killed first.
+  An unsealed checkpoint, of an earlier version of slm or a killed process, counts as sound.
   """
   try:
     sums = files.read_json(folder / _SUMS)
@@ -212,49 +205,49 @@ def damage(folder: Path, item: str = '') -> str:
     return ''
   except ValueError as e:
     return str(e)
-  wanted = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
-  return next(filter(None, (files.damage(folder / name, sums[name]) for name in wanted)), '')
+  names = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
+  return next(filter(None, (files.damage(folder / name, sums[name]) for name in names)), '')
 
 
 def _first_line(error: BaseException) -> str:
-  """Return the start of what an error's first cause says; those of Orbax go on for pages."""
+  """Return the start of the message of an error's first cause; Orbax adds pages to it."""
   while error.__cause__ or error.__context__:
     error = error.__cause__ or error.__context__
   return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}'
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-  """Describe a tree's shapes, dtypes and shardings."""
+  """Return a tree's shapes, dtypes and shardings."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
   )
 
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT so that the loop can save first; the same answer on every host.
+  """Records SIGTERM and SIGINT, so that the loop can save before it stops.
 
-  With several processes JAX's own handler notes SIGTERM, and they agree on the step.
+  With several processes JAX's own handler records SIGTERM, and they agree on the step.
   """
 
   def __enter__(self) -> 'StopSignal':
-    self._asked = 0
+    self._received = 0
     self._before = {}
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and jax.process_count() == 1:
       for s in (signal.SIGTERM, signal.SIGINT):
-        self._before[s] = signal.signal(s, self._note)
+        self._before[s] = signal.signal(s, self._receive)
     return self
 
   def __exit__(self, *_: object) -> None:
     for s, handler in self._before.items():
       signal.signal(s, handler)
 
-  def _note(self, number: int, _: object) -> None:
-    self._asked = number
-    self.__exit__()  # the second signal acts at once
+  def _receive(self, number: int, _: object) -> None:
+    self._received = number
+    self.__exit__()  # a second signal acts at once
 
   def __call__(self, step: int) -> int:
-    """Return the signal that asked to stop, 0 if none did."""
+    """Return the signal received before a step, 0 if there was none."""
     if jax.process_count() > 1:
       return signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+    return self._received
