@@ -92,7 +92,7 @@ def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkey
   whole, halves, rows = (rundir.read_metrics(tmp_path / n) for n in ('whole', 'halves', 'teacher'))
   assert [x['loss'] for x in whole] == [x['loss'] for x in halves]
   # The rows' own numbers of predicted tokens, where it was their turn.
-  own = [rollout.turn(resolve(c.to_dict()), step) for step in range(1, 5)]
+  own = [rollout.is_own(resolve(c.to_dict()), step) for step in range(1, 5)]
   assert set(own) == {True, False} and ('on_policy_from' not in share or own[2:] == [True, True])
   counts = lambda lines: np.diff([0] + [x['tokens'] for x in lines])
   assert [a != b for a, b in zip(counts(whole), counts(rows), strict=True)] == own

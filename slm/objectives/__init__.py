@@ -1,8 +1,8 @@
 """Objectives: pure functions from (forward passes, weights, batch) to sums and their weights.
 
-An objective returns {name: (sum, weight)}; 'loss' is what is differentiated. Sums are added over
-microbatches, groups and hosts before they are divided: never a mean of means. It comes with its
-set-up (setup.py): what the train loop does for it without knowing it by name.
+An objective returns {name: (sum, weight)}; 'loss' is differentiated. Sums are added over
+microbatches, groups and hosts before they are divided: never a mean of means. Its set-up (setup.py)
+is all that the train loop knows of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ def setup(
   """Set up a run's objective.
 
   Raises:
-    ValueError: if what it needs is not there or does not fit the run.
+    ValueError: if what it needs is missing or does not fit the run.
   """
   evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
   if isinstance(cfg.objective, DistillConfig):

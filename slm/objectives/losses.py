@@ -1,4 +1,4 @@
-"""Losses of logits, and their sums over chunks of tokens, so that full logits never exist."""
+"""Losses of logits, summed over chunks of tokens so that full logits never exist."""
 
 import functools
 from collections.abc import Callable
@@ -27,10 +27,10 @@ def over_tokens(
   fn: Callable[..., Any], weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float,
   chunk: int,
 ) -> Any:  # fmt: skip
-  """Return fn(logits [b,c,v], targets [b,c]), arrays [b,c], of every position: arrays [b,t].
+  """Apply fn(logits [b,c,v], targets [b,c]) -> arrays [b,c] to every position: arrays [b,t].
 
-  The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens a device at a time;
-  they are computed again in the backward pass.
+  The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens per device at a time;
+  the backward pass computes them again.
   """
   cut = functools.partial(split, chunk)
   one = jax.checkpoint(lambda weight, x: fn(logits(weight, x[0], cap), x[1]))
@@ -44,13 +44,13 @@ def token_logprobs(
   """Return log softmax of each position's logits at its target: [v,d], [b,t,d], [b,t] -> [b,t].
 
   Differentiable with respect to weight and hidden, for losses of whole sequences (DPO, policy
-  gradients). Where the loss is a sum over tokens, `chunked` needs one product with the head less.
+  gradients). For a sum over tokens, `chunked` needs one product with the head less.
   """
   return -over_tokens(cross_entropy, weight, hidden, targets, cap, chunk)
 
 
 def next_token(cap: float, weight: jax.Array, hidden: jax.Array, _, rows) -> dict[str, jax.Array]:
-  """Sum the weighted next-token loss of tokens [b,c], as `chunked` asks for it."""
+  """Sum the weighted next-token loss over tokens [b,c], for `chunked`."""
   nll = cross_entropy(logits(weight, hidden, cap), rows['targets'])
   return {'loss': jnp.sum(nll * rows['weights'])}
 
@@ -62,7 +62,7 @@ def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
 
 
 def _forward_kl(teacher, student):
-  # By hand: automatic differentiation goes through the vocabulary, and exp, more often.
+  # By hand: automatic differentiation makes more passes over the vocabulary.
   shifted = tuple(x - x.max(axis=-1, keepdims=True) for x in (teacher, student))
   exps = tuple(map(jnp.exp, shifted))
   sums = tuple(x.sum(axis=-1, keepdims=True) for x in exps)
@@ -72,9 +72,9 @@ def _forward_kl(teacher, student):
 
 
 def _backward_kl(residuals, g):
-  exps, sums, apart, kl = residuals
+  exps, sums, log_ratio, kl = residuals
   (p, q), g = (x / z for x, z in zip(exps, sums, strict=True)), g[..., None]
-  return p * (apart - kl[..., None]) * g, (q - p) * g
+  return p * (log_ratio - kl[..., None]) * g, (q - p) * g
 
 
 forward_kl.defvjp(_forward_kl, _backward_kl)
@@ -91,58 +91,61 @@ def jensen_shannon(teacher: jax.Array, student: jax.Array, beta: float = 0.5) ->
   m = beta teacher + (1-beta) student (generalised JSD, Agarwal et al. 2023, arXiv 2306.13649).
   """
   p, q = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1)
-  middle = jnp.logaddexp(p + jnp.log(beta), q + jnp.log1p(-beta))
-  towards = lambda x: jnp.sum(jnp.exp(x) * (x - middle), axis=-1)
-  return beta * towards(p) + (1 - beta) * towards(q)
+  m = jnp.logaddexp(p + jnp.log(beta), q + jnp.log1p(-beta))
+  kl_to_m = lambda x: jnp.sum(jnp.exp(x) * (x - m), axis=-1)
+  return beta * kl_to_m(p) + (1 - beta) * kl_to_m(q)
 
 
 def cosine(teacher: jax.Array, student: jax.Array) -> jax.Array:
-  """Return 1 - the cosine of the two distributions, over the last axis of logits [...,v]."""
+  """Return 1 - cosine of the two distributions over the last axis of logits [...,v]."""
   p, q = jax.nn.softmax(teacher, axis=-1), jax.nn.softmax(student, axis=-1)
   norms = jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)
   return 1 - jnp.sum(p * q, axis=-1) / norms
 
 
 def squared(teacher: jax.Array, student: jax.Array) -> jax.Array:
-  """Return the mean squared difference of the logits, over their last axis [...,v]."""
+  """Return the mean squared difference of logits [...,v] over their last axis."""
   return jnp.mean(jnp.square(teacher - student), axis=-1)
 
 
 def with_tail(teacher: jax.Array, student: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Reduce logits [...,v] to log-probabilities [...,k+1]: the teacher's k best, and all others.
+  """Reduce logits [...,v] to log-probabilities [...,k+1]: the teacher's k best, all others merged.
 
-  Unlike renormalising over the k, the mass outside of them is matched too.
+  Unlike renormalising over the k, this matches the mass outside of them too.
   """
   p, q = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(student, axis=-1)
   best, ids = jax.lax.top_k(p, k)
-  mine = jnp.take_along_axis(q, ids, axis=-1)
-  return tailed(best), tailed(mine)
+  return tailed(best), tailed(jnp.take_along_axis(q, ids, axis=-1))
 
 
-def tailed(some: jax.Array) -> jax.Array:
-  """Add to log-probabilities [...,k] that of everything else: [...,k+1]."""
-  rest = jnp.log(jnp.maximum(1 - jnp.exp(some).sum(-1, keepdims=True), 1e-7))
-  return jnp.concatenate([some, rest], axis=-1)
+def tailed(log_probs: jax.Array) -> jax.Array:
+  """Append to log-probabilities [...,k] that of everything else: [...,k+1]."""
+  rest = jnp.log(jnp.maximum(1 - jnp.exp(log_probs).sum(-1, keepdims=True), 1e-7))
+  return jnp.concatenate([log_probs, rest], axis=-1)
 
 
-def routing(
-  found: dict[str, jax.Array], weight: jax.Array, balance: float, z: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Return what a router adds to a loss of so many tokens, and its parts 'balance', 'router_z'.
+def weighted(
+  sums: dict[str, jax.Array], routing: dict[str, jax.Array] | None, weight: jax.Array, cfg: Any
+) -> Sums:
+  """Return {name: (sum, weight)}; a router adds its terms, weighed by cfg.balance and cfg.z.
 
-  Means over the microbatch's tokens, weighted like its loss, so that microbatches add up.
+  These are means over the microbatch's tokens times its weight, so that microbatches add up; 'nll'
+  is then the loss without them.
   """
-  uneven = moe.balance(found) * weight
-  large = found['z'].sum() / jnp.maximum(found['tokens'].sum(), 1.0) * weight
-  return balance * uneven + z * large, {'balance': uneven, 'router_z': large}
+  if routing is not None:
+    balance = moe.balance(routing) * weight
+    z = routing['z'].sum() / jnp.maximum(routing['tokens'].sum(), 1.0) * weight
+    sums = {'nll': sums['loss'], **sums, 'balance': balance, 'router_z': z}
+    sums['loss'] += cfg.balance * balance + cfg.z * z
+  return {name: (value, weight) for name, value in sums.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked(fn, chunk, weight, hidden, constants, rows):
   """Sum fn(weight, hidden[chunk], constants, rows[chunk]) -> {name: sum} over chunks of tokens.
 
-  weight [v,d], hidden [b,t,d], rows: arrays [b,t,...]; full logits [b,t,v] never exist. 'loss' is
-  differentiable with respect to weight and hidden.
+  weight [v,d], hidden [b,t,d], rows: arrays [b,t,...]. Full logits [b,t,v] never exist. Only 'loss'
+  is differentiable, with respect to weight and hidden.
   """
   cut = functools.partial(split, chunk)
   one = lambda x: fn(weight, x[0], constants, x[1])
@@ -151,8 +154,8 @@ def chunked(fn, chunk, weight, hidden, constants, rows):
 
 
 def _forward(fn, chunk, weight, hidden, constants, rows):
-  # The loss is a sum, so its gradient can be taken chunk by chunk while the logits are at hand:
-  # three products with the head instead of the four of a rematerialised backward pass.
+  # The gradient of a sum can be taken chunk by chunk while the logits exist: three products with
+  # the head instead of the four of a rematerialised backward pass.
   cut = functools.partial(split, chunk)
 
   def one(d_weight, x):
@@ -183,7 +186,7 @@ chunked.defvjp(_forward, _backward)
 def split(chunk: int, x: jax.Array) -> jax.Array:
   """Cut x [b,t,...] along t into pieces [n,b,c,...] of about `chunk` tokens a device, zero-padded.
 
-  Rows stay whole along b: that axis lies on the mesh, and a scan over it would gather them all.
+  The axis b is not cut: it is split over the mesh, and a scan over it would gather all rows.
   """
   b, t = x.shape[:2]
   size = min(max(chunk * batch_shards() // b, 1), t)

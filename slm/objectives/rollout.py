@@ -1,4 +1,4 @@
-"""The student's own text in place of the rows of a batch (GKD, arXiv 2306.13649)."""
+"""Batches of the student's own text (GKD, arXiv 2306.13649)."""
 
 import functools
 from collections.abc import Callable
@@ -19,9 +19,9 @@ _DRAW = functools.partial(sampled, temperature=1.0, top_k=0, top_p=1.0)
 
 
 def prompts(tokens: Any, segments: Any, length: int) -> tuple[Any, Any]:
-  """Take the window that is open after `length` tokens of rows [b,t]: ids and mask [b,length].
+  """Return the first `length` ids of rows [b,t] and a mask [b,length] of their last window.
 
-  The mask is all zero where padding has begun.
+  The mask is zero in rows where padding has begun.
   """
   last = segments[:, length - 1 : length]
   return tokens[:, :length], (segments[:, :length] == last) & (last > 0)
@@ -31,9 +31,9 @@ def rewrite(
   model: models.Model, params: Params, batch: loader.Batch, key: jax.Array, prompt: int,
   tok: tokenizer.Tokenizer,
 ) -> loader.Batch:  # fmt: skip
-  """Keep the first `prompt` tokens of rows [b,t] and let the model continue at temperature 1.
+  """Keep the first `prompt` tokens of rows [b,t] and sample their continuation at temperature 1.
 
-  What it predicts after `prompt` tokens, up to the end of a text, has weight 1, all else 0.
+  Sampled targets up to the end of the text have weight 1, all others 0.
   """
   t = batch['inputs'].shape[1]
   ids, mask = prompts(batch['inputs'], batch['segments'], prompt)
@@ -41,14 +41,14 @@ def rewrite(
     model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_DRAW, end=tok.ends,
     known=tok.known,
   )  # fmt: skip
-  whole = jnp.concatenate([ids, out.tokens], axis=1)
+  tokens = jnp.concatenate([ids, out.tokens], axis=1)
   real = mask[:, -1:]
-  made = (jnp.arange(t) - (prompt - 1))[None]
-  segments = jnp.where(made > 0, real, jnp.pad(mask, ((0, 0), (0, t - prompt)))).astype(jnp.int32)
+  nth = (jnp.arange(t) - (prompt - 1))[None]  # sampled token that a position predicts, from 0
+  segments = jnp.where(nth > 0, real, jnp.pad(mask, ((0, 0), (0, t - prompt)))).astype(jnp.int32)
   return {
-    'inputs': whole[:, :t],
-    'targets': whole[:, 1:],
-    'weights': ((made >= 0) & (made < out.lengths[:, None]) & real).astype(jnp.float32),
+    'inputs': tokens[:, :t],
+    'targets': tokens[:, 1:],
+    'weights': ((nth >= 0) & (nth < out.lengths[:, None]) & real).astype(jnp.float32),
     'segments': segments,
     'positions': jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0) * segments,
   }
@@ -60,7 +60,7 @@ def make_rewrite(
   """Make jitted f(theta, frozen, batch [accum,groups,rows,t], step) -> batch of the student's text.
 
   Raises:
-    ValueError: if the run holds several models, or its rows are no longer than the prompt.
+    ValueError: if the run holds several models, or the prompt is not shorter than its rows.
   """
   prompt = cfg.objective.prompt
   if rep.clusters or not 1 <= prompt < cfg.context:
@@ -71,22 +71,20 @@ def make_rewrite(
   tok = tokenizer.load(f'{cfg.data.path}/tokenizer')
   key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
 
-  where = sharding.batch_sharding(mesh, axis=1)
-
-  @functools.partial(jax.jit, out_shardings=where)
+  @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh, axis=1))
   def own(theta, frozen, batch, step):
     params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
-    flat = {n: x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n != 'condition'}
-    made = rewrite(model, params, flat, jax.random.fold_in(key, step), prompt, tok)
-    return batch | {name: x.reshape(batch[name].shape) for name, x in made.items()}
+    rows = {n: x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n != 'condition'}
+    new = rewrite(model, params, rows, jax.random.fold_in(key, step), prompt, tok)
+    return batch | {name: x.reshape(batch[name].shape) for name, x in new.items()}
 
   return own
 
 
-def turn(cfg: RunConfig, step: int) -> bool:
-  """Say whether a step is on the student's own text, by (seed, step) alone.
+def is_own(cfg: RunConfig, step: int) -> bool:
+  """Return whether a step trains on the student's own text; depends on (seed, step) alone.
 
-  A share `on_policy` of those after the share `on_policy_from` of all steps are.
+  A share `on_policy` of the steps after the share `on_policy_from` of all do.
   """
   began = step > cfg.objective.on_policy_from * cfg.steps
   drawn = np.random.default_rng([cfg.seed, step, 1]).random()

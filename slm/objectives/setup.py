@@ -1,4 +1,4 @@
-"""What an objective needs of a run beyond theta, and brings with it."""
+"""What an objective brings beside its loss: frozen weights, evaluators, rewritten batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from slm.objectives.losses import Batch, Sums
 from slm.weights.axes import Params
 
 Objective = Callable[[Params, Params, Batch], Sums]  # (params, frozen, batch) -> sums
-# (condition -> dense params of its specialist) -> values by name, 'loss' and 'tokens' among them
+# (condition -> dense params of its specialist) -> values by name, including 'loss' and 'tokens'
 Evaluator = Callable[[Callable[[int], Params]], dict[str, float]]
 ROWS = 'rows'
 
@@ -20,16 +20,15 @@ class Setup:
   """An objective as the train loop sees it.
 
   Attributes:
-    objectives: what is minimised, by kind of batch: ROWS are those that the data hold, others are
-      made by `rewrite`.
-    evaluators: what is measured while training, by name; 'heldout' decides which step is best.
-    frozen: weights that the forward passes need and nobody trains.
-    beside: what is trained beside theta, as it starts; it is among `frozen` to the objective.
-    rates: the share of the learning rate that parts of `beside` have; 1 where none is named.
-    flops: what a token of a step takes beyond the model's own forward and backward pass.
-    ancestors: the runs and directories that it is made of.
+    objectives: by kind of batch: ROWS for batches of the data, others for those of `rewrite`.
+    evaluators: by name; 'heldout' decides which step is best.
+    frozen: weights that the forward passes need and that are not trained.
+    beside: initial weights that are trained beside theta; the objective gets them in `frozen`.
+    rates: factors of the learning rate for parts of `beside`; 1 where none is named.
+    flops: FLOPs per token of a step beyond the model's own forward and backward pass.
+    ancestors: the runs and directories that it is made from.
     look_up: rows by column -> further leaves of a batch.
-    rewrite: (theta, frozen, batch, step) -> the kind of batch and the batch that is trained on.
+    rewrite: (theta, frozen, batch, step) -> the kind of batch and the batch to train on.
   """
 
   objectives: Mapping[str, Objective]

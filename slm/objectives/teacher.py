@@ -1,4 +1,4 @@
-"""The set-up of a distillation: the teacher or its signals, what is trained with the student."""
+"""Set up a distillation: the teacher or its signals, and what is trained with the student."""
 
 import dataclasses
 import functools
@@ -14,9 +14,8 @@ from slm.runs import load
 from slm.runs.config import RunConfig
 from slm.weights import sharding
 from slm.weights.axes import Params
-from slm.weights.count import forward_flops
 
-OWN = 'own'  # the kind of batch that the student wrote itself
+OWN = 'own'  # the kind of batch with the student's own text
 
 
 def setup(
@@ -26,11 +25,11 @@ def setup(
   mesh: jax.sharding.Mesh,
   evaluators: Mapping[str, Evaluator],
 ) -> Setup:
-  """Load the teacher that a run names, or open its signals.
+  """Load the teacher of a run, or open its signals.
 
   Raises:
-    ValueError: if it has not finished, holds several models, has another tokenizer, or lacks a
-      layer that is named; or if signals are of other tokens or lack what the objective needs.
+    ValueError: if the teacher has not finished, holds several models, has another tokenizer or
+      lacks a named layer, or if the signals do not fit the data or the objective.
   """
   if cfg.teacher_cache:
     cache = open_signals(cfg)
@@ -42,28 +41,26 @@ def setup(
   load.same_tokenizer(loaded, cfg.tokenizer)
   objectives, rewrite = _live(cfg, student, rep, mesh, loaded)
   frozen, beside = _weights(cfg, student, rep, mesh, loaded)
-  added = distill.flops(cfg.objective, loaded.model.cfg, student.cfg, cfg.context)
-  written = cfg.objective.own_share * forward_flops(student.cfg, cfg.context)
   return Setup(
     objectives,
     evaluators,
     frozen,
     beside,
     rates={'teacher': cfg.objective.correct},
-    flops=added + written,
+    flops=distill.flops(cfg.objective, loaded.model.cfg, student.cfg, cfg.context),
     ancestors=(cfg.teacher,),
     rewrite=rewrite,
   )
 
 
 def _live(cfg, student, rep, mesh, loaded) -> tuple[dict[str, Callable], Callable | None]:
-  """Return the objectives by kind of batch, and what makes batches of the student's own text."""
+  """Return the objectives by kind of batch, and the function that rewrites batches, or None."""
   layers = loaded.model.cfg.num_layers, student.cfg.num_layers
   pairs = distill.places(cfg.objective.states, *layers)
-  theirs, own = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+  of_teacher, of_student = (tuple(pair[i] for pair in pairs) for i in (0, 1))
   forward = {
-    'student': reparam.map_groups(rep, functools.partial(student.forward, states=own)),
-    'teacher': functools.partial(loaded.model.forward, states=theirs),
+    'student': reparam.map_groups(rep, functools.partial(student.forward, states=of_student)),
+    'teacher': functools.partial(loaded.model.forward, states=of_teacher),
   }
   objectives = {ROWS: distill.distill(cfg.objective, forward)}
   if not cfg.objective.own_share:
@@ -73,20 +70,26 @@ def _live(cfg, student, rep, mesh, loaded) -> tuple[dict[str, Callable], Callabl
   write = rollout.make_rewrite(student, rep, cfg, mesh)
 
   def rewrite(theta, frozen, batch, step):
-    own = rollout.turn(cfg, step)
-    return (OWN, write(theta, frozen, batch, step)) if own else (ROWS, batch)
+    if rollout.is_own(cfg, step):
+      return OWN, write(theta, frozen, batch, step)
+    return ROWS, batch
 
   return objectives, rewrite
 
 
 def _weights(cfg, student, rep, mesh, loaded) -> tuple[Params, Params]:
-  """Return the weights that stay as they are, and those that are trained with the student."""
+  """Return the frozen weights, and those that are trained beside the student."""
   frozen, beside = {'teacher': loaded.params()}, {}
   if cfg.objective.correct:
     frozen, beside = beside, frozen
-  widths = student.cfg.embed, loaded.model.cfg.embed
-  if cfg.objective.states and widths[0] != widths[1]:
-    beside = beside | {'projection': _projection(cfg.seed, *widths, mesh)}
+  width, teacher_width = student.cfg.embed, loaded.model.cfg.embed
+  if cfg.objective.states and width != teacher_width:
+    # From the student's states to the teacher's width, N(0, 1 / width); theta's draw has key 0.
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    drawn = jax.random.normal(key, (width, teacher_width), jnp.float32) * width**-0.5
+    projection = {'w_teacher': drawn}
+    placed = jax.device_put(projection, sharding.shardings(projection, mesh))
+    beside = beside | {'projection': placed}
   if beside and rep.independent:
     raise ValueError(
       'objective: a teacher or projection is trained with one student, and reparam '
@@ -96,16 +99,16 @@ def _weights(cfg, student, rep, mesh, loaded) -> tuple[Params, Params]:
 
 
 def open_signals(cfg: RunConfig) -> signals.Signals:
-  """Open the signals that a run names.
+  """Open the signals of a run.
 
   Raises:
-    ValueError: if they are of other tokens, or the objective needs what they do not hold.
+    ValueError: if they have another tokenizer or context, or lack what the objective needs.
   """
   cache = signals.Signals(cfg.teacher_cache)
   for key in ('tokenizer', 'context'):
     if cache.about[key] != getattr(cfg, key):
       raise ValueError(
-        f'teacher_cache: {cache.path} is of {key} {cache.about[key]}, the data of '
+        f'teacher_cache: {cache.path} has {key} {cache.about[key]}, the data have '
         f'{getattr(cfg, key)}'
       )
   mode, objective = cache.about['mode'], cfg.objective
@@ -122,10 +125,3 @@ def open_signals(cfg: RunConfig) -> signals.Signals:
       f'{", ".join(kinds)}'
     )
   return cache
-
-
-def _projection(seed: int, width: int, teacher: int, mesh: jax.sharding.Mesh) -> Params:
-  """Draw the map of the student's states to the teacher's width, N(0, 1 / width)."""
-  key = jax.random.fold_in(jax.random.key(seed), 1)  # theta's own draw has 0
-  made = {'w_teacher': jax.random.normal(key, (width, teacher), jnp.float32) * width**-0.5}
-  return jax.device_put(made, sharding.shardings(made, mesh))

@@ -49,12 +49,7 @@ class DistributedConfig:
 
 
 class ObjectiveConfig:
-  """What the loop and the plan need from every objective's config."""
-
-  @property
-  def own_share(self) -> float:
-    """Return the share of all steps that train on the model's own text."""
-    return 0.0
+  """What the loop needs from every objective's config."""
 
   @property
   def counts_to_the_end(self) -> bool:

@@ -79,9 +79,7 @@ def plan(
   theta, shardings = load.theta_shardings(rep, mesh)
   memory = _memory(cfg, model, rep, theta, shardings, mesh, teacher)
   tokens = cfg.data.batch_size * cfg.context
-  added = cfg.objective.own_share * forward_flops(model.cfg, cfg.context)
-  if teacher:
-    added += distill.flops(cfg.objective, teacher, model.cfg, cfg.context)
+  added = distill.flops(cfg.objective, teacher, model.cfg, cfg.context) if teacher else 0.0
   flops = step_flops(cfg, model, rep, theta, added)
   if chip == HERE:  # a measured step includes experts that are computed and not chosen
     hardware, mfu, idle = _measure(model, cfg, devices, sum(memory.values())), 1.0, 0.0
