@@ -119,7 +119,7 @@ def test_rows_are_found_in_any_order_and_empty_ones_are_nothing(made, tiny_data)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[::-1]), ahead, back)
   assert (ahead['teacher_probs'][2] == 0).all() and ahead['teacher_probs'][1, 0, 0] > 0
   rows['tokens'][0, 0] += 1
-  with pytest.raises(ValueError, match='holds no signals of a row'):
+  with pytest.raises(ValueError, match='holds no signals of a training row'):
     found(rows)
 
 
@@ -225,5 +225,5 @@ def test_what_the_signals_cannot_give_is_refused(made, tiny_data, tmp_path):
   with pytest.raises(ValueError, match="objective 'distill' takes one of them"):
     run(both)
   c.data.set = 'court'
-  with pytest.raises(ValueError, match='holds no signals of a row that is trained on'):
+  with pytest.raises(ValueError, match='holds no signals of a training row'):
     run(c)

@@ -1,4 +1,4 @@
-"""A teacher's predictions on disk: computed once, read by any run on the same rows."""
+"""Signals: a teacher's predictions on disk, computed once and read by any run on the same rows."""
 
 import functools
 import hashlib
@@ -21,33 +21,34 @@ from slm.weights.count import forward_flops
 
 MODES = ('topk', 'sampled')
 ABOUT = 'signals.json'
-_VERIFIED = 16  # rows
+_VERIFIED = 16  # number of rows that `verify` computes again
 
 
-def row_keys(read: rows.Rows) -> np.ndarray:
+def row_keys(columns: rows.Rows) -> np.ndarray:
   """Hash the tokens and segments [n,context] of rows: [n] of 16 bytes."""
-  both = np.stack([read['tokens'], read['segments']], axis=1).astype('<i4')
+  both = np.stack([columns['tokens'], columns['segments']], axis=1).astype('<i4')
   digest = lambda row: hashlib.blake2b(row.tobytes(), digest_size=16).digest()
   return np.array([digest(row) for row in both], 'S16')
 
 
 def layout(about: Mapping[str, Any]) -> np.dtype:
-  """Return what a shard holds of a row: its key, ids [t,k], their probabilities or the entropy."""
+  """Return the record of a row in a shard: its key, ids [t,k], their probabilities or entropy."""
   shape = (about['context'], about['k'])
   fields = [('row', 'S16'), ('ids', '<u2' if about['vocab'] <= 2**16 else '<i4', shape)]
-  # The rest is no difference of rounded numbers: where it is small it would be lost.
-  topk = [('probs', '<f2', shape), ('rest', '<f4', shape[:1])]
-  return np.dtype(fields + (topk if about['mode'] == 'topk' else [('entropy', '<f4', shape[:1])]))
+  if about['mode'] == 'sampled':
+    return np.dtype([*fields, ('entropy', '<f4', shape[:1])])
+  # The rest is stored: a small one would be lost in the rounding of 1 - sum(probs).
+  return np.dtype([*fields, ('probs', '<f2', shape), ('rest', '<f4', shape[:1])])
 
 
 class Signals:
-  """A directory of signals as a function from rows to batch leaves."""
+  """A directory of signals, callable from rows to batch leaves."""
 
   def __init__(self, folder: str | Path):
     """Open a complete directory.
 
     Raises:
-      ValueError: if it is none, its command has not finished, or another version wrote it.
+      ValueError: if it holds no signals, is incomplete, or was written by another version.
     """
     self.path = Path(folder)
     if not (self.path / ABOUT).exists():
@@ -63,60 +64,59 @@ class Signals:
     self._order = np.argsort(keys, kind='stable')
     self._keys = keys[self._order]
 
-  def __call__(self, read: rows.Rows) -> dict[str, np.ndarray]:
-    """Look rows [...,context] up: 'teacher_ids' [...,t,k], and probs and rest, or entropy.
+  def __call__(self, columns: rows.Rows) -> dict[str, np.ndarray]:
+    """Return the signals of rows [...,context]: 'teacher_ids' [...,t,k], probs and rest or entropy.
 
     Raises:
-      ValueError: if a row with tokens is not there.
+      ValueError: if a row with tokens has no signals.
     """
-    lead = read['tokens'].shape[:-1]
-    flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in read.items()}
-    found = np.zeros(len(flat['tokens']), layout(self.about))
+    lead = columns['tokens'].shape[:-1]
+    flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in columns.items()}
+    records = np.zeros(len(flat['tokens']), layout(self.about))
     keys = row_keys(flat)
     places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
     for i, place in enumerate(places.tolist()):
       if self._keys[place] == keys[i]:
-        shard, at = divmod(int(self._order[place]), self.about['shard_rows'])
-        found[i] = self._shards[shard][at]
+        shard, row = divmod(int(self._order[place]), self.about['shard_rows'])
+        records[i] = self._shards[shard][row]
       elif flat['segments'][i].any():
         raise ValueError(
-          f'{self.path}: holds no signals of a row that is trained on (it is of '
-          f'{self.about["on"]} in {self.about["data"]})'
+          f'{self.path}: holds no signals of a training row; its rows are {self.about["on"]} of '
+          f'{self.about["data"]}'
         )
-    kinds = {'ids': np.int32, **dict.fromkeys(('probs', 'rest', 'entropy'), np.float32)}
-    return {
-      f'teacher_{name}': found[name].astype(kind).reshape(*lead, *found[name].shape[1:])
-      for name, kind in kinds.items()
-      if name in found.dtype.names
-    }
+    leaves = {}
+    for name in records.dtype.names[1:]:  # all but the key
+      values = records[name].astype(np.int32 if name == 'ids' else np.float32)
+      leaves[f'teacher_{name}'] = values.reshape(*lead, *values.shape[1:])
+    return leaves
 
 
 def shards(folder: Path, about: Mapping[str, Any]) -> list[Path]:
-  """Name the shards that a complete directory has."""
+  """Return the paths of the shards of a complete directory."""
   count = -(-about['rows'] // about['shard_rows'])
   return [folder / f'shard-{i:05d}-of-{count:05d}.npy' for i in range(count)]
 
 
 def best(logits: jax.Array, k: int) -> dict[str, jax.Array]:
-  """Reduce logits [...,v] to their k most probable ids, [...,k], and the mass of the rest [...]."""
+  """Reduce logits [...,v] to their k most probable ids [...,k] and the mass of the rest [...]."""
   probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
   return {'ids': ids, 'probs': probs, 'rest': jnp.maximum(1 - probs.sum(-1), 0)}
 
 
 def drawn(logits: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:
-  """Draw ids [...,k] of logits [...,v] by uniform numbers [...,k]; with the entropy [...]."""
+  """Draw ids [...,k] from logits [...,v] by uniform numbers [...,k]; the entropy is [...]."""
   log_p = jax.nn.log_softmax(logits, axis=-1)
-  below = lambda upto, u: jnp.searchsorted(upto, u * upto[-1], side='right')
-  upto = jnp.cumsum(jnp.exp(log_p), axis=-1)
-  ids = jnp.vectorize(below, signature='(v),(k)->(k)')(upto, uniform)
+  cumulative = jnp.cumsum(jnp.exp(log_p), axis=-1)
+  search = lambda c, u: jnp.searchsorted(c, u * c[-1], side='right')
+  ids = jnp.vectorize(search, signature='(v),(k)->(k)')(cumulative, uniform)
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
   return {'ids': jnp.minimum(ids, logits.shape[-1] - 1), 'entropy': entropy}
 
 
 def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
-  """Make jitted f(params, batch [b,t], keys uint32 [b,4]) -> what `layout` names, but the key.
+  """Make jitted f(params, batch [b,t], keys uint32 [b,4]) -> the fields of `layout` but the key.
 
-  What is drawn for a row depends on the seed and the row alone.
+  Draws depend on the seed and the row alone.
   """
   cfg, k, vocab = loaded.cfg, about['k'], about['vocab']
   seed, context = jax.random.key(about['seed']), about['context']
@@ -130,29 +130,30 @@ def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., 
   def signal(params, batch, keys):
     params = tree.cast(params, jnp.dtype(cfg.dtype))
     out = loaded.model.forward(params, batch)
-    chance = jax.vmap(uniform)(keys) if sampled else batch['inputs']
-    cut = lambda x: losses.split(cfg.objective.chunk, x)
+    # Where nothing is drawn any array [b,t] will do.
+    uniforms = jax.vmap(uniform)(keys) if sampled else batch['inputs']
+    split = lambda x: losses.split(cfg.objective.chunk, x)
     one = lambda x: reduce(logits(head(params), x[0], out.cap)[..., :vocab], x[1])
-    found = jax.lax.map(one, (cut(out.hidden), cut(chance)))
-    return jax.tree.map(lambda x: losses.join(x, context), found)
+    fields = jax.lax.map(one, (split(out.hidden), split(uniforms)))
+    return jax.tree.map(lambda x: losses.join(x, context), fields)
 
   return signal
 
 
-def _compute(signal, params, read, dtype, batch_size, mesh) -> np.ndarray:
-  """Compute the signals of rows [n,context], some at a time."""
-  found, where = np.zeros(len(read['tokens']), dtype), sharding.batch_sharding(mesh)
-  found['row'] = row_keys(read)
-  for start in range(0, len(found), batch_size):
-    part = {name: x[start : start + batch_size] for name, x in read.items()}
-    empty = batch_size - len(part['tokens'])
-    part = {n: np.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1)) for n, x in part.items()}
-    batch = jax.device_put(rows.batch(part), where)
-    keys = jax.device_put(row_keys(part).view('<u4').reshape(batch_size, 4), where)
+def _compute(signal, params, columns, dtype, batch_size, mesh) -> np.ndarray:
+  """Compute the records of rows [n,context] in batches."""
+  split, records = sharding.batch_sharding(mesh), np.zeros(len(columns['tokens']), dtype)
+  records['row'] = row_keys(columns)
+  for start in range(0, len(records), batch_size):
+    part = {name: x[start : start + batch_size] for name, x in columns.items()}
+    count = len(part['tokens'])
+    padding = batch_size - count
+    part = {n: np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for n, x in part.items()}
+    batch = jax.device_put(rows.batch(part), split)
+    keys = jax.device_put(row_keys(part).view('<u4').reshape(batch_size, 4), split)
     for name, values in signal(params, batch, keys).items():
-      mine = found[name][start : start + batch_size]
-      mine[...] = np.asarray(values)[: len(mine)]
-  return found
+      records[name][start : start + count] = np.asarray(values)[:count]
+  return records
 
 
 @artifact.writes('out')
@@ -160,13 +161,13 @@ def write(
   teacher: str, path: str, on: str, out: str, *, mode: str = 'topk', k: int = 64, seed: int = 0,
   batch_size: int = 16, shard_rows: int = 1024,
 ) -> dict[str, Any]:  # fmt: skip
-  """Write the signals of the rows of set/split[@index], and return what they are of.
+  """Write the signals of the rows of set/split[@index]; return their description.
 
-  Started again it continues.
+  A second call continues an interrupted one.
 
   Raises:
-    ValueError: if the run is unfinished or holds several models, its tokenizer is another, k does
-      not fit, or the directory holds the signals of something else.
+    ValueError: if the run is unfinished, holds several models or has another tokenizer, a value is
+      out of range, or the directory holds other signals.
   """
   mesh, folder = load.mesh_for(teacher), Path(out)
   loaded = load.load(teacher, mesh, finished=True)
@@ -198,21 +199,21 @@ def write(
       if shard.exists():
         progress.skip(len(ids))
         continue
-      began, read = time.monotonic(), split.read(ids)
-      files.write_npy(shard, _compute(signal, params, read, layout(about), batch_size, mesh))
-      took = (time.monotonic() - began) * jax.device_count()
-      cost = int(split.counts[ids, 1].sum()), len(ids) * about['context'] * flops, took
+      began, columns = time.monotonic(), split.read(ids)
+      files.write_npy(shard, _compute(signal, params, columns, layout(about), batch_size, mesh))
+      seconds = (time.monotonic() - began) * jax.device_count()
+      cost = int(split.counts[ids, 1].sum()), len(ids) * about['context'] * flops, seconds
       ledger.spend(folder, 'signals', *cost, ancestors=[about['teacher']])
       progress.update(len(ids))
   return about
 
 
 def verify(out: str) -> str:
-  """Compute some rows' signals again, and say how far the directory's are from them.
+  """Compute some rows' signals again and describe how far the directory's differ.
 
   Raises:
-    ValueError: if the teacher's weights are others, a probability differs by more than 0.002, or
-      more than one in a hundred of the drawn ids is another.
+    ValueError: if the teacher has other weights, a probability differs by more than 0.002, or more
+      than 1 % of the drawn ids differ.
   """
   signals = Signals(out)
   about = signals.about
@@ -221,21 +222,20 @@ def verify(out: str) -> str:
   loaded = load.load(run, mesh)
   params = loaded.params()
   if tree.weights_hash(params) != about['weights']:
-    raise ValueError(f'{out}: {about["teacher"]} has other weights than those it was made by')
+    raise ValueError(f'{out}: {about["teacher"]} has other weights than those it was made from')
   split = loader.Split(about['data'], *about['on'].partition('/')[::2], about['index'])
-  count = min(_VERIFIED, len(split.ids))
-  some = loader.spaced(split.ids, count)
-  read, size = split.read(some), sharding.batch_devices(mesh)
+  ids = loader.spaced(split.ids, _VERIFIED)
+  columns, size = split.read(ids), sharding.batch_devices(mesh)
   with jax.set_mesh(mesh):
-    want = _compute(make_signal(loaded, about), params, read, layout(about), size, mesh)
-  found = signals(read)
+    expected = _compute(make_signal(loaded, about), params, columns, layout(about), size, mesh)
+  stored = signals(columns)
   if about['mode'] == 'topk':
-    apart = (np.abs(found[f'teacher_{n}'] - want[n]).max() for n in ('probs', 'rest'))
-    worst = float(max(apart))
+    gaps = (np.abs(stored[f'teacher_{n}'] - expected[n]).max() for n in ('probs', 'rest'))
+    worst = float(max(gaps))
     good, text = worst <= 2e-3, f'probabilities differ by {worst:.1e} at most'
   else:
-    same = float((found['teacher_ids'] == want['ids']).mean())
+    same = float((stored['teacher_ids'] == expected['ids']).mean())
     good, text = same >= 0.99, f'{same:.2%} of the ids are drawn again'
   if not good:
     raise ValueError(f'{out}: its signals are not those of {about["teacher"]}: {text}')
-  return f'{out}: {len(some)} of {about["rows"]} rows computed again: {text}'
+  return f'{out}: {len(ids)} of {about["rows"]} rows computed again: {text}'
