@@ -1,4 +1,4 @@
-"""The defaults of a training run; slm/runs/config.py says what each key means."""
+"""Defaults of a training run; slm/runs/config.py documents every key."""
 
 from ml_collections import ConfigDict
 
@@ -12,5 +12,5 @@ def get_config() -> ConfigDict:
 
 
 def section(kind: type, **changes) -> ConfigDict:
-  """Return the defaults of a section, such as slm.reparam.dense.LoraConfig, with some changed."""
+  """Return a section with its defaults, such as slm.reparam.dense.LoraConfig, and some changes."""
   return ConfigDict({**schema.defaults(kind), **changes})

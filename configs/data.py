@@ -1,12 +1,11 @@
 """Text to rows: `python -m slm.data.prepare --config=configs/data.py:SETS --out=DIR`.
 
 SETS is `name=source,...` with one set named generic. A source is a glob of .jsonl or .txt files
-(.gz or .zst too), a TFDS set that is on disk, `tfds:c4/en?split=train` (slm/data/tfds.py), or
-`python:docs` or `python:licences`, optionally with `?max_mb=NUMBER`.
-`name=source` is split by a hash of the document; `name.train=source,name.test=source` is not.
-A training document whose exact text is held out, in any set, is dropped, and near-duplicates with
-near_duplicates.
-Without SETS: docstrings of Python and of what slm requires, and their licences as the domain.
+(.gz or .zst too), a TFDS set on disk, `tfds:c4/en?split=train` (slm/data/tfds.py), or `python:docs`
+or `python:licences`, optionally with `?max_mb=NUMBER`. `name=source` is split by a hash of the
+document; `name.train=source,name.test=source` keeps the splits. Training documents whose exact text
+is held out in any set are dropped. The default is the docstrings of Python and of the packages that
+slm requires, with their licences as the domain.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ from slm.runs.config import DistillConfig
 
 
 def get_config():
-  """Return a fine-tuning run with (1-mixing) CE + mixing T^2 KL; set teacher too."""
+  """Return a fine-tuning run with the loss (1-mixing) CE + mixing T^2 KL; set teacher too."""
   c = finetune.get_config()
   c.phase = 'distill'
   c.objective = base.section(DistillConfig)

@@ -1,6 +1,6 @@
-"""Cut a big model and distil it back: `python -m slm.minitron --config=configs/minitron.py`.
+"""Cut a model and distil it back: `python -m slm.minitron --config=configs/minitron.py`.
 
-slm/pruning/recipe.py says what each key means.
+slm/pruning/recipe.py documents every key.
 """
 
 from ml_collections import ConfigDict

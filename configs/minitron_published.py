@@ -1,7 +1,7 @@
 """Published recipes: `python -m slm.minitron --config=configs/minitron_published.py:NAME`.
 
-Llama-3.1 8B and Mistral NeMo 12B as in arXiv 2408.11796; Qwen3 8B to the shape that NVIDIA's Model
-Optimizer found best of its size, trained as the others. The paper chose its layers by a task, here
+Llama-3.1 8B and Mistral NeMo 12B as in arXiv 2408.11796; Qwen3 8B cut to the best shape of its size
+according to NVIDIA's Model Optimizer and trained like the others. The paper chose layers by a task:
 --config.cut.task=FILE.
 """
 
@@ -16,7 +16,7 @@ def _llama(embed: int, mlp: int, num_layers: int, vocab: int, **more) -> dict:
 _LLAMA31 = _llama(4096, 14336, 32, 128_256, rope='llama3', rope_theta=5e5, rope_factor=8.0)
 _NEMO = _llama(5120, 14336, 40, 131_072, rope_theta=1e6)
 _QWEN3 = _llama(4096, 12288, 36, 151_936, rope_theta=1e6, qk_norm='head')
-# Teacher, sizes kept, steps, rows a step, warm-up, last rate's share.
+# Teacher, sizes kept, steps, rows per step, warm-up, last rate as a share of the peak.
 RECIPES = {
   'llama31_4b_width': (_LLAMA31, 'embed=3072,mlp=9216', 9960, 1152, 40, 0.1),
   'llama31_4b_depth': (_LLAMA31, 'layers=16', 9960, 1152, 40, 0.1),

@@ -1,4 +1,4 @@
-"""Cut the quickstart's small model to two thirds and distil it back: minutes on two cores.
+"""Cut the quickstart's model to two thirds and recover it by distillation, in minutes on two cores.
 
 `make quickstart` makes the teacher and the data.
 """

@@ -63,11 +63,10 @@ def _time_out(cfg: Mapping[str, Any]) -> None:
   )
 
 
-def _exit(message: str) -> None:
-  """End this process at once, without waiting for the others as JAX does."""
+def _exit(message: str, delay: float = 0.0) -> None:
+  """End this process without waiting for the others, as JAX would."""
   print(f'error: {message}', file=sys.stderr, flush=True)
-  if jax.process_index() == 0:
-    time.sleep(_LAST)
+  time.sleep(delay)
   os._exit(1)
 
 
@@ -138,4 +137,4 @@ def ending() -> Iterator[None]:
     text = ' '.join(str(e).split())[:500]
     if isinstance(e, jax.errors.JaxRuntimeError):
       text += ': another process has ended; started again, all of them continue'
-    _exit(f'process {jax.process_index()}: {text}')
+    _exit(f'process {jax.process_index()}: {text}', 0.0 if jax.process_index() else _LAST)
