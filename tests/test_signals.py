@@ -71,7 +71,7 @@ def cached(root, tiny_data, mode, vocab=0, kl='forward'):
   """Return the loss and gradient of a student under signals, and the batch."""
   found = signals.Signals(root / mode)
   model, params = student(root, vocab)
-  recall = lambda *a: distill.recall(found.about['vocab'], *a)
+  recall = lambda *a: distill.recall(found.facts['vocab'], *a)
   objective = objectives.build(
     section('objective', {**KD, 'kl': kl}), {'student': model.forward, 'signals': recall}
   )

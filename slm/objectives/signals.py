@@ -31,11 +31,11 @@ def row_keys(columns: rows.Rows) -> np.ndarray:
   return np.array([digest(row) for row in both], 'S16')
 
 
-def layout(about: Mapping[str, Any]) -> np.dtype:
+def layout(facts: Mapping[str, Any]) -> np.dtype:
   """Return the record of a row in a shard: its key, ids [t,k], their probabilities or entropy."""
-  shape = (about['context'], about['k'])
-  fields = [('row', 'S16'), ('ids', '<u2' if about['vocab'] <= 2**16 else '<i4', shape)]
-  if about['mode'] == 'sampled':
+  shape = (facts['context'], facts['k'])
+  fields = [('row', 'S16'), ('ids', '<u2' if facts['vocab'] <= 2**16 else '<i4', shape)]
+  if facts['mode'] == 'sampled':
     return np.dtype([*fields, ('entropy', '<f4', shape[:1])])
   # The rest is stored: a small one would be lost in the rounding of 1 - sum(probs).
   return np.dtype([*fields, ('probs', '<f2', shape), ('rest', '<f4', shape[:1])])
@@ -53,12 +53,12 @@ class Signals:
     self.path = Path(folder)
     if not (self.path / ABOUT).exists():
       raise ValueError(f'{folder}: holds no {ABOUT}: make it with slm.signals')
-    self.about = files.read_json(self.path / ABOUT)
-    paths = shards(self.path, self.about)
+    self.facts = files.read_json(self.path / ABOUT)
+    paths = shards(self.path, self.facts)
     if missing := [p.name for p in paths if not p.exists()]:
       raise ValueError(f'{folder}: lacks {missing[0]}: the command that started it continues it')
     self._shards = [files.read_npy(p, mmap='r') for p in paths]
-    if any(s.dtype != layout(self.about) for s in self._shards):
+    if any(s.dtype != layout(self.facts) for s in self._shards):
       raise ValueError(f'{folder}: was written by another version: make it again with slm.signals')
     keys = np.concatenate([s['row'] for s in self._shards])
     self._order = np.argsort(keys, kind='stable')
@@ -72,17 +72,17 @@ class Signals:
     """
     lead = columns['tokens'].shape[:-1]
     flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in columns.items()}
-    records = np.zeros(len(flat['tokens']), layout(self.about))
+    records = np.zeros(len(flat['tokens']), layout(self.facts))
     keys = row_keys(flat)
     places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
     for i, place in enumerate(places.tolist()):
       if self._keys[place] == keys[i]:
-        shard, row = divmod(int(self._order[place]), self.about['shard_rows'])
+        shard, row = divmod(int(self._order[place]), self.facts['shard_rows'])
         records[i] = self._shards[shard][row]
       elif flat['segments'][i].any():
         raise ValueError(
-          f'{self.path}: holds no signals of a training row; its rows are {self.about["on"]} of '
-          f'{self.about["data"]}'
+          f'{self.path}: holds no signals of a training row; its rows are {self.facts["on"]} of '
+          f'{self.facts["data"]}'
         )
     leaves = {}
     for name in records.dtype.names[1:]:  # all but the key
@@ -91,9 +91,9 @@ class Signals:
     return leaves
 
 
-def shards(folder: Path, about: Mapping[str, Any]) -> list[Path]:
+def shards(folder: Path, facts: Mapping[str, Any]) -> list[Path]:
   """Return the paths of the shards of a complete directory."""
-  count = -(-about['rows'] // about['shard_rows'])
+  count = -(-facts['rows'] // facts['shard_rows'])
   return [folder / f'shard-{i:05d}-of-{count:05d}.npy' for i in range(count)]
 
 
@@ -113,14 +113,14 @@ def drawn(logits: jax.Array, uniform: jax.Array) -> dict[str, jax.Array]:
   return {'ids': jnp.minimum(ids, logits.shape[-1] - 1), 'entropy': entropy}
 
 
-def make_signal(loaded: load.Loaded, about: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+def make_signal(loaded: load.Loaded, facts: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
   """Make jitted f(params, batch [b,t], keys uint32 [b,4]) -> the fields of `layout` but the key.
 
   Draws depend on the seed and the row alone.
   """
-  cfg, k, vocab = loaded.cfg, about['k'], about['vocab']
-  seed, context = jax.random.key(about['seed']), about['context']
-  sampled = about['mode'] == 'sampled'
+  cfg, k, vocab = loaded.cfg, facts['k'], facts['vocab']
+  seed, context = jax.random.key(facts['seed']), facts['context']
+  sampled = facts['mode'] == 'sampled'
   reduce = drawn if sampled else lambda z, _: best(z, k)
 
   def uniform(key):
@@ -171,41 +171,39 @@ def write(
   """
   mesh, folder = load.mesh_for(teacher), Path(out)
   loaded = load.load(teacher, mesh, finished=True)
-  if loaded.reparam.clusters:
-    raise ValueError(f'{teacher} holds several models: take one out with slm.specialise first')
   path = load.data_path(teacher, path)
-  facts = loader.manifest(path)
-  load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
-  vocab, params = facts['tokenizer']['vocab'], loaded.params()
+  manifest, params = loader.manifest(path), loaded.params()
+  vocab, fingerprint = (manifest['tokenizer'][key] for key in ('vocab', 'fingerprint'))
+  load.same_tokenizer(loaded, fingerprint)
   if not 1 <= k <= vocab or mode not in MODES or shard_rows < 1:
     raise ValueError(f'--k={k}, --mode={mode}: expected 1 to {vocab}, one of {", ".join(MODES)}')
   data_set, part, index = loader.parse_on(path, on)
   split = loader.Split(path, data_set, part, index)
-  about = {
+  facts = {
     'teacher': str(Path(teacher).resolve()), 'step': loaded.step,
     'weights': tree.weights_hash(params),
-    'tokenizer': facts['tokenizer']['fingerprint'], 'vocab': vocab, 'context': facts['context'],
+    'tokenizer': fingerprint, 'vocab': vocab, 'context': manifest['context'],
     'data': str(Path(path).resolve()), 'on': split.name, 'index': index,
     'rows_sha256': split.sha256, 'rows': len(split.ids), 'mode': mode, 'k': k, 'seed': seed,
     'shard_rows': shard_rows,
   }  # fmt: skip
-  artifact.claim(folder / ABOUT, about, 'other signals')
+  artifact.claim(folder / ABOUT, facts, 'other signals')
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
-  signal, flops = make_signal(loaded, about), forward_flops(loaded.model.cfg, about['context'])
-  with jax.set_mesh(mesh), console.progress('signals', about['rows'], 'rows') as progress:
-    for i, shard in enumerate(shards(folder, about)):
+  signal, flops = make_signal(loaded, facts), forward_flops(loaded.model.cfg, facts['context'])
+  with jax.set_mesh(mesh), console.progress('signals', facts['rows'], 'rows') as progress:
+    for i, shard in enumerate(shards(folder, facts)):
       ids = split.ids[i * shard_rows : (i + 1) * shard_rows]
       if shard.exists():
         progress.skip(len(ids))
         continue
       began, columns = time.monotonic(), split.read(ids)
-      files.write_npy(shard, _compute(signal, params, columns, layout(about), batch_size, mesh))
+      files.write_npy(shard, _compute(signal, params, columns, layout(facts), batch_size, mesh))
       seconds = (time.monotonic() - began) * jax.device_count()
-      cost = int(split.counts[ids, 1].sum()), len(ids) * about['context'] * flops, seconds
-      ledger.spend(folder, 'signals', *cost, ancestors=[about['teacher']])
+      cost = int(split.counts[ids, 1].sum()), len(ids) * facts['context'] * flops, seconds
+      ledger.spend(folder, 'signals', *cost, ancestors=[facts['teacher']])
       progress.update(len(ids))
-  return about
+  return facts
 
 
 def verify(out: str) -> str:
@@ -216,20 +214,20 @@ def verify(out: str) -> str:
       than 1 % of the drawn ids differ.
   """
   signals = Signals(out)
-  about = signals.about
-  run = f'{rundir.split_ref(about["teacher"])[0]}@{about["step"]}'
+  facts = signals.facts
+  run = f'{rundir.split_ref(facts["teacher"])[0]}@{facts["step"]}'
   mesh = load.mesh_for(run)
   loaded = load.load(run, mesh)
   params = loaded.params()
-  if tree.weights_hash(params) != about['weights']:
-    raise ValueError(f'{out}: {about["teacher"]} has other weights than those it was made from')
-  split = loader.Split(about['data'], *about['on'].partition('/')[::2], about['index'])
+  if tree.weights_hash(params) != facts['weights']:
+    raise ValueError(f'{out}: {facts["teacher"]} has other weights than those it was made from')
+  split = loader.Split(facts['data'], *facts['on'].partition('/')[::2], facts['index'])
   ids = loader.spaced(split.ids, _VERIFIED)
   columns, size = split.read(ids), sharding.batch_devices(mesh)
   with jax.set_mesh(mesh):
-    expected = _compute(make_signal(loaded, about), params, columns, layout(about), size, mesh)
+    expected = _compute(make_signal(loaded, facts), params, columns, layout(facts), size, mesh)
   stored = signals(columns)
-  if about['mode'] == 'topk':
+  if facts['mode'] == 'topk':
     gaps = (np.abs(stored[f'teacher_{n}'] - expected[n]).max() for n in ('probs', 'rest'))
     worst = float(max(gaps))
     good, text = worst <= 2e-3, f'probabilities differ by {worst:.1e} at most'
@@ -237,5 +235,5 @@ def verify(out: str) -> str:
     same = float((stored['teacher_ids'] == expected['ids']).mean())
     good, text = same >= 0.99, f'{same:.2%} of the ids are drawn again'
   if not good:
-    raise ValueError(f'{out}: its signals are not those of {about["teacher"]}: {text}')
-  return f'{out}: {len(ids)} of {about["rows"]} rows computed again: {text}'
+    raise ValueError(f'{out}: its signals are not those of {facts["teacher"]}: {text}')
+  return f'{out}: {len(ids)} of {facts["rows"]} rows computed again: {text}'

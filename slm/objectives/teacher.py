@@ -33,7 +33,7 @@ def setup(
   """
   if cfg.teacher_cache:
     cache = open_signals(cfg)
-    recall = functools.partial(distill.recall, cache.about['vocab'])
+    recall = functools.partial(distill.recall, cache.facts['vocab'])
     forward = {'student': reparam.map_groups(rep, student.forward), 'signals': recall}
     objectives = {ROWS: distill.distill(cfg.objective, forward)}
     return Setup(objectives, evaluators, ancestors=(str(cache.path),), look_up=cache)
@@ -106,12 +106,12 @@ def open_signals(cfg: RunConfig) -> signals.Signals:
   """
   cache = signals.Signals(cfg.teacher_cache)
   for key in ('tokenizer', 'context'):
-    if cache.about[key] != getattr(cfg, key):
+    if cache.facts[key] != getattr(cfg, key):
       raise ValueError(
-        f'teacher_cache: {cache.path} has {key} {cache.about[key]}, the data have '
+        f'teacher_cache: {cache.path} has {key} {cache.facts[key]}, the data have '
         f'{getattr(cfg, key)}'
       )
-  mode, objective = cache.about['mode'], cfg.objective
+  mode, objective = cache.facts['mode'], cfg.objective
   kinds = ('forward',) if mode == 'sampled' else ('forward', 'reverse', 'jsd', 'cosine')
   fixed = {'temperature': 1.0, 'top_k': 0, 'states': (), 'correct': 0.0, 'on_policy': 0.0}
   for key, value in fixed.items():
