@@ -85,7 +85,7 @@ def test_intervals_resample_documents_where_the_data_name_them(tmp_path: Path):
   assert 'resample whole documents' in notes and 'law/test 40 documents.' in notes
   assert 'resample single rows on news/test, where' in notes
   np.save(folder / 'documents.npy', documents[1:])
-  with pytest.raises(ValueError, match=r'law/test: documents.npy is of 399 rows, not 400'):
+  with pytest.raises(ValueError, match=r'law/test: documents.npy has 399 rows, expected 400'):
     compare(load_study(tmp_path))
   np.save(folder / 'documents.npy', np.zeros(400, np.int32))  # one document: nothing to resample
   assert compare(load_study(tmp_path)).documents['law/test'] == 0

@@ -39,7 +39,7 @@ class PrepareConfig:
   out: str = ''  # directory to write to (or --out)
   # Set -> split, or 'all' (split by hash) -> source.
   sets: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-  tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+  tokenizer: TokenizerConfig = TokenizerConfig()
   context: int = 256  # tokens in a row
   levels: tuple[int, ...] = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
   fit_windows: int = 20_000  # windows of generic/train that the clusters are fitted on

@@ -6,7 +6,6 @@ sections.
 """
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,10 +178,6 @@ class CheckpointConfig:
   milestones: tuple[int, ...] = ()  # steps that are always kept: RUN@STEP
 
 
-def _section(kind: type) -> Any:
-  return dataclasses.field(default_factory=kind)
-
-
 def _derived(default: Any) -> Any:
   """Make a field that is derived from the data or another run, not given."""
   return dataclasses.field(default=default, metadata={'given': False})
@@ -196,20 +191,20 @@ class RunConfig:
   phase: str = 'pretrain'  # of the cost ledger: pretrain | finetune | distill
   steps: int = 1000
   dtype: str = 'float32'  # compute dtype; weights and optimiser state stay float32
-  mesh: MeshConfig = _section(MeshConfig)
-  distributed: DistributedConfig = _section(DistributedConfig)
+  mesh: MeshConfig = MeshConfig()
+  distributed: DistributedConfig = DistributedConfig()
   model: ModelConfig
-  reparam: ReparamConfig = _section(FullConfig)  # see slm/reparam and the configs of that name
-  objective: NextTokenConfig | DistillConfig = _section(NextTokenConfig)
+  reparam: ReparamConfig = FullConfig()  # see slm/reparam and the configs of that name
+  objective: NextTokenConfig | DistillConfig = NextTokenConfig()
   teacher: str = ''  # run directory of the distillation teacher
   teacher_cache: str = ''  # instead of it: its predictions, as slm.signals wrote them
   # Run directory whose (dense) weights and shape to start from; '': random, '?': must be named.
   init: str = ''
   data: loader.DataConfig
-  schedule: ScheduleConfig = _section(ScheduleConfig)
-  optim: OptimConfig = _section(OptimConfig)
-  eval: EvalConfig = _section(EvalConfig)
-  checkpoint: CheckpointConfig = _section(CheckpointConfig)
+  schedule: ScheduleConfig = ScheduleConfig()
+  optim: OptimConfig = OptimConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
   log_every: int = 10  # steps; 0: at evaluations and saves only
   tensorboard: bool = True
 
@@ -260,7 +255,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   Raises:
     ValueError: if a value is impossible or two do not fit together.
   """
-  given = json.loads(json.dumps(config))
+  given = artifact.plain(config)
   path = given['data']['path']
   if not path:
     raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
@@ -302,7 +297,7 @@ def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
   Raises:
     ValueError: if one of them is missing.
   """
-  given = inherit(json.loads(json.dumps(config)))
+  given = inherit(artifact.plain(config))
   context = given.get('context', context)
   if not (given['model']['vocab'] and context):
     raise ValueError('--dry_run without data.path: expected model.vocab and --context')
