@@ -536,7 +536,7 @@ def test_a_finished_run_goes_on_where_its_schedule_does_not_depend_on_its_end(
   loop.train(c.to_dict(), tmp_path / 'run')
   c.steps = 6
   if name in ('cosine', 'wsd'):
-    with pytest.raises(ValueError, match='run: steps was 4, now 6: the 4 steps that'):
+    with pytest.raises(ValueError, match='run: steps was 4, now 6, on which the 4 completed steps'):
       loop.train(c.to_dict(), tmp_path / 'run')
     assert files.read_json(tmp_path / 'run/result.json')['steps'] == 4
     return

@@ -169,7 +169,7 @@ def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
     ValueError: if there is no such run or it was trained with another tokenizer.
   """
   if not cfg.init:
-    raise ValueError(f'init: reparam {cfg.reparam.name!r} changes the weights of another run')
+    raise ValueError(f'init: reparam {cfg.reparam.name!r} needs the run whose weights it changes')
   start = load(cfg.init, mesh, finished=True)
   same_tokenizer(start, cfg.tokenizer)
   same_clusters(start, cfg.data.path)  # a code starts from the set's histogram over them

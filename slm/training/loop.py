@@ -67,9 +67,9 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
   rates = [optim.schedule(cfg.schedule, c.steps)(np.arange(done[0])) for c in (before, cfg)]
   if not np.array_equal(*rates) or cfg.objective.counts_to_the_end:
     raise ValueError(
-      f'{workdir}: steps was {before.steps}, now {cfg.steps}: the {done[0]} steps that are done '
-      'would have been others; a schedule that is constant, inverse_sqrt, or wsd before its '
-      'decay can be extended, with an objective that does not count to the end'
+      f'{workdir}: steps was {before.steps}, now {cfg.steps}, on which the {done[0]} completed '
+      'steps depend; only schedules constant, inverse_sqrt and, before its decay, wsd can be '
+      'extended, with objective.on_policy_from=0'
     )
   return True
 

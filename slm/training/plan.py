@@ -71,7 +71,7 @@ def plan(
   if cfg.teacher:
     teacher = config.of(cfg.teacher).model
   if isinstance(cfg.objective, DistillConfig) and not (teacher or cfg.teacher_cache):
-    raise ValueError('teacher: --dry_run of a distillation counts its forward passes: name its run')
+    raise ValueError('teacher: --dry_run of a distillation counts its forward passes; name a run')
   devices = devices or abs(math.prod(vars(cfg.mesh).values()))
   mesh = AbstractMesh(sharding.mesh_shape(vars(cfg.mesh), devices), sharding.MESH_AXES)
   model, rep = load.build(cfg)
