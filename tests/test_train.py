@@ -330,7 +330,7 @@ def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
   c.init, c.phase = at, 'finetune'
   loop.train(c.to_dict(), tmp_path / 'tuned')
   assert ledger.read_ledger(tmp_path / 'tuned')['ancestors'] == [at]
-  with pytest.raises(ValueError, match=r'no checkpoint of step 4, there are: \[2, 3, 6\]'):
+  with pytest.raises(ValueError, match=r'no checkpoint of step 4, found steps \[2, 3, 6\]'):
     load.load(f'{tmp_path}/long@4', mesh)
 
 
