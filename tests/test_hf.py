@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -404,6 +405,16 @@ def test_numbers_that_are_none_are_no_agreement(directories, tmp_path):
   arrays['model.norm.weight'] = np.full_like(arrays['model.norm.weight'], np.nan)
   safetensors.numpy.save_file(arrays, file, {'format': 'pt'})
   assert verify.verify([tmp_path / 'model'], 1e-4) == np.inf
+
+
+def test_logits_are_compared_at_full_precision_on_any_device():
+  class Watched:
+    @staticmethod
+    def forward(params, batch):
+      raise InterruptedError(jax.make_jaxpr(jnp.dot)(np.ones((2, 2)), np.ones((2, 2))))
+
+  with pytest.raises(InterruptedError, match='HIGHEST'):
+    verify._logits(Watched, None)(np.ones((1, 3), np.int32), np.ones((1, 3), np.int32))
 
 
 def test_other_weights_at_the_same_place_are_another_import(directories, tmp_path):

@@ -87,7 +87,9 @@ def _logits(model: models.Model, params: Params) -> Logits:
   def logits(params, ids, mask):
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     batch = {'inputs': ids, 'positions': positions, 'segments': mask}
-    return unembed(params, model.forward(params, batch))
+    # Unless told, a GPU or TPU multiplies float32 with the precision of TF32 or bfloat16.
+    with jax.default_matmul_precision('highest'):
+      return unembed(params, model.forward(params, batch))
 
   return lambda ids, mask: np.asarray(logits(params, ids, mask))
 
