@@ -11,7 +11,7 @@ import toy
 from configs import minitron as config_of_recipe
 from configs import minitron_published as recipes
 from experiments import common
-from experiments.minitron import claims, report, results, run
+from experiments.minitron import claims, report, results, run, smollm2
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
@@ -52,6 +52,17 @@ def test_published_recipes_have_the_published_counts(name, before, after, non_em
   planned = recipe.dry_run(config, 128, 'h100', 0.4)[-1]
   assert 'does not fit' not in planned and planned.startswith(text)
   assert 'correction of the teacher' in planned and '1,500' in planned
+
+
+def test_students_of_smollm2_have_three_fifths_of_its_parameters():
+  whole = DecoderConfig(
+    vocab=49_152, embed=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp=1536
+  )
+  for student in smollm2.STUDENTS:
+    kept = {axis: np.arange(n) for axis, n in slicing.read_sizes(student.sizes).items()}
+    vocab = smollm2.VOCABULARY if student.whole == smollm2.SMALL_VOCABULARY else whole.vocab
+    shape = slicing.shape(dataclasses.replace(whole, vocab=vocab), kept)
+    assert total(shape) / total(whole) == pytest.approx(0.6, abs=0.01), student.name
 
 
 @pytest.mark.parametrize('scale', ['cpu', 'gpu'])

@@ -1,6 +1,7 @@
 """The study's tables, plots and page, from what `results` reads."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from experiments.minitron import claims, results
 from experiments.minitron.results import TEACHER, Found
 from experiments.minitron.scales import Scale
 from experiments.minitron.students import LENGTHS, SERVED, STUDENTS, cut_run
-from slm.base import files
+from slm.base import files, schema
 from slm.inference import latency
+from slm.models.config import DecoderConfig
 from slm.pruning import commands, importance, slicing
 from slm.reporting import figures, page
 from slm.reporting.tables import Table, count, duration, interval, markdown, number
@@ -68,16 +70,24 @@ def headline(f: Found) -> Table:
   return head, rows
 
 
-def deployment(f: Found, rounds: int) -> dict[str, Any]:
-  """Measure the teacher and three students on this machine, and what bytes and FLOPs predict."""
-  shapes = {n: f.shapes[n] for n in (TEACHER, *SERVED) if n in f.shapes}
-  found: dict[str, Any] = {n: {} for n in shapes}
+def speeds(path: Path, shapes: Mapping[str, DecoderConfig], rounds: int) -> dict[str, Any]:
+  """Measure models on this machine, and what bytes and FLOPs predict; kept in a file.
+
+  Returns {'asked': ..., 'models': {name: {batch size: seconds, bytes, FLOPs}}}.
+  """
+  shown = {name: schema.plain(shape) for name, shape in shapes.items()}
+  asked = {'rounds': rounds, 'machine': rundir.environment(), 'shapes': shown}
+  asked = json.loads(json.dumps(asked))
+  if path.exists() and (known := files.read_json(path)).get('asked') == asked:
+    return known
+  models: dict[str, Any] = {name: {} for name in shapes}
   for batch in BATCHES:
     times = latency.measure(shapes, 'float32', batch, PROMPT, NEW_TOKENS, rounds)
-    for name, mine in times.items():
-      moved = latency.predicted(shapes[name], PROMPT + NEW_TOKENS // 2, 'float32')
-      found[name][str(batch)] = {**mine, **moved}
-  return found
+    for name, measured in times.items():
+      predicted = latency.predicted(shapes[name], PROMPT + NEW_TOKENS // 2, 'float32')
+      models[name][str(batch)] = measured | predicted
+  files.write_json(path, {'asked': asked, 'models': models})
+  return files.read_json(path)
 
 
 def deployment_table(f: Found, speed: dict[str, Any]) -> Table:
@@ -102,14 +112,19 @@ def deployment_table(f: Found, speed: dict[str, Any]) -> Table:
   return head, rows
 
 
-def tasks_table(f: Found) -> Table:
-  """Build the table of what the models answer: a line each, as cut and as trained."""
-  rows, runs = [], {TEACHER: f.runs(TEACHER)}
-  names = [Path(task).name.partition('.')[0] for task in f.scale.tasks]
+def answering(f: Found) -> dict[str, list[Path]]:
+  """Return the runs of the models that tasks are put to: as cut and as trained."""
+  runs = {TEACHER: f.runs(TEACHER)}
   for name in SERVED:
     student = next(s for s in STUDENTS if s.name == name)
     runs[f'{name}, as cut'] = [f.root / 'runs' / cut_run(student, f.scale.seeds[0])]
     runs[name] = f.runs(name)
+  return runs
+
+
+def tasks_table(runs: Mapping[str, list[Path]], tasks: Sequence[str]) -> Table:
+  """Build the table of what models, each the runs of its seeds, answer in task files."""
+  names, rows = [Path(task).name.partition('.')[0] for task in tasks], []
   head = ['model', *(f'{task}, {what}' for task in names for what in ('accuracy', 'bits per byte'))]
   for model, paths in runs.items():
     there = [rundir.evaluations(p, 'tasks').with_suffix('.json') for p in paths]
@@ -229,27 +244,34 @@ def _latency(f: Found, speed: dict[str, Any]) -> figures.Plot | None:
 def write(scale: Scale, root: Path, rounds: int) -> None:
   """Write report.html, table.md and plots/ of what has been run."""
   found = results.read(scale, root)
-  speed_path = root / 'speed.json'
-  asked = {'rounds': rounds, 'machine': rundir.environment(), 'names': sorted(found.shapes)}
-  known = files.read_json(speed_path) if speed_path.exists() else {}
-  if known.get('asked') != json.loads(json.dumps(asked)):
-    files.write_json(speed_path, {'asked': asked, 'models': deployment(found, rounds)})
-  speed = files.read_json(speed_path)
+  shapes = {n: found.shapes[n] for n in (TEACHER, *SERVED) if n in found.shapes}
+  speed = speeds(root / 'speed.json', shapes, rounds)
   drawn = draw(found, speed)
   sections = [
     ('The claims of the papers', claims.NOTE, claims.table(found)),
     ('Tokens to the same loss', _HEADLINE, headline(found)),
-    ('What is served', _DEPLOYMENT, deployment_table(found, speed)),
-    *([('What is answered', _TASKS, tasks_table(found))] if scale.tasks else []),
+    ('What is served', DEPLOYMENT, deployment_table(found, speed)),
+    *(
+      [('What is answered', TASKS, tasks_table(answering(found), scale.tasks))]
+      if scale.tasks
+      else []
+    ),
     ('What the search tried', _SEARCH, search_table(found)),
     ('What another text would keep', _OVERLAP, overlap_table(found)),
     ('Every student', _STUDENTS, main_table(found)),
   ]
-  answer = _answer(found)
-  files.write_text(root / 'report.html', page.document(scale.title, [answer], sections, drawn))
-  lines = [f'# {scale.title}', '', answer, '']
-  for title, note, table in sections:
-    lines += [f'## {title}', '', note, '', markdown(table), '']
+  publish(root, scale.title, _answer(found), sections, drawn)
+
+
+def publish(
+  root: Path, title: str, answer: str, sections: list[tuple[str, str, Table]],
+  drawn: list[figures.Plot],
+) -> None:  # fmt: skip
+  """Write report.html, table.md and plots/ below a directory."""
+  files.write_text(root / 'report.html', page.document(title, [answer], sections, drawn))
+  lines = [f'# {title}', '', answer, '']
+  for heading, note, table in sections:
+    lines += [f'## {heading}', '', note, '', markdown(table), '']
   files.write_text(root / 'table.md', '\n'.join(lines))
   for plot in drawn:
     files.write_text(root / 'plots' / f'{plot.name}.svg', plot.file)
@@ -275,12 +297,12 @@ _HEADLINE = (
   'The shape of the student `width`, trained from nothing for 1 to 16 times its tokens, each run '
   "with a schedule of its own. The last column adds the teacher's whole training to the student's."
 )
-_TASKS = (
+TASKS = (
   'The first 300 questions of public tasks without examples: the share answered right and the '
   'bits per byte of the right answer (of the last word, for LAMBADA), averaged over seeds; ± is '
   'the standard error over questions. Where accuracy is at chance, bits still tell models apart.'
 )
-_DEPLOYMENT = (
+DEPLOYMENT = (
   f'Tokens per second on this machine in float32: prompts of {PROMPT} tokens, then {NEW_TOKENS} '
   'decoded ones, all models interleaved, medians. The speed-up is of decoding one row, beside '
   'what the bytes and the FLOPs of a step predict.'

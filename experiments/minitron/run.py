@@ -2,6 +2,7 @@
 
 python -m experiments.minitron.run --scale=smoke --out=runs/minitron_smoke
 python -m experiments.minitron.run --scale=cpu --corpus=/path/to/corpora --out=runs/minitron
+python -m experiments.minitron.run --scale=smollm2 --corpus=/path/to/corpora --out=runs/smollm2
 """
 
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from experiments.minitron import report, results
+from experiments.minitron import report, results, smollm2, smollm2_report
 from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
 from experiments.minitron.students import CORRECTED, SEARCHED, SERVED, STUDENTS, Student, cut_run
@@ -173,26 +174,37 @@ def _first(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 def main(_: list[str]) -> None:
   """Run the study that the flags name."""
-  f = flags.FLAGS
-  if f.scale not in SCALES:
-    raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
-  if unknown := [name for name in f.only if name not in BY_NAME]:
-    raise ValueError(f'--only: expected some of {", ".join(BY_NAME)}, found {unknown}')
+  f, scales = flags.FLAGS, SCALES | smollm2.SCALES
+  if f.scale not in scales:
+    raise ValueError(f'--scale: expected one of {sorted(scales)}, found {f.scale!r}')
+  students = {s.name: s for s in smollm2.STUDENTS} if f.scale in smollm2.SCALES else BY_NAME
+  if unknown := [name for name in f.only if name not in students]:
+    raise ValueError(f'--only: expected some of {", ".join(students)}, found {unknown}')
+  chosen = [students[name] for name in f.only or students]
   common.cache(f.cache)
-  scale, root, began = SCALES[f.scale], Path(f.out), time.monotonic()
+  scale, root, began = scales[f.scale], Path(f.out), time.monotonic()
+  if f.scale in smollm2.SCALES:
+    real = smollm2.Study(scale, root, f.teacher, f.corpus)
+    real.run(chosen)
+    print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
+    smollm2_report.write(real, f.rounds)
+    return
   common.prepare_data(scale.sources, scale.prepare, (), f.corpus, root / 'data')
   asked = [str(Path(f.corpus) / task) for task in scale.tasks]
   for path in asked:
     tasks.read(path)  # a file that is not there is named now, not after hours
   study = Study(scale, root)
-  study.run([BY_NAME[name] for name in f.only] or STUDENTS)
+  study.run(chosen)
   study.ask(asked)
   print(f'all runs done in {time.monotonic() - began:.0f} s', file=sys.stderr)
   report.write(scale, root, f.rounds)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('scale', 'smoke', f'One of {sorted(SCALES)}.')
+  flags.DEFINE_string('scale', 'smoke', f'One of {sorted(SCALES | smollm2.SCALES)}.')
+  flags.DEFINE_string(
+    'teacher', 'models/smollm2-135m-instruct', 'Run that the smollm2 scales cut; see make model.'
+  )
   flags.DEFINE_string('corpus', '', 'Directory of the corpora, for scales that read files.')
   flags.DEFINE_string('out', 'runs/minitron', 'Where data, runs and the report go.')
   flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
