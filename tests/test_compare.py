@@ -15,7 +15,7 @@ import scipy.stats
 import studies
 
 from slm.objectives import heldout
-from slm.reporting import comparison, report, stats
+from slm.reporting import comparison, page, report, stats
 from slm.runs import config, load
 from slm.training import loop
 from slm.weights import sharding
@@ -219,3 +219,10 @@ def test_losses_of_other_documents_are_refused():
   rows = {('a', 0): np.ones((5, 2))}
   with pytest.raises(ValueError, match='law/test: documents.npy has 4 rows, expected 5'):
     stats.losses(rows, 0, 'law/test', np.arange(4))
+
+
+def test_an_environment_is_listed_once(tmp_path):
+  one, two = (Path(make(tmp_path / name, 3.0)) for name in 'ab')
+  starts = json.loads((one / 'starts.json').read_text())
+  studies.write(one / 'starts.json', [*starts, {**starts[0], 'step': 5, 'code': 'other'}])
+  assert page.environment([one]) == page.environment([two, one])

@@ -135,8 +135,9 @@ def environment(runs: Iterable[Path]) -> Table:
   """Build a table of the distinct environments that runs were made in."""
   known: list[dict[str, Any]] = []
   for path in dict.fromkeys(runs):
-    environments = (x['environment'] for x in rundir.read_starts(rundir.split_ref(path)[0]))
-    known += [x for x in environments if x not in known]
+    for start in rundir.read_starts(rundir.split_ref(path)[0]):
+      if start['environment'] not in known:
+        known.append(start['environment'])
   rows = []
   for key, value in itertools.chain.from_iterable(x.items() for x in known):
     if isinstance(value, dict):
