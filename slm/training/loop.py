@@ -20,7 +20,6 @@ from slm.training import optim, plan
 from slm.training.recorder import Recorder
 from slm.training.step import State, init_state, make_sums, make_train_step, trained
 from slm.weights import sharding
-from slm.weights.count import forward_flops
 
 
 def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -53,11 +52,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
 
 
 def _extends(workdir: Path, cfg: RunConfig) -> bool:
-  """Check that a directory may hold this run; return whether it extends the one there.
-
-  Raises:
-    ValueError: if it holds another run, or one whose completed steps depend on the total number.
-  """
+  """Return whether a run extends the one in its directory; raise ValueError if it cannot go on."""
   done = checkpoint.saved_steps(workdir / 'checkpoints')
   before = config.of(workdir) if done and (workdir / 'config.json').exists() else cfg
   if before.steps >= cfg.steps:
@@ -85,8 +80,8 @@ class _Run:
     self.frozen, self.beside = dict(self.setup.frozen), self.setup.beside
     if self.reparam.base:
       self.frozen['base'] = load.base(cfg, self.reparam, mesh)
-    self.schedule = optim.schedule(cfg.schedule, cfg.steps)
-    self.tx = optim.build(cfg.optim, self.schedule, self.reparam.independent)
+    schedule = optim.schedule(cfg.schedule, cfg.steps)
+    self.tx = optim.build(cfg.optim, schedule, self.reparam.independent)
     if self.beside:
       self.tx = optim.each(self.tx, self.setup.rates)
     theta, shardings = load.theta_shardings(self.reparam, mesh)
@@ -121,13 +116,9 @@ class _Run:
     slices = sharding.batch_sharding(self.mesh).addressable_devices_indices_map((groups,))
     ranges = [s.indices(groups) for (s,) in slices.values()]
     start, stop = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    share = {'process_index': start // (stop - start), 'process_count': groups // (stop - start)}
     return loader.build(
-      d,
-      seed=self.cfg.seed,
-      tokenizer=self.cfg.tokenizer,
-      look_up=self.setup.look_up,
-      process_index=start // (stop - start),
-      process_count=groups // (stop - start),
+      d, seed=self.cfg.seed, tokenizer=self.cfg.tokenizer, look_up=self.setup.look_up, **share
     )
 
   def initial_state(self) -> State:
@@ -243,9 +234,7 @@ class _Run:
     cfg, weights = self.cfg, trained(self.shapes.theta, self.shapes.beside)
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)]
     ancestors = [*filter(None, [cfg.init]), *self.setup.ancestors]
-    token_flops = forward_flops(self.model.cfg, cfg.context)
-    flops = (self.step_flops, token_flops)
-    return Recorder(cfg, self.workdir, start, names, *flops, self.schedule, ancestors)
+    return Recorder(cfg, self.workdir, start, names, self.step_flops, ancestors)
 
 
 def _saved(state: State) -> tuple[Any, Any]:

@@ -48,11 +48,7 @@ SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqr
 
 
 def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:
-  """Build the learning rate as a function of the step.
-
-  Raises:
-    ValueError: if the name is unknown or the warm-up does not fit in the steps.
-  """
+  """Build the learning rate by step; raise ValueError if its name or warm-up is impossible."""
   if cfg.name not in SCHEDULES:
     raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {cfg.name!r}')
   if not 0 <= cfg.warmup < steps:

@@ -81,14 +81,17 @@ def plan(
   tokens = cfg.data.batch_size * cfg.context
   added = distill.flops(cfg.objective, teacher, model.cfg, cfg.context) if teacher else 0.0
   flops = step_flops(cfg, model, rep, theta, added)
-  if chip == HERE:  # a measured step includes experts that are computed and not chosen
-    hardware, mfu, idle = _measure(model, cfg, devices, sum(memory.values())), 1.0, 0.0
+  served, active = num_params(model.cfg), active_params(model.cfg)
+  idle = 0.0  # FLOPs of experts that are computed but not chosen
+  if chip == HERE:  # which a measured step includes
+    hardware, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
   else:
-    hardware, idle = CHIPS[chip], _idle(model.cfg) * tokens
-  served = num_params(model.cfg)
+    hardware = CHIPS[chip]
+    if model.cfg.dispatch == 'einsum':
+      idle = 6.0 * tokens * (sum(served.values()) - sum(active.values()))
   return {
     'served parameters': served,
-    **({'active parameters': active_params(model.cfg)} if model.cfg.num_experts else {}),
+    **({'active parameters': active} if model.cfg.num_experts else {}),
     'trained parameters': _trained(theta),
     'forward FLOPs per token': forward_flops(model.cfg, cfg.context),
     'training FLOPs per token': flops / tokens,
@@ -118,11 +121,7 @@ def step_flops(
 
 
 def _measure(model: models.Model, cfg: RunConfig, devices: int, needed: float) -> Chip:
-  """Time forward and backward passes of a model on some rows; return this machine as a chip.
-
-  Raises:
-    ValueError: if the mesh has several devices, or the machine has less than `needed` bytes.
-  """
+  """Time forward and backward passes on some rows; return this machine as a chip."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if devices > 1 or needed > memory:
     raise ValueError(
@@ -159,12 +158,6 @@ def _trained(theta: dict[str, Any]) -> dict[str, int]:
     kind = next((k for k in ('experts', 'bases', 'mix', 'expert_code') if k in names), 'weights')
     counts[kind] = counts.get(kind, 0) + leaf.size
   return counts
-
-
-def _idle(model: DecoderConfig) -> float:
-  """Return the FLOPs per token of experts that are computed but not chosen."""
-  idle = sum(num_params(model).values()) - sum(active_params(model).values())
-  return 6.0 * idle * (model.dispatch == 'einsum')
 
 
 def _count(shapes: Any, shardings: Any, times: Any = None) -> int:
@@ -271,16 +264,14 @@ def text(plan: Mapping[str, Any]) -> str:
   """Format a plan for a terminal."""
   lines = []
   add = lambda title, value: lines.append(f'{title:28} {value}')
-  for title in ('served parameters', 'active parameters', 'trained parameters'):
-    if parts := plan.get(title):
-      add(title, f'{sum(parts.values()):,}')
-      lines += [f'  {name:26} {n:,}' for name, n in parts.items()]
-  for title in ('forward FLOPs per token', 'training FLOPs per token'):
-    add(title, f'{plan[title]:.3g}')
-  for title in ('tokens per step', 'steps', 'tokens'):
-    add(title, f'{plan[title]:,}')
-  for title in ('tokens per served parameter', 'FLOPs'):
-    add(title, f'{plan[title]:.3g}')
+  for title, value in plan.items():
+    if title == 'mesh':  # what follows is formatted below
+      break
+    if isinstance(value, Mapping):
+      add(title, f'{sum(value.values()):,}')
+      lines += [f'  {name:26} {n:,}' for name, n in value.items()]
+    else:
+      add(title, f'{value:,}' if isinstance(value, int) else f'{value:.3g}')
   add('mesh', ', '.join(f'{a} {n}' for a, n in plan['mesh'].items() if n > 1) or 'one device')
   memory, chip = plan['bytes per device'], plan['chip']
   total, share = sum(memory.values()), sum(memory.values()) / plan['chip bytes']

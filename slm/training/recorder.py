@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from slm.base import console, files
 from slm.runs import ledger, rundir
 from slm.runs.config import RunConfig
 from slm.runs.ledger import phase_entry
+from slm.training import optim
+from slm.weights.count import forward_flops
 
 # Totals over all restarts of a run.
 TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
@@ -33,14 +35,12 @@ class Recorder:
     start: int,
     leaves: list[str],
     step_flops: float,
-    token_flops: float,
-    schedule: Callable[[int], float],
     ancestors: list[str],
   ):
     """Open the records of a run at a step; lines after it, of a killed process, are dropped."""
     self._cfg, self._workdir, self._leaves = cfg, workdir, leaves
-    self._step_flops, self._token_flops = step_flops, token_flops
-    self._schedule, self._ancestors = schedule, ancestors
+    self._step_flops, self._ancestors = step_flops, ancestors
+    self._schedule = optim.schedule(cfg.schedule, cfg.steps)
     lines = [line for line in rundir.read_metrics(workdir) if line['step'] <= start]
     self._main = jax.process_index() == 0
     if self._main:
@@ -162,7 +162,8 @@ class Recorder:
         self._board.add_scalar(name, value, self._line['step'])
     t = self._total
     training = (t['tokens'], t['flops'], t['device_seconds'])
-    evaluation = (t['eval_tokens'], self._token_flops * t['eval_tokens'], t['eval_device_seconds'])
+    flops = forward_flops(self._cfg.model, self._cfg.context) * t['eval_tokens']
+    evaluation = (t['eval_tokens'], flops, t['eval_device_seconds'])
     phases = [phase_entry(self._cfg.phase, *training), phase_entry('evaluate', *evaluation)]
     ledger.write_ledger(self._workdir, phases, self._ancestors)
 
