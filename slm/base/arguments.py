@@ -16,7 +16,7 @@ from ml_collections.config_flags import config_flags
 from slm.base import schema
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'  # beside slm, also where it is installed
-_HELP = {'-h', '-?', '-help', '--help', '--helpshort', '--helpfull'}
+HELP = {'-h', '-?', '-help', '--help', '--helpshort', '--helpfull'}
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([\w.]+)')
 
 
@@ -80,16 +80,12 @@ def _read(config: str) -> ConfigDict:
 def _check_keys(config: str, argv: list[str]) -> None:
   """Check that the config has every overridden key; suggest the nearest if not."""
   overrides = [match[1] for match in map(_OVERRIDE.match, argv) if match]
-  values = _read(config) if overrides else ConfigDict()
+  keys = [key for key, _ in _flatten(_read(config))] if overrides else []
   for key in overrides:
-    node = values
-    for name in key.split('.'):
-      if not isinstance(node, ConfigDict) or name not in node:
-        keys = [known for known, _ in _flatten(values)]
-        same_name = [k for k in keys if k.rpartition('.')[2] == key.rpartition('.')[2]]
-        near = f'; did you mean {" or ".join(same_name)}?' if same_name else suggestion(key, keys)
-        raise ValueError(f'--config.{key}: {_shown_file(config)} has no such key{near}')
-      node = node[name]
+    if not any(known == key or known.startswith(f'{key}.') for known in keys):
+      same_name = [known for known in keys if known.rpartition('.')[2] == key.rpartition('.')[2]]
+      near = f'; did you mean {" or ".join(same_name)}?' if same_name else suggestion(key, keys)
+      raise ValueError(f'--config.{key}: {_shown_file(config)} has no such key{near}')
 
 
 def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -99,11 +95,6 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield from _flatten(value, f'{prefix}{name}.')
     else:
       yield f'{prefix}{name}', value
-
-
-def wants_help(argv: list[str]) -> bool:
-  """Return whether the arguments ask for help."""
-  return bool(_HELP.intersection(argv[1:]))
 
 
 def help_text(argv: list[str], keys: type | None) -> str:

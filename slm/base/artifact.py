@@ -161,11 +161,7 @@ def occupied(folder: Path) -> bool:
 
 
 def claim(record: Path, settings: Any, what: str) -> None:
-  """Check a directory as `check` does, and write its record if there is none.
-
-  Raises:
-    ValueError: as `check` does.
-  """
+  """Write the record of a directory if there is none; raise ValueError as `check` does."""
   check(record, settings, what)
   if not record.exists():
     files.write_json(record, settings)
@@ -200,11 +196,7 @@ def contents(paths: Iterable[Path], known: Mapping[str, list[Any]]) -> dict[str,
 
 
 def check_same(folder: Path, was: Any, now: Any, what: str) -> None:
-  """Check that a directory was made from the same settings.
-
-  Raises:
-    ValueError: if not, naming the first difference.
-  """
+  """Raise ValueError, naming the first difference, if a directory has other settings."""
   if change := difference(was, now):
     raise ValueError(f'{folder} holds {what}: {change}; choose another directory')
 

@@ -42,7 +42,7 @@ def run(
     if config:
       config_flags.DEFINE_config_file('config')
     sys.argv = arguments.arrange(sys.argv, config, renamed or {})
-    if arguments.wants_help(sys.argv):
+    if arguments.HELP.intersection(sys.argv[1:]):
       print(arguments.help_text(sys.argv, keys))
       return
 
@@ -62,11 +62,7 @@ def run(
 
 
 def required(*names: str) -> None:
-  """Check that flags were given.
-
-  Raises:
-    ValueError: naming those that were not.
-  """
+  """Raise ValueError naming those of the flags that were not given."""
   missing = [f'--{name}' for name in names if flags.FLAGS[name].value in (None, '', [])]
   if missing:
     raise ValueError(f'expected {" and ".join(missing)} (see --help)')

@@ -25,11 +25,7 @@ def build(cfg: NextTokenConfig | DistillConfig, forward: Mapping[str, Callable])
 def setup(
   cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
 ) -> Setup:
-  """Set up a run's objective.
-
-  Raises:
-    ValueError: if what it needs is missing or does not fit the run.
-  """
+  """Set up a run's objective; raise ValueError if what it needs is missing or does not fit."""
   evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
   if isinstance(cfg.objective, DistillConfig):
     return teacher.setup(cfg, model, rep, mesh, evaluators)

@@ -53,11 +53,8 @@ def rows(
   """Evaluate every row of a split with its cluster's specialist: [rows,2] NLL and tokens.
 
   Rows are in file order, so that arrays of different models align. With level 0, `specialist` is
-  called once, for cluster 0. `advance` is called with the number of rows of each batch.
-
-  Raises:
-    ValueError: if the split has no rows.
-    FloatingPointError: if a loss is not finite.
+  called once, for cluster 0. `advance` is called with the number of rows of each batch. A split
+  without rows raises ValueError, a loss that is not finite FloatingPointError.
   """
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
@@ -131,10 +128,8 @@ def run(
   Losses of RUN@STEP go to eval-STEP.json and eval-STEP/. Results for other names stay, and results
   of the same weights and rows are not computed again. With `max_rows` that many evenly spaced rows
   are evaluated, without bits per byte: bytes are known of whole splits only. A run that holds
-  specialists evaluates every row with its own cluster's.
-
-  Raises:
-    FloatingPointError: if a loss is not finite; what was there stays.
+  specialists evaluates every row with its own cluster's. FloatingPointError is raised if a loss is
+  not finite; earlier results stay.
   """
   if not (names := missing(ref, path, names, max_rows)):
     return summaries(ref)
@@ -177,10 +172,9 @@ def _file(ref: str | Path, name: str) -> Path:
 
 
 def missing(ref: str | Path, path: str | Path, names: list[str], max_rows: int = 0) -> list[str]:
-  """List the 'set/split[@index]' names that RUN or RUN@STEP has no current evaluation on.
+  """List the 'set/split[@index]' names without a current evaluation of RUN or RUN@STEP.
 
-  Raises:
-    ValueError: if the data have no such set or split.
+  A name that the data lack raises ValueError.
   """
   known, step = summaries(ref), load.served_step(ref)
 

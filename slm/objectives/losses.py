@@ -24,9 +24,8 @@ def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def over_tokens(
-  fn: Callable[..., Any], weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float,
-  chunk: int,
-) -> Any:  # fmt: skip
+  fn: Callable, weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float, chunk: int
+) -> Any:
   """Apply fn(logits [b,c,v], targets [b,c]) -> arrays [b,c] to every position: arrays [b,t].
 
   The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens per device at a time;

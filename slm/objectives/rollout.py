@@ -37,10 +37,10 @@ def rewrite(
   """
   t = batch['inputs'].shape[1]
   ids, mask = prompts(batch['inputs'], batch['segments'], prompt)
+  vocabulary = {'end': tok.ends, 'known': tok.known}
   out = generate(
-    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_DRAW, end=tok.ends,
-    known=tok.known,
-  )  # fmt: skip
+    model, params, ids, mask, key, max_tokens=t - prompt + 1, sampler=_DRAW, **vocabulary
+  )
   tokens = jnp.concatenate([ids, out.tokens], axis=1)
   real = mask[:, -1:]
   nth = (jnp.arange(t) - (prompt - 1))[None]  # sampled token that a position predicts, from 0
@@ -59,8 +59,7 @@ def make_rewrite(
 ) -> Callable[..., loader.Batch]:
   """Make jitted f(theta, frozen, batch [accum,groups,rows,t], step) -> batch of the student's text.
 
-  Raises:
-    ValueError: if the run holds several models, or the prompt is not shorter than its rows.
+  Several models, or a prompt as long as the rows, raise ValueError.
   """
   prompt = cfg.objective.prompt
   if rep.clusters or not 1 <= prompt < cfg.context:

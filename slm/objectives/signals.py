@@ -45,11 +45,7 @@ class Signals:
   """A directory of signals, callable from rows to batch leaves."""
 
   def __init__(self, folder: str | Path):
-    """Open a complete directory.
-
-    Raises:
-      ValueError: if it holds no signals, is incomplete, or was written by another version.
-    """
+    """Open a directory; raise ValueError if it lacks signals or is of another version."""
     self.path = Path(folder)
     if not (self.path / ABOUT).exists():
       raise ValueError(f'{folder}: holds no {ABOUT}: make it with slm.signals')
@@ -67,8 +63,7 @@ class Signals:
   def __call__(self, columns: rows.Rows) -> dict[str, np.ndarray]:
     """Return the signals of rows [...,context]: 'teacher_ids' [...,t,k], probs and rest or entropy.
 
-    Raises:
-      ValueError: if a row with tokens has no signals.
+    A row with tokens but without signals raises ValueError.
     """
     lead = columns['tokens'].shape[:-1]
     flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in columns.items()}

@@ -99,11 +99,7 @@ def _weights(cfg, student, rep, mesh, loaded) -> tuple[Params, Params]:
 
 
 def open_signals(cfg: RunConfig) -> signals.Signals:
-  """Open the signals of a run.
-
-  Raises:
-    ValueError: if they have another tokenizer or context, or lack what the objective needs.
-  """
+  """Open the signals of a run; raise ValueError if they do not fit its data or objective."""
   cache = signals.Signals(cfg.teacher_cache)
   for key in ('tokenizer', 'context'):
     if cache.facts[key] != getattr(cfg, key):

@@ -79,11 +79,7 @@ class Placed:
 
 
 def read(path: Path) -> list[Cell]:
-  """Read a table of measured cells.
-
-  Raises:
-    ValueError: if the file is missing, is not such a table, or has a study without the plain SLM.
-  """
+  """Read a table of measured cells; raise ValueError if it is not one with the plain SLM."""
   if not path.is_file():
     raise ValueError(f'{path}: no such file; expected a table of measured cells')
   fields = {f.name: f.type for f in dataclasses.fields(Cell)}

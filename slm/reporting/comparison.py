@@ -62,11 +62,7 @@ def models(named: Sequence[str]) -> list[Model]:
 
 
 def check_tokenizers(models: Iterable[Model]) -> None:
-  """Refuse models with different tokenizers: their losses per token cannot be compared.
-
-  Raises:
-    ValueError: naming the first two runs that differ.
-  """
+  """Raise ValueError if runs have different tokenizers, so that losses per token do not compare."""
   first, *others = (ref for model in models for ref in model.refs)
   tokenizer = config.of(first).tokenizer
   for ref in others:
@@ -78,11 +74,7 @@ def check_tokenizers(models: Iterable[Model]) -> None:
 
 
 def shared_sets(models: Iterable[Model]) -> list[str]:
-  """List the sets that all runs were evaluated on.
-
-  Raises:
-    ValueError: if there is none.
-  """
+  """List the sets that all runs were evaluated on; raise ValueError if there is none."""
   summaries = [heldout.summaries(ref) for model in models for ref in model.refs]
   shared = [name for name in summaries[0] if all(name in summary for summary in summaries)]
   if not shared:

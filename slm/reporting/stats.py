@@ -117,10 +117,8 @@ def losses(
 ) -> dict[Hashable, Loss]:  # fmt: skip
   """Return each model's loss from the rows [rows,2] of every (model, seed) on one set.
 
-  num_bytes: of the set's text; 0: unknown. The set's name seeds the bootstrap.
-
-  Raises:
-    ValueError: if `documents` has another number of rows.
+  num_bytes: of the set's text; 0: unknown. The set's name seeds the bootstrap. `documents` of
+  another number of rows raise ValueError.
   """
   tokens = next(iter(rows.values()))[:, 1]
   if len(documents) not in (0, len(tokens)):

@@ -40,7 +40,7 @@ class Checkpoints:
     """
     self._directory = Path(directory).absolute()
     if keep:
-      processes.together(self._move_damaged_aside)
+      processes.together(lambda: jax.process_index() or self._move_damaged_aside())
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
@@ -90,10 +90,11 @@ class Checkpoints:
     return min(scored, key=lambda c: (c.metrics['loss'], -c.step)).step if scored else self.latest
 
   def save(
-    self, step: int, theta: Any, opt_state: Any = None, next_batch: int = 0,
-    loss: float | None = None,
-  ) -> None:  # fmt: skip
+    self, step: int, theta: Any, opt_state: Any = None, batch: int = 0, loss: float | None = None
+  ) -> None:
     """Start an asynchronous save; the state may be donated as soon as this returns.
+
+    `batch` is the number of the next batch. A checkpoint with a `loss` may become the best.
 
     Raises:
       OSError: if this save or the one before it fails, such as for lack of space, naming the newest
@@ -101,7 +102,7 @@ class Checkpoints:
     """
     items = {'theta': theta}
     if opt_state is not None:
-      items |= {'opt': opt_state, 'data': {'next': np.asarray(next_batch)}}
+      items |= {'opt': opt_state, 'data': {'next': np.asarray(batch)}}
     metrics = None if loss is None else {'loss': loss}
     with self._errors('saved'):
       self._sealed.result()
@@ -141,11 +142,9 @@ class Checkpoints:
 
   def _move_damaged_aside(self) -> None:
     steps = saved_steps(self._directory)
-    if jax.process_index() or not steps:
-      return
     problems = (damage(self._directory / str(step)) for step in steps)
     damaged = dict(zip(steps, itertools.takewhile(bool, problems), strict=False))
-    if len(damaged) == len(steps):
+    if steps and len(damaged) == len(steps):
       raise ValueError(f'no checkpoint is sound: {"; ".join(damaged.values())}')
     for step, problem in damaged.items():
       aside = self._directory.with_name('damaged') / str(step)
@@ -158,30 +157,19 @@ class Checkpoints:
       )
 
   def restore(self, step: int, theta: Any, opt_state: Any) -> tuple[Any, Any, int]:
-    """Return theta, opt_state and the next batch, laid out like the abstract arguments.
-
-    Raises:
-      OSError: if the checkpoint cannot be read.
-    """
+    """Return theta, opt_state and the next batch, laid out like the abstract arguments."""
     abstract = {'theta': theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
     with self._errors('read', step):
       items = self._checkpointer.load_checkpointables(step, abstract)
     return items['theta'], items['opt'], int(items['data']['next'])
 
   def restore_theta(self, step: int, theta: Any) -> Any:
-    """Return theta, laid out like the abstract argument.
-
-    Raises:
-      ValueError: if it is damaged, naming the file and the sound steps.
-      OSError: if the checkpoint cannot be read.
-    """
-    processes.together(lambda: self._check_theta(step))
+    """Return theta, laid out like the abstract argument; raise ValueError if it is damaged."""
+    processes.together(lambda: jax.process_index() or self._check_theta(step))
     with self._errors('read', step):
       return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
 
   def _check_theta(self, step: int) -> None:
-    if jax.process_index():
-      return
     if problem := damage(self._directory / str(step), 'theta'):
       steps = (s for s in self.steps if not damage(self._directory / str(s), 'theta'))
       sound = ', '.join(f'{self._directory.parent}@{s}' for s in steps)

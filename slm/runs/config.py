@@ -237,11 +237,7 @@ def read(values: Mapping[str, Any]) -> RunConfig:
 
 
 def of(ref: str | Path) -> RunConfig:
-  """Read the config of RUN or RUN@STEP.
-
-  Raises:
-    ValueError: if it is damaged, written by another version, or of a model of transformers.
-  """
+  """Read the config of RUN or RUN@STEP; raise ValueError if it is not one of this version."""
   try:
     return read(rundir.read_config(ref))
   except ValueError as e:
@@ -292,11 +288,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
 
 
 def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
-  """Read a config that has no data yet but gives the vocabulary and the context.
-
-  Raises:
-    ValueError: if one of them is missing.
-  """
+  """Read a config without data; raise ValueError unless it has the vocabulary and the context."""
   given = inherit(artifact.plain(config))
   context = given.get('context', context)
   if not (given['model']['vocab'] and context):
@@ -337,11 +329,7 @@ def shaped(given: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
 
 
 def check(cfg: RunConfig) -> None:
-  """Check that the keys of a training run fit together.
-
-  Raises:
-    ValueError: naming those that do not.
-  """
+  """Raise ValueError if keys of a training run do not fit together."""
   if cfg.steps < 1:
     raise ValueError(f'steps: expected at least 1, found {cfg.steps}')
   teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
@@ -370,11 +358,7 @@ def derive(parent: RunConfig, phase: str, **changes: Any) -> RunConfig:
 
 
 def check_run(workdir: Path, cfg: RunConfig) -> None:
-  """Check that a directory is empty or holds this run.
-
-  Raises:
-    ValueError: if it holds a run of another config, naming the first difference, or other files.
-  """
+  """Raise ValueError if a directory holds another run, naming the first difference, or files."""
   record = workdir / 'config.json'
   artifact.check(record, cfg.computed, 'another run', read=lambda path: of(path.parent).computed)
 

@@ -63,11 +63,7 @@ def build(cfg: RunConfig) -> tuple[models.Model, reparam.Reparam]:
 
 
 def check_groups(cfg: RunConfig, rep: reparam.Reparam, devices: int) -> None:
-  """Check that groups of rows fit the reparameterisation and the devices.
-
-  Raises:
-    ValueError: naming the keys that do not fit together.
-  """
+  """Raise ValueError if groups of rows do not fit the reparameterisation or the devices."""
   d = cfg.data
   if rep.clusters and rep.clusters != d.level:
     raise ValueError(
@@ -130,11 +126,7 @@ def served_step(ref: str | Path) -> int | None:
 
 
 def data_path(run: str | Path, data: str = '') -> str:
-  """Return the data directory `data`, or else the one that a run was trained on.
-
-  Raises:
-    ValueError: if there is neither.
-  """
+  """Return `data`, or else the data directory of a run; raise ValueError if there is neither."""
   path = data or config.of(run).data.path
   if not path:
     raise ValueError(f'{run}: names no data directory of its own: name one with --data')
@@ -163,11 +155,7 @@ def write_dense(
 
 
 def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
-  """Load the frozen weights that a run's theta changes: those of the run `init`.
-
-  Raises:
-    ValueError: if there is no such run or it was trained with another tokenizer.
-  """
+  """Load the frozen weights that theta changes, of the run `init`; raise ValueError if unfit."""
   if not cfg.init:
     raise ValueError(f'init: reparam {cfg.reparam.name!r} needs the run whose weights it changes')
   start = load(cfg.init, mesh, finished=True)
@@ -177,11 +165,7 @@ def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
 
 
 def same_clusters(loaded: Loaded, path: str | Path) -> None:
-  """Check that data have the clusters that a run with specialists was trained on.
-
-  Raises:
-    ValueError: naming both.
-  """
+  """Raise ValueError if data are clustered otherwise than a run with specialists was trained on."""
   if loaded.reparam.clusters and loaded.cfg.clustering != loader.clustering(path):
     raise ValueError(
       f'{loaded.path} was trained on other clusters than those of {path}, so its specialists do '
@@ -212,11 +196,7 @@ def tokenizer_of(loaded: Loaded) -> Path:
 
 
 def same_tokenizer(loaded: Loaded, fingerprint: str) -> None:
-  """Check that weights were trained with a tokenizer.
-
-  Raises:
-    ValueError: naming both fingerprints.
-  """
+  """Raise ValueError if weights were trained with another tokenizer than this fingerprint's."""
   if loaded.cfg.tokenizer != fingerprint:
     raise ValueError(
       f'{loaded.path} was trained with tokenizer {loaded.cfg.tokenizer[:12]}, '

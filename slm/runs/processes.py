@@ -103,11 +103,7 @@ def together(function: Callable[[], Any]) -> Any:
 
 
 def agree(cfg: Mapping[str, Any]) -> None:
-  """Check that the processes were started with the same config.
-
-  Raises:
-    ValueError: naming the first process and the first key that differ from process 0.
-  """
+  """Raise ValueError, naming process and key, if processes were started with different configs."""
   shared = {key: value for key, value in cfg.items() if key != 'distributed'}
   first, *others = (json.loads(text) for text in exchange(json.dumps(shared)))
   for index, other in enumerate(others, 1):

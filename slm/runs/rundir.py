@@ -29,11 +29,7 @@ def split_ref(ref: str | Path) -> tuple[Path, int | None]:
 
 
 def read_config(ref: str | Path) -> dict[str, Any]:
-  """Read the resolved config of RUN or RUN@STEP.
-
-  Raises:
-    ValueError: if it is damaged, or of a model of transformers.
-  """
+  """Read the config of RUN or RUN@STEP; raise ValueError if it is damaged or of transformers."""
   path = split_ref(ref)[0]
   if of_transformers(path):
     raise ValueError(
@@ -44,11 +40,7 @@ def read_config(ref: str | Path) -> dict[str, Any]:
 
 
 def refuse_unfinished(path: Path) -> None:
-  """Check that a directory is not an interrupted export.
-
-  Raises:
-    ValueError: if it is.
-  """
+  """Raise ValueError if a directory is an interrupted export."""
   if (path / LINEAGE).exists() and not (path / 'config.json').exists():
     raise ValueError(f'{path}: an export that was cut short: run `slm.hf export` again')
 
