@@ -1,1 +1,1 @@
-"""Files, the console, and objects by name: what everything stands on."""
+"""Files, directories that commands write, config schemas and the command line."""

@@ -125,7 +125,7 @@ def make_signal(loaded: load.Loaded, facts: Mapping[str, Any]) -> Callable[..., 
   def signal(params, batch, keys):
     params = tree.cast(params, jnp.dtype(cfg.dtype))
     out = loaded.model.forward(params, batch)
-    # Where nothing is drawn any array [b,t] will do.
+    # Modes without draws ignore this array [b,t].
     uniforms = jax.vmap(uniform)(keys) if sampled else batch['inputs']
     split = lambda x: losses.split(cfg.objective.chunk, x)
     one = lambda x: reduce(logits(head(params), x[0], out.cap)[..., :vocab], x[1])

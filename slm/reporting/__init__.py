@@ -1,1 +1,1 @@
-"""From run directories to tables, plots and pages."""
+"""Tables, plots and pages made from run directories."""

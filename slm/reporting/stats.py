@@ -142,7 +142,7 @@ def documents(data: str | Path, name: str) -> np.ndarray:
 
 
 def training_cost(ref: Path) -> Cost | None:
-  """Add up the training phases of RUN, or of RUN@STEP up to that step; None without a ledger."""
+  """Add up the costs of RUN, or of RUN@STEP so far, without evaluations; None without a ledger."""
   path, step = rundir.split_ref(ref)
   if step is not None:
     line = next((x for x in rundir.read_metrics(path) if x['step'] == step), None)

@@ -1,1 +1,1 @@
-"""A run as a directory: config, checkpoints, cost ledger, and loading it."""
+"""Run directories: config, checkpoints, cost ledger, loading."""

@@ -70,7 +70,7 @@ class NextTokenConfig(ObjectiveConfig):
 class DistillConfig(ObjectiveConfig):
   """(1 - mixing) CE + mixing T^2 KL to a teacher."""
 
-  chunk: int = 256  # half of next_token's: two models' logits at once
+  chunk: int = 256  # tokens whose logits, of both models, exist at once on a device
   temperature: float = 1.0
   mixing: float = 0.5
   kl: str = 'forward'  # forward | reverse | jsd | cosine | mse | wsl

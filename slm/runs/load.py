@@ -155,7 +155,7 @@ def write_dense(
 
 
 def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
-  """Load the frozen weights that theta changes, of the run `init`; raise ValueError if unfit."""
+  """Load the frozen weights that theta changes, those of `init`; raise ValueError if none fits."""
   if not cfg.init:
     raise ValueError(f'init: reparam {cfg.reparam.name!r} needs the run whose weights it changes')
   start = load(cfg.init, mesh, finished=True)

@@ -1,1 +1,1 @@
-"""The train loop, the step, the optimiser, what is recorded, what is planned."""
+"""The train loop, steps, the optimiser, the recorder and the plan."""

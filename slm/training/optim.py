@@ -48,7 +48,7 @@ SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqr
 
 
 def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:
-  """Build the learning rate by step; raise ValueError if its name or warm-up is impossible."""
+  """Build the learning rate by step; ValueError: an unknown name, too long a warm-up."""
   if cfg.name not in SCHEDULES:
     raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {cfg.name!r}')
   if not 0 <= cfg.warmup < steps:

@@ -83,7 +83,7 @@ def plan(
   flops = step_flops(cfg, model, rep, theta, added)
   served, active = num_params(model.cfg), active_params(model.cfg)
   idle = 0.0  # FLOPs of experts that are computed but not chosen
-  if chip == HERE:  # which a measured step includes
+  if chip == HERE:  # the time of a measured step includes them
     hardware, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
   else:
     hardware = CHIPS[chip]
