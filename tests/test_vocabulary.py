@@ -174,7 +174,7 @@ def test_ids_that_files_beside_a_tokenizer_name_stay_and_are_renumbered(tmp_path
   assert all(new[ids[token]] == i for token, i in smaller_ids.items())
   assert len(smaller_ids) == least - len(reserved)
   counts = counts[: rows - 2]
-  with pytest.raises(ValueError, match='the settings beside it name the id .* no row has'):
+  with pytest.raises(ValueError, match='the settings beside it name the id .*, the model has'):
     vocabulary.reduce(whole, counts, least)
 
 
@@ -220,10 +220,10 @@ def test_another_beginning_of_texts(old, tmp_path):
   assert vocabulary.begin_with(new, [begin]) == new
   back = vocabulary.begin_with(new, [])
   for changed, before in ((new, [begin]), (back, [])):
-    found = tokenizers.Tokenizer.from_str(changed)
-    found.no_truncation()
+    model_with = tokenizers.Tokenizer.from_str(changed)
+    model_with.no_truncation()
     for sample in ('', 'a', ' two words', 'é <s>'):
-      bare = found.encode(sample, add_special_tokens=False).ids
-      assert found.encode(sample).ids == [*before, *bare, *after]
-      assert found.encode(sample, 'a').ids == [*before, *bare, *after, *before,
-        *found.encode('a', add_special_tokens=False).ids, *after]  # fmt: skip
+      bare = model_with.encode(sample, add_special_tokens=False).ids
+      assert model_with.encode(sample).ids == [*before, *bare, *after]
+      assert model_with.encode(sample, 'a').ids == [*before, *bare, *after, *before,
+        *model_with.encode('a', add_special_tokens=False).ids, *after]  # fmt: skip

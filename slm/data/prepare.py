@@ -292,7 +292,7 @@ def _tokenizer(cfg: PrepareConfig, out: Path, cuts: list[documents.Cut]) -> list
   def build(c: TokenizerConfig) -> dict[str, Any]:
     sample = documents.sample(cuts, _SAMPLE, cfg.seed)
     tokenizer.build(c.name, c.vocab, c.path, sample, folder)
-    return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.CARRIED]}
+    return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
 
   return work.run(work.Pool(1), 'tokenizer', build, {folder / 'stage.json': cfg.tokenizer})
 

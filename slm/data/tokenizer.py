@@ -1,4 +1,4 @@
-"""SentencePiece, byte and Hugging Face tokenizers behind encode, decode and ids."""
+"""SentencePiece, byte and Hugging Face tokenizers behind one interface."""
 
 import abc
 import dataclasses
@@ -17,13 +17,13 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from slm.base import files
-from slm.data import beside
-from slm.data.beside import SETTINGS as SETTINGS
+from slm.data import sidecars
+from slm.data.sidecars import SETTINGS as SETTINGS
 
-# SentencePiece writes a space as U+2581, so a real U+2581 must go round it, as three byte pieces.
+# SentencePiece writes a space as U+2581, so U+2581 in a text is encoded as its three bytes.
 _SPACE = '\u2581'
-_LINE = 2000  # characters per training sentence; SentencePiece drops those over 4192 bytes
-# What these tokens are called where no file says it.
+_LINE = 2000  # characters per training sentence; SentencePiece drops sentences over 4192 bytes
+# Usual texts of special tokens, tried in this order where no file names one.
 _USUAL = {
   'bos': ('<s>', '<bos>', '<|begin_of_text|>', '<|im_start|>', '[CLS]', '<|endoftext|>'),
   'eos': ('</s>', '<eos>', '<|end_of_text|>', '<|im_end|>', '[SEP]', '<|endoftext|>'),
@@ -33,29 +33,31 @@ _USUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-  """Ids that are not text; None where the tokenizer has no such token."""
+  """Ids of special tokens; None where the tokenizer has no such token."""
 
   pad: int | None
   bos: int | None
-  eos: int  # what training writes after a text
+  eos: int  # written after every text in training
 
 
 class Tokenizer(abc.ABC):
   """Text to token ids and back.
 
-  `fingerprint` is the SHA-256 of the file that defines it; where files beside that one change the
-  ids of a text, of both.
+  `fingerprint` is the SHA-256 of the tokenizer's file and of the changes that the files beside it
+  make to the ids of a text.
   """
 
   name: str
   fingerprint: str
   ids: Ids
-  ends: frozenset[int]  # any of them ends a text that a model writes
-  begins: bool  # whether the begin token is put before every text
-  known: np.ndarray  # bool [vocab]: ids that have a token, there may be gaps
+  ends: frozenset[int]  # each of these ids ends a generated text
+  begins: bool  # whether every text begins with the begin token
+  known: np.ndarray  # bool [vocab]: ids that have a token; there may be gaps
   prefix_space: bool = False  # whether a space is put before every text
-  chat_template: str | None = None  # Jinja, as transformers has it
-  _printed: np.ndarray  # bool [vocab]
+  chat_template: str | None = None  # Jinja source, as transformers stores it
+  _printed: np.ndarray  # bool [vocab]: ids that `decode` turns into text
+  _unk: int | None = None
+  _token: Callable[[int], str | None]  # the text of an id
 
   @property
   def vocab(self) -> int:
@@ -78,41 +80,81 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
-    """Decode; special tokens and ids without a token give nothing."""
+    """Decode, skipping special tokens and ids without a token."""
 
   def begun(self, text: str, begin: Sequence[int]) -> list[int]:
-    """Encode with the ids `begin` before the text, unless it has its begin token already."""
+    """Encode, with the ids `begin` first unless the text itself starts with the begin token."""
     ids = self.encode(text)
     return ids if ids[:1] == [self.ids.bos] else [*begin, *ids]
 
-  def continued(self, before: Sequence[int], more: Sequence[int]) -> str:
-    """Return the text that `more` adds after `before`: the decoded whole less what both begin with.
+  def continued(self, context: Sequence[int], continuation: Sequence[int]) -> str:
+    """Return the text that a continuation adds to a context.
 
-    Decoded alone, a continuation could lose its first space, or a part of a character.
+    Both are decoded together: decoded alone, a continuation could lose its first space or a part of
+    a character.
     """
-    texts = [self.decode(before), self.decode([*before, *more])]
+    texts = [self.decode(context), self.decode([*context, *continuation])]
     return texts[1][len(os.path.commonprefix(texts)) :]
 
-  @abc.abstractmethod
   def special(self) -> dict[str, str]:
-    """Return the text of the tokens that are not text by what they are for; bytes have none."""
+    """Return the text of each special token by its role ('bos', 'eos', 'pad', 'unk')."""
+    ids = dataclasses.asdict(self.ids) | {'unk': self._unk}
+    return {role: self._token(i) for role, i in ids.items() if i is not None}
 
-  def _prints(self, special: Iterable[int]) -> np.ndarray:
-    """Say which ids are printed, bool [vocab]: not begin, end and other special tokens."""
-    printed = self.known.copy()
-    silent = {*special, *self.ends, self.ids.bos} - {None}
-    printed[[i for i in silent if i < self.vocab]] = False
-    return printed
+  def _set_special(
+    self,
+    path: pathlib.Path,
+    beside: sidecars.Sidecars,
+    find: Callable[[str], int | None],
+    **own: int,
+  ) -> None:
+    """Set the ids of special tokens, and all ids that end a text.
 
-  def _kept(self, ids: Sequence[int]) -> list[int]:
-    """Return those of the ids that are printed."""
-    found = np.asarray(ids, np.int64)
-    found = found[(found >= 0) & (found < self.vocab)]
-    return found[self._printed[found]].tolist()
+    The first source that names a role decides: the settings beside the tokenizer (where they name
+    an end token, a role that they leave out is absent), the tokenizer's `own` ids, the configs of
+    its model, the usual texts.
+
+    Raises:
+      ValueError: if a named begin or end token is not in the vocabulary, or no source names an end
+        token.
+    """
+
+    def choose(role: str) -> int | None:
+      if text := beside.named.get(role):
+        if (i := find(text)) is None and role != 'pad':
+          settings = path.parent / SETTINGS
+          raise ValueError(f'{settings}: {role}_token is {text!r}, which is not in the vocabulary')
+        return i
+      if role in beside.named and role != 'eos':
+        return None
+      if role in own or beside.named.get('eos'):
+        return own.get(role)
+      configured = [i for i in beside.ids[role] if i < self.vocab and self.known[i]]
+      usual = (find(text) for text in _USUAL[role])
+      return next((i for i in (*configured, *usual) if i is not None), None)
+
+    pad, bos, eos = (choose(role) for role in ('pad', 'bos', 'eos'))
+    if eos is None:
+      usual = ', '.join(_USUAL['eos'])
+      raise ValueError(
+        f'{path}: no file names an end token, and the vocabulary has none of {usual}'
+      )
+    self.ids, self.ends = Ids(pad, bos, eos), frozenset([eos, *beside.ids['eos']])
+    self.chat_template = beside.chat_template
+
+  def _hide_special(self, special: Iterable[int] = ()) -> None:
+    """Keep `decode` from printing begin, end and other `special` tokens."""
+    hidden = [i for i in {*special, *self.ends, self.ids.bos} if i is not None]
+    self._printed = self.known & ~np.isin(np.arange(self.vocab), hidden)
+
+  def _printable(self, ids: Sequence[int]) -> list[int]:
+    values = np.asarray(ids, np.int64)
+    values = values[(values >= 0) & (values < self.vocab)]
+    return values[self._printed[values]].tolist()
 
 
 class Bytes(Tokenizer):
-  """UTF-8 bytes; the fallback that fits every text."""
+  """UTF-8 bytes, which encode any text without training."""
 
   name = 'bytes'
   begins = True
@@ -133,64 +175,53 @@ class Bytes(Tokenizer):
     return [b + self._offset for b in text.encode()]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Decode; a cut character becomes U+FFFD."""
-    kept = bytes(int(i) - self._offset for i in ids if self._offset <= i < self.vocab)
-    return kept.decode('utf-8', errors='replace')
+    """Decode; an incomplete character becomes U+FFFD."""
+    data = bytes(int(i) - self._offset for i in ids if self._offset <= i < self.vocab)
+    return data.decode('utf-8', errors='replace')
 
 
 BYTES = {'name': 'bytes', 'offset': 3}
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model and what the files beside it add; decode(encode(x)) == x with bytes.
+  """A SentencePiece model with the tokens and settings of the files beside it.
 
-  Its texts begin with the begin token, unless settings beside it leave that out.
+  With byte pieces, decode(encode(text)) == text. Texts begin with the begin token unless the
+  settings say otherwise.
   """
 
   name = 'sentencepiece'
 
   def __init__(self, path: pathlib.Path):
-    content, about = path.read_bytes(), beside.read(path.parent)
+    content, beside = path.read_bytes(), sidecars.read(path.parent)
+    settings = beside.settings
     with files.reading(path, 'a SentencePiece model'):
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-      own_prefix = self._model.encode('a', out_type=str)[0].startswith(_SPACE)
-    m = self._model
-    self._unk, size = m.unk_id(), m.get_piece_size()
-    self._escape = [m.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
-    # Those of the model itself are text, but in a directory of transformers.
-    control = [m.id_to_piece(i) for i in range(size) if m.is_control(i)] if about.settings else []
-    self._added = _Added(about, control, self._piece, size)
-    self.known = np.arange(max([size - 1, *self._added.ids.values()]) + 1) < size
-    self.known[[*self._added.ids.values()]] = True
-    own = {'bos': m.bos_id(), 'eos': m.eos_id(), 'pad': m.pad_id()}
-    own = {which: i for which, i in own.items() if i >= 0}
-    self.ids, self.ends = _choose(path, about, self._find, own, self.known)
-    self.chat_template = about.chat_template
-    said = about.settings.get('add_bos_token', not about.settings)
-    self.begins = bool(said) and self.ids.bos is not None
-    prefix = about.settings.get('add_prefix_space')
-    self.prefix_space = own_prefix if prefix is None else bool(prefix)
-    if self.prefix_space != own_prefix:
+      self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
+      model_prefix = model.encode('a', out_type=str)[0].startswith(_SPACE)
+    self._unk = model.unk_id()
+    self._token = lambda i: added.text.get(i) or model.id_to_piece(i)
+    self._escape = [model.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
+    self._added = added = _AddedTokens(beside, model)
+    self.known = _mask([*range(model.get_piece_size()), *added.text])
+    own = {'bos': model.bos_id(), 'eos': model.eos_id(), 'pad': model.pad_id()}
+    find = lambda text: added.ids.get(text, _piece_id(model, text))
+    self._set_special(path, beside, find, **{role: i for role, i in own.items() if i >= 0})
+    self.begins = bool(settings.get('add_bos_token', not settings)) and self.ids.bos is not None
+    prefix = settings.get('add_prefix_space')
+    self.prefix_space = model_prefix if prefix is None else bool(prefix)
+    if self.prefix_space != model_prefix:
       self._model = _with_prefix(content, self.prefix_space)
-    alike = not (self.prefix_space and self._added.ids)
-    self._inner = self._model if alike else _with_prefix(content, False)
-    # After an added token too a space is put, if the settings are of the older way of reading.
-    self._legacy = not alike and bool(about.settings.get('legacy'))
-    self._printed = self._prints(self._added.special)
+    # Text after an added token gets no space before it, except under the `legacy` setting.
+    differs = self.prefix_space and bool(added.ids)
+    self._inner = _with_prefix(content, False) if differs else self._model
+    self._legacy = differs and bool(settings.get('legacy'))
+    self._hide_special(added.special)
     changes: dict[str, Any] = {
-      'added': {t: i for t, i in sorted(self._added.ids.items()) if self._piece(t) != i},
+      'added': {t: i for t, i in sorted(added.ids.items()) if _piece_id(model, t) != i},
       'begins': None if self.begins else False,
-      'prefix_space': None if self.prefix_space == own_prefix else self.prefix_space,
+      'prefix_space': None if self.prefix_space == model_prefix else self.prefix_space,
     }
     self.fingerprint = _fingerprint(content, changes)
-
-  def _piece(self, text: str) -> int | None:
-    """Return the id of a piece of the model, None if it has none of that text."""
-    i = self._model.piece_to_id(text)
-    return i if self._model.id_to_piece(i) == text else None
-
-  def _find(self, text: str) -> int | None:
-    return self._added.ids.get(text, self._piece(text))
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
@@ -208,221 +239,185 @@ class SentencePiece(Tokenizer):
   def _encode(self, model: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     if _SPACE not in text or self._unk in self._escape:
       return model.encode(text)
-    parts = model.encode(text.split(_SPACE))
-    return parts[0] + [i for part in parts[1:] for i in self._escape + part]
+    first, *others = model.encode(text.split(_SPACE))
+    return first + [i for part in others for i in self._escape + part]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Decode; begin, end, padding and other special tokens give nothing."""
-    kept, text = self._kept(ids), ''
+    """Decode, skipping special tokens and ids without a token."""
+    ids, text = self._printable(ids), ''
     if not self._added.ids:
-      return self._model.decode(kept)
-    groups = itertools.groupby(kept, lambda i: self._added.text.get(i))
-    for number, (token, group) in enumerate(groups):
+      return self._model.decode(ids)
+    for number, (token, group) in enumerate(itertools.groupby(ids, self._added.text.get)):
       model = self._inner if number else self._model
       text += token * len([*group]) if token else model.decode([*group])
     return text
 
-  def special(self) -> dict[str, str]:
-    """Return the text of the tokens that are not text by what they are for."""
-    ids = {**dataclasses.asdict(self.ids), 'unk': self._unk if self._unk >= 0 else None}
-    names = lambda i: self._added.text.get(i) or self._model.id_to_piece(i)
-    return {which: names(ids[which]) for which in sorted(ids) if ids[which] is not None}
 
-
-class _Added:
-  """Tokens that files beside a SentencePiece model add, and how they cut a text.
+class _AddedTokens:
+  """Tokens that the files beside a SentencePiece model add, and how they split a text.
 
   The tokenizers library finds them, as it does for transformers: the longest first, with their
-  flags for the white space beside them.
+  flags for surrounding white space.
   """
 
-  def __init__(
-    self, about: beside.Beside, control: Sequence[str], piece: Callable[[str], int | None],
-    size: int,
-  ):  # fmt: skip
+  def __init__(self, beside: sidecars.Sidecars, model: sentencepiece.SentencePieceProcessor):
     self.ids: dict[str, int] = {}
-    tokens = [token for _, token in about.added]
-    free = itertools.count(max([size - 1, *(i for i, _ in about.added if i is not None)]) + 1)
-    for i, token in about.added:
-      own = piece(token.content) if i is None else i
+    size, tokens = model.get_piece_size(), [token for _, token in beside.added]
+    free = itertools.count(max([size - 1, *(i for i, _ in beside.added if i is not None)]) + 1)
+    for i, token in beside.added:
+      own = _piece_id(model, token.content) if i is None else i
       self.ids[token.content] = next(free) if own is None else own
-    for text in filter(None, [*control, *about.named.values()]):
-      if text not in self.ids and (i := piece(text)) is not None:
+    # Control pieces are split off as transformers does; a model alone reads them as characters.
+    control = [i for i in range(size) if model.is_control(i)] if beside.settings else []
+    for text in filter(None, [*map(model.id_to_piece, control), *beside.named.values()]):
+      if text not in self.ids and (i := _piece_id(model, text)) is not None:
         self.ids[text] = i
         tokens.append(tokenizers.AddedToken(text, special=True))
-    special = {token.content for token in tokens if token.special}
-    self.special = {self.ids[text] for text in special}
+    self.special = {self.ids[token.content] for token in tokens if token.special}
     self.text = {i: text for text, i in self.ids.items()}
     self._splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel({'': 0}, unk_token=''))
     self._splitter.add_tokens(tokens)
 
   def split(self, text: str) -> list[int | str]:
-    """Cut a text into ids of added tokens and the texts between them."""
+    """Split a text into ids of added tokens and the texts between them."""
     if not self.ids:
       return [text]
-    cut = self._splitter.encode(text, add_special_tokens=False)
+    parts = self._splitter.encode(text, add_special_tokens=False)
     return [
       self.ids[token] if token else text[first:last]
-      for token, (first, last) in zip(cut.tokens, cut.offsets, strict=True)
+      for token, (first, last) in zip(parts.tokens, parts.offsets, strict=True)
     ]
 
 
+def _piece_id(model: sentencepiece.SentencePieceProcessor, text: str) -> int | None:
+  """Return the id of a piece, or None where the model has no piece with that text."""
+  i = model.piece_to_id(text)
+  return i if model.id_to_piece(i) == text else None
+
+
 def _with_prefix(content: bytes, prefix: bool) -> sentencepiece.SentencePieceProcessor:
-  """Return a SentencePiece model that puts a space before every text, or none."""
+  """Load a SentencePiece model that puts a space before every text, or none."""
   model = sentencepiece_model_pb2.ModelProto.FromString(content)
   model.normalizer_spec.add_dummy_prefix = prefix
   return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 class HuggingFace(Tokenizer):
-  """A tokenizer.json of the tokenizers library. Whether it is lossless is the file's affair.
+  """A tokenizer.json of the tokenizers library, which decides whether encoding is lossless."""
 
-  A truncation, padding or dropout that was saved in it is of the job that saved it: switched off.
-  """
-
-  name = 'huggingface'  # whether it puts a space before texts, its own file says
+  name = 'huggingface'
 
   def __init__(self, path: pathlib.Path):
-    about = beside.read(path.parent)
+    beside = sidecars.read(path.parent)
     with files.reading(path, 'a tokenizer.json'):
       text = path.read_text()
-      self._model = m = tokenizers.Tokenizer.from_str(text)
-      m.no_truncation()
-      m.no_padding()
-      if getattr(m.model, 'dropout', None):
-        m.model.dropout = None
-      own = m.get_vocab()
-      m.add_tokens([token for _, token in about.added])
-      has = m.get_vocab()
-      m.add_special_tokens([t for t in about.named.values() if t in has])
-      # As the file's post-processor has it; transformers reads `add_bos_token` without one alone.
-      whole = m.encode('a')
-      masked = zip(whole.ids, whole.special_tokens_mask, strict=True)
-      prefix = [i for i, _ in itertools.takewhile(lambda x: x[1], masked)]
-    for i, token in about.added:  # of tokens that are in both the file has the say
-      got = m.token_to_id(token.content)
-      if token.content not in own and i not in (None, got):
+      self._model = model = parse(text)
+      self._token = model.id_to_token
+      own = model.get_vocab()
+      model.add_tokens([token for _, token in beside.added])
+      vocab = model.get_vocab()
+      model.add_special_tokens([token for token in beside.named.values() if token in vocab])
+      # The post-processor decides; transformers reads `add_bos_token` only where there is none.
+      prefix, _ = affixes(model)
+    for i, token in beside.added:  # the ids of tokens in both files are those of tokenizer.json
+      if token.content not in own and i not in (None, actual := vocab.get(token.content)):
         raise ValueError(
-          f'{path}: {token.content!r} would get the id {got}, the files beside it give it {i}'
+          f'{path}: {token.content!r} would get the id {actual}, the files beside it give it {i}'
         )
     if len(prefix) > 1:
       raise ValueError(f'{path}: puts {len(prefix)} tokens before a text, expected one or none')
-    vocab = m.get_vocab()
-    self.known = np.zeros(max(vocab.values()) + 1, bool)
-    self.known[[*vocab.values()]] = True
-    self.ids, self.ends = _choose(path, about, m.token_to_id, {}, self.known)
+    self.known = _mask([*vocab.values()])
+    self._set_special(path, beside, vocab.get)
     self.begins = bool(prefix)
     if prefix:
       self.ids = dataclasses.replace(self.ids, bos=prefix[0])
-    self.chat_template = about.chat_template
-    self._printed = self._prints(())
+    self._hide_special()
     changes = {'added': {t: i for t, i in sorted(vocab.items()) if t not in own}}
     self.fingerprint = _fingerprint(text.encode(), changes)
-
-  def tokens(self) -> dict[str, int]:
-    """Return the id of every token."""
-    return self._model.get_vocab()
-
-  def special(self) -> dict[str, str]:
-    """Return the text of the tokens that are not text by what they are for."""
-    ids = dataclasses.asdict(self.ids)
-    return {which: self._model.id_to_token(i) for which, i in ids.items() if i is not None}
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
     return self._model.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Decode; begin, end and other special tokens give nothing."""
-    return self._model.decode(self._kept(ids), skip_special_tokens=True)
+    """Decode, skipping special tokens and ids without a token."""
+    return self._model.decode(self._printable(ids), skip_special_tokens=True)
 
 
-def _choose(
-  path: pathlib.Path, about: beside.Beside, find: Callable[[str], int | None],
-  own: Mapping[str, int], known: np.ndarray,
-) -> tuple[Ids, frozenset[int]]:  # fmt: skip
-  """Return the ids that are not text and those that end one, from the first file that says.
+def parse(text: str) -> tokenizers.Tokenizer:
+  """Parse a tokenizer.json, without the truncation, padding and dropout that were saved in it."""
+  model = tokenizers.Tokenizer.from_str(text)
+  model.no_truncation()
+  model.no_padding()
+  if getattr(model.model, 'dropout', None):
+    model.model.dropout = None
+  return model
 
-  Settings beside the tokenizer come first: what they leave out beside an end token is absent. Then
-  the tokenizer's `own`, the configs of its model, and usual names.
 
-  Raises:
-    ValueError: naming the file, if it names a begin or end token that is not there, or none ends.
-  """
+def affixes(model: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+  """Return the ids that a tokenizer's post-processor puts before and after every text."""
+  encoded = model.encode('a')
+  mask = encoded.special_tokens_mask
+  if all(mask):
+    return encoded.ids, []
+  return encoded.ids[: mask.index(0)], encoded.ids[len(mask) - mask[::-1].index(0) :]
 
-  def choose(which: str) -> int | None:
-    if text := about.named.get(which):
-      if (i := find(text)) is None and which != 'pad':
-        where = about.folder / SETTINGS
-        raise ValueError(f'{where}: the vocabulary has none of the tokens {text}')
-      return i
-    if which in about.named and which != 'eos':
-      return None
-    if which in own or about.named.get('eos'):
-      return own.get(which)
-    said = [i for i in about.ids[which] if i < len(known) and known[i]]
-    usual = (find(text) for text in _USUAL[which])
-    return next((i for i in (*said, *usual) if i is not None), None)
 
-  pad, bos, eos = (choose(which) for which in ('pad', 'bos', 'eos'))
-  if eos is None:
-    names = ', '.join(_USUAL['eos'])
-    raise ValueError(f'{path}: no file says how texts end, and it has none of the tokens {names}')
-  return Ids(pad, bos, eos), frozenset([eos, *about.ids['eos']])
+def _mask(ids: Sequence[int]) -> np.ndarray:
+  """Return which ids up to the largest are among `ids`, bool [max + 1]."""
+  return np.isin(np.arange(max(ids) + 1), ids)
 
 
 def _fingerprint(content: bytes, changes: Mapping[str, Any]) -> str:
-  """Hash what defines a tokenizer: its file, and what is read otherwise because of others."""
-  said = {name: value for name, value in changes.items() if value not in (None, {})}
-  more = json.dumps(said, sort_keys=True).encode() if said else b''
-  return hashlib.sha256(content + more).hexdigest()
+  """Hash a tokenizer's file and the changes that other files make to its ids."""
+  made = {name: value for name, value in changes.items() if value not in (None, {})}
+  suffix = json.dumps(made, sort_keys=True).encode() if made else b''
+  return hashlib.sha256(content + suffix).hexdigest()
 
 
-FILES = {  # the first that a folder holds is read
+KINDS = {  # by file name, in order of preference
   'tokenizer.json': HuggingFace,
   'tokenizer.model': SentencePiece,
   'bytes.json': Bytes,
 }
-
-
-CARRIED = (*FILES, *beside.FILES)  # all that is read
+FILES = (*KINDS, *sidecars.FILES)  # every file that `load` reads
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-  """Load from a prepared data directory's `tokenizer/`, any folder that holds one, or a file.
+  """Load a tokenizer from a file, or a folder such as `tokenizer/` of a prepared data directory.
 
   Raises:
-    FileNotFoundError: if there is none.
-    ValueError: naming the file that is damaged, or the two that are of different tokenizers.
+    FileNotFoundError: if the folder holds no tokenizer.
+    ValueError: if a file is damaged, or two files are of different tokenizers; names them.
   """
   path = pathlib.Path(path)
   if path.is_file():
-    kind = SentencePiece if path.suffix == '.model' else HuggingFace
-    return FILES.get(path.name, kind)(path)
-  name = next((name for name in FILES if (path / name).exists()), None)
+    default = SentencePiece if path.suffix == '.model' else HuggingFace
+    return KINDS.get(path.name, default)(path)
+  name = next((name for name in KINDS if (path / name).exists()), None)
   if name is None:
-    raise FileNotFoundError(f'{path}: expected one of {", ".join(FILES)}, found none')
-  tok = FILES[name](path / name)
+    raise FileNotFoundError(f'{path}: expected one of {", ".join(KINDS)}, found none')
+  tok = KINDS[name](path / name)
   if isinstance(tok, HuggingFace) and (path / 'tokenizer.model').exists():
     _check_agree(tok, path)
   return tok
 
 
 def _check_agree(tok: HuggingFace, folder: pathlib.Path) -> None:
-  """Refuse a SentencePiece model beside a tokenizer.json that numbers the same pieces otherwise.
+  """Refuse a tokenizer.json and a SentencePiece model that number the same pieces differently.
 
-  Other files are called tokenizer.model too, tiktoken's for instance: they are not read.
+  A tokenizer.model in another format, such as tiktoken's, is ignored.
   """
   try:
     content = (folder / 'tokenizer.model').read_bytes()
-    other = sentencepiece.SentencePieceProcessor(model_proto=content)
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
   except RuntimeError:
     return
-  vocab = tok.tokens()
-  for i in range(other.get_piece_size()):
-    if other.is_control(i) or other.is_unknown(i) or other.is_unused(i):
-      continue  # what these are called is often changed
-    if vocab.get(piece := other.id_to_piece(i), i) != i:
+  vocab = tok._model.get_vocab()
+  for i in range(model.get_piece_size()):
+    if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+      continue  # these are often renamed
+    if vocab.get(piece := model.id_to_piece(i), i) != i:
       raise ValueError(
         f'{folder}: tokenizer.json and tokenizer.model are of different tokenizers ({piece!r} has '
         f'the id {vocab[piece]} in one and {i} in the other): remove the one that is not used'
@@ -430,20 +425,20 @@ def _check_agree(tok: HuggingFace, folder: pathlib.Path) -> None:
 
 
 def build(name: str, vocab: int, path: str, sample: Iterable[str], out: pathlib.Path) -> Tokenizer:
-  """Write the tokenizer's files into the folder `out` and load it.
+  """Write a tokenizer's files into the folder `out` and load it.
 
-  With `path`, a file or a folder, it is the one there, with all files beside it that are read; else
-  `name` is bytes, or sentencepiece, trained on `sample`.
+  With `path`, a file or a folder, that tokenizer and every file beside it that `load` reads are
+  copied. Otherwise `name` is 'bytes', or 'sentencepiece', which is trained on `sample`.
   """
   if path:
-    tok, source = load(path), pathlib.Path(path)  # refuse a wrong file before it is copied
-    kind = next(name for name, kind in FILES.items() if isinstance(tok, kind))
+    tok, source = load(path), pathlib.Path(path)  # a damaged file is refused before it is copied
+    kind = next(name for name, kind in KINDS.items() if isinstance(tok, kind))
     folder = source if source.is_dir() else source.parent
-    parts = {part: folder / part for part in beside.FILES if (folder / part).exists()}
-    parts[kind] = source / kind if source.is_dir() else source
-    for part, file in parts.items():
-      with files.replacing(out / part) as temporary:
-        temporary.write_bytes(file.read_bytes())
+    copies = {name: folder / name for name in sidecars.FILES if (folder / name).exists()}
+    copies[kind] = source / kind if source.is_dir() else source
+    for name, original in copies.items():
+      with files.replacing(out / name) as temporary:
+        temporary.write_bytes(original.read_bytes())
   elif name == 'bytes':
     files.write_json(out / 'bytes.json', BYTES)
   else:
@@ -453,10 +448,10 @@ def build(name: str, vocab: int, path: str, sample: Iterable[str], out: pathlib.
 
 
 def train(sample: Iterable[str], vocab: int) -> bytes:
-  """Train byte-pair encoding on the sample; the model depends on text and vocab alone.
+  """Train byte-pair encoding on a sample; the model depends on the sample and vocab alone.
 
-  Merges are counted exactly, so the number of threads (left at the library's 16) cannot change
-  the result. Newlines and rare characters become byte pieces; nothing is normalised.
+  Merges are counted exactly, so the number of threads (the library's default of 16) does not change
+  the result. Newlines and rare characters become byte pieces; text is not normalised.
   """
   lines = (
     line[i : i + _LINE]
