@@ -37,11 +37,11 @@ def test_assignment_equals_predict(model):
 
 
 def test_topics_are_found(model):
-  found = cluster.assign(model.centroids, cluster.embed(model, TEXTS)[0])
-  found = model.parents[4][found]
+  clusters = cluster.assign(model.centroids, cluster.embed(model, TEXTS)[0])
+  clusters = model.parents[4][clusters]
   topic = np.arange(len(TEXTS)) % 4
   for c in range(4):
-    assert len(np.unique(topic[found == c])) == 1
+    assert len(np.unique(topic[clusters == c])) == 1
 
 
 def test_levels_are_nested(model):

@@ -24,14 +24,14 @@ def state(out: str) -> dict[str, str]:
   """Hash everything that training reads, without how long it took to make."""
   root = pathlib.Path(out)
   kept = ('.array_record', '.npy', '.npz', '.safetensors', '.md')
-  found = {
+  hashes = {
     str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
     for p in sorted(root.rglob('*'))
     if p.suffix in kept
   }
   manifest = loader.manifest(out)
   del manifest['cost']
-  return found | {'manifest': json.dumps(manifest, sort_keys=True)}
+  return hashes | {'manifest': json.dumps(manifest, sort_keys=True)}
 
 
 @pytest.fixture
@@ -45,18 +45,18 @@ def expect(message: str, tmp_path, sets, error=ValueError, **changes) -> None:
 
 
 def test_manifest_counts_are_exact(cfg):
-  found = prepare.prepare(cfg)
+  manifest = prepare.prepare(cfg)
   texts = toy.documents(['law', 'law', 'sea'], 90, 1)[60:]
-  test = found['sets']['law']['test']
+  test = manifest['sets']['law']['test']
   assert test['documents'] == 30 and test['bytes'] == sum(len(t.encode()) for t in texts)
   assert test['tokens'] == test['bytes'] + 30  # bytes and one EOS each
-  generic = found['sets']['generic']
+  generic = manifest['sets']['generic']
   assert sum(s['documents'] for s in generic.values()) == 480
   assert all(s['documents'] > 20 for s in generic.values())
   train = generic['train']
   assert train['tokens'] / train['rows'] / 63 > 0.9  # packing efficiency
-  assert set(found['cost']) == {'documents', 'tokenizer', 'windows', 'clusters', 'rows'}
-  assert found['cost']['clusters']['flops'] > 0
+  assert set(manifest['cost']) == {'documents', 'tokenizer', 'windows', 'clusters', 'rows'}
+  assert manifest['cost']['clusters']['flops'] > 0
 
 
 @pytest.mark.parametrize('module, name', [(rows, 'write'), (documents, 'cut')])
@@ -123,8 +123,8 @@ def test_changed_config_and_sources_are_refused(cfg, tmp_path):
 def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
   sets, path = toy.corpus(tmp_path), tmp_path / 'bpe.json'
   tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0}, '<unk>')).save(str(path))
-  how = settings.TokenizerConfig('huggingface', 0, str(path))
-  cfg = toy.config(tmp_path, sets, tokenizer=how)
+  huggingface = settings.TokenizerConfig('huggingface', 0, str(path))
+  cfg = toy.config(tmp_path, sets, tokenizer=huggingface)
   stamps = prepare._contents(cfg, {}, {})
   assert list(stamps) == [str(path)]
   path.write_text(path.read_text() + ' ')
@@ -150,10 +150,10 @@ def test_what_an_earlier_version_prepared_goes_by_sizes(cfg, tmp_path):
       del facts['files']
   files.write_json(out / 'manifest.json', manifest)
   for path in out.rglob('*.json'):
-    about = files.read_json(path)
-    if 'seconds' in about:
-      about['files'] = {name: size for name, (size, _) in about['files'].items()}
-      files.write_json(path, about)
+    content = files.read_json(path)
+    if 'seconds' in content:
+      content['files'] = {name: size for name, (size, _) in content['files'].items()}
+      files.write_json(path, content)
   assert 'files' not in prepare.prepare(cfg)['sets']['generic']['train']
   (out / 'generic/train/rows-00000-of-00001.array_record').write_bytes(b'')
   prepare.prepare(cfg)
@@ -202,9 +202,9 @@ def test_duplicates_leave_training_first(tmp_path, monkeypatch):
   toy.write_jsonl(tmp_path / 'train.jsonl', [*texts[:50], *texts[10:20]])
   toy.write_jsonl(tmp_path / 'test.jsonl', [texts[0], *texts[50:], texts[50]])
   sets = {'generic': {k: str(tmp_path / f'{k}.jsonl') for k in ('train', 'test')}}
-  found = prepare.prepare(toy.config(tmp_path, sets))['sets']['generic']
-  assert (found['train']['documents'], found['train']['duplicates']) == (49, 11)
-  assert (found['test']['documents'], found['test']['duplicates']) == (11, 1)
+  splits = prepare.prepare(toy.config(tmp_path, sets))['sets']['generic']
+  assert (splits['train']['documents'], splits['train']['duplicates']) == (49, 11)
+  assert (splits['test']['documents'], splits['test']['duplicates']) == (11, 1)
 
 
 def test_held_out_text_of_any_set_leaves_training(tmp_path, monkeypatch):
@@ -220,8 +220,8 @@ def test_held_out_text_of_any_set_leaves_training(tmp_path, monkeypatch):
   for key, part in parts.items():
     name, split = key.split('.')
     sets[name][split] = str(toy.write_jsonl(tmp_path / f'{key}.jsonl', part))
-  found = prepare.prepare(toy.config(tmp_path, sets))['sets']
-  counts = {f'{s}.{k}': found[s][k]['documents'] for s in sets for k in sets[s]}
+  facts = prepare.prepare(toy.config(tmp_path, sets))['sets']
+  counts = {f'{s}.{k}': facts[s][k]['documents'] for s in sets for k in sets[s]}
   assert counts == {'generic.train': 35, 'generic.test': 11, 'law.train': 15, 'law.test': 17}
 
 
@@ -240,8 +240,8 @@ def test_id_field_keeps_parts_together(tmp_path):
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
   sets = {'generic': {'all': str(tmp_path / 'a.jsonl')}}
   cfg = toy.config(tmp_path, sets, text_field='body', id_field='book', heldout=(0.2, 0.2))
-  found = prepare.prepare(cfg)['sets']['generic']
-  assert all(s['documents'] % 4 == 0 for s in found.values())
+  splits = prepare.prepare(cfg)['sets']['generic']
+  assert all(s['documents'] % 4 == 0 for s in splits.values())
 
 
 def test_formats_read_alike(tmp_path):
@@ -274,8 +274,8 @@ def test_zstd_frames_of_the_longest_window_are_read(tmp_path):
   frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
   content = frame.compress(b'{"text": "one"}\n') + frame.flush()
   (tmp_path / 'a.jsonl.zst').write_bytes(content + zstandard.compress(b'{"text": "two"}\n'))
-  found = [text for text, _ in sources.read(str(tmp_path / 'a.jsonl.zst'), 'text', '')]
-  assert found == ['one', 'two']
+  texts = [text for text, _ in sources.read(str(tmp_path / 'a.jsonl.zst'), 'text', '')]
+  assert texts == ['one', 'two']
 
 
 def test_text_without_blank_lines_or_lines_is_cut(tmp_path, monkeypatch):
@@ -285,9 +285,9 @@ def test_text_without_blank_lines_or_lines_is_cut(tmp_path, monkeypatch):
     path = tmp_path / f'a.txt{suffix}'
     for text in ('a line é\n' * 200, 'é€𝄞x' * 500, 'short\n', 'a\n\n' * 300, '\n'):
       path.write_bytes(pack(text.encode()))
-      found = [t for t, _ in sources.read(str(path), '', '')]
-      assert ''.join(found) == text and max(map(len, found)) <= 264
-      assert all(t.endswith('\n') for t in found) or '\n' not in text
+      documents = [t for t, _ in sources.read(str(path), '', '')]
+      assert ''.join(documents) == text and max(map(len, documents)) <= 264
+      assert all(t.endswith('\n') for t in documents) or '\n' not in text
     path.write_bytes(pack('é'.encode() * 400 + b'\nsecond\xff'))
     with pytest.raises(ValueError, match=f'a.txt{suffix}:2: not UTF-8'):
       list(sources.read(str(path), '', ''))
@@ -333,7 +333,7 @@ def test_bad_corpora(tmp_path):
   expect(r'no documents left.*\(law\.\w+=\.\.\.\)', tmp_path / 'c', sets | {'law': one})
   expect('999999 clusters need at least', tmp_path / 'd', sets, levels=(2, 999999))
   expect("one must be named 'generic'", tmp_path, {'law': tiny})
-  expect('give one source, or a train split', tmp_path, {'generic': {'test': 'x'}})
+  expect('expected one source, or a train split', tmp_path, {'generic': {'test': 'x'}})
   expect('not usable as a folder name', tmp_path, {'generic': tiny, 'index': tiny})
   for wrong, right in (('valid', 'validation'), ('val', 'validation'), ('tests', 'test')):
     named = {'generic': tiny | {wrong: tiny['train']}}
@@ -358,10 +358,10 @@ def test_installed_docstrings(monkeypatch):
 
 
 def test_installed_text_is_of_what_slm_requires(monkeypatch):
-  found = installed._distributions()
-  assert {'jax', 'numpy', 'grain', 'packaging'} <= set(found)  # packaging: of a requirement
-  assert not {'slm', 'torch', 'transformers', 'pre_commit', 'ruff', 'pip'} & set(found)
-  assert found == installed.closure(installed._requirements()[::-1])
+  packages = installed._distributions()
+  assert {'jax', 'numpy', 'grain', 'packaging'} <= set(packages)  # packaging: of a requirement
+  assert not {'slm', 'torch', 'transformers', 'pre_commit', 'ruff', 'pip'} & set(packages)
+  assert packages == installed.closure(installed._requirements()[::-1])
 
   class Distribution:
     def __init__(self, name):
@@ -392,9 +392,9 @@ def test_requirements_are_those_installed_or_the_file(monkeypatch):
     raise importlib.metadata.PackageNotFoundError(name)
 
   monkeypatch.setattr(importlib.metadata, 'requires', missing)
-  found = installed._requirements()
-  assert any(line.startswith('jax==') for line in found)
-  assert not any(line.startswith('#') for line in found)
+  requirements = installed._requirements()
+  assert any(line.startswith('jax==') for line in requirements)
+  assert not any(line.startswith('#') for line in requirements)
 
 
 def test_shares_fill_the_limit():

@@ -56,14 +56,14 @@ def test_workers_end_with_a_killed_parent(tmp_path):
   environment = os.environ | {'PYTHONPATH': f'{tests.parent}{os.pathsep}{tests}'}
   parent = subprocess.Popen([sys.executable, tmp_path / 'script.py', tmp_path], env=environment)
   try:
-    found = lambda: [int(p.stem) for p in tmp_path.glob('*.pid')]  # noqa: E731
-    assert until(lambda: len(found()) == 2)
-    assert all(map(running, found()))
+    workers = lambda: [int(p.stem) for p in tmp_path.glob('*.pid')]  # noqa: E731
+    assert until(lambda: len(workers()) == 2)
+    assert all(map(running, workers()))
   finally:
     parent.kill()
     parent.wait()
-  ended = until(lambda: not any(map(running, found())), 10)
-  for pid in filter(running, found()):
+  ended = until(lambda: not any(map(running, workers())), 10)
+  for pid in filter(running, workers()):
     os.kill(pid, signal.SIGKILL)
   assert ended
 

@@ -14,8 +14,8 @@ WORDS = [f'word{i}' for i in range(400)]
 def text(seed: int, changed: int = 0, words: int = 200) -> str:
   """Make a text of random words, the last `changed` of them drawn by another seed."""
   rng, other = random.Random(seed), random.Random(10_000 + seed)
-  found = [rng.choice(WORDS) for _ in range(words)]
-  return ' '.join(found[: words - changed] + [other.choice(WORDS) for _ in range(changed)])
+  chosen = [rng.choice(WORDS) for _ in range(words)]
+  return ' '.join(chosen[: words - changed] + [other.choice(WORDS) for _ in range(changed)])
 
 
 def grams(value: str) -> set:
@@ -55,20 +55,20 @@ def corpus(tmp_path):
 
 def test_training_documents_near_others_go_and_held_out_ones_stay(tmp_path):
   sets = corpus(tmp_path)
-  found = {}
+  counts = {}
   for name, threshold in (('exact', 0.0), ('near', 0.8)):
     out = str(tmp_path / name)
     cfg = toy.config(tmp_path, sets, out=out, sizes=(), near_duplicates=threshold, levels=(2,))
     manifest = prepare.prepare(cfg)
     assert prepare.prepare(cfg) == manifest  # a restart keeps it
-    found[name] = {
+    counts[name] = {
       (s, split): facts['documents']
       for s, splits in manifest['sets'].items()
       for split, facts in splits.items()
     }
   # text(100, 4) is held out and so gone from training in both, as an exact copy.
-  assert found['exact'] == {('generic', 'train'): 43, ('law', 'train'): 9, ('law', 'test'): 4}
-  assert found['near'] == {('generic', 'train'): 36, ('law', 'train'): 9, ('law', 'test'): 4}
+  assert counts['exact'] == {('generic', 'train'): 43, ('law', 'train'): 9, ('law', 'test'): 4}
+  assert counts['near'] == {('generic', 'train'): 36, ('law', 'train'): 9, ('law', 'test'): 4}
 
 
 def test_a_similarity_is_a_share(tmp_path):

@@ -1,6 +1,6 @@
 """Clusters of windows: embeddings and k-means on the generic set, nested over several levels.
 
-Windows are embedded by TF-IDF and SVD, or by a Sentence-BERT model that lies on this machine.
+Windows are embedded by TF-IDF and SVD, or by a local Sentence-BERT model.
 """
 
 import dataclasses
@@ -22,47 +22,38 @@ from slm.base import files
 from slm.data import documents
 
 Path = pathlib.Path
-_FEATURES = 1 << 16
+# Hashing needs no stored vocabulary.
+_VECTORIZER = HashingVectorizer(
+  n_features=1 << 16,
+  alternate_sign=False,
+  norm=None,
+  stop_words='english',
+  token_pattern=r'(?u)\b[^\W\d]\w+\b',
+  dtype=np.float32,
+)
 _CHUNK = 2048  # windows embedded at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """Everything that assigns a window to a cluster, as arrays.
+  """The arrays that assign windows to clusters; all are float32 except `parents`."""
 
-  idf [features], components [dims, features], centroids [k, dims] (float32);
-  parents maps each level to int32 [k], the cluster at that level of each finest cluster. With
-  `sbert`, the directory of a sentence-transformers model, idf and components are empty.
-  """
-
-  idf: np.ndarray
-  components: np.ndarray
-  centroids: np.ndarray
-  parents: dict[int, np.ndarray]
-  sbert: str = ''
+  idf: np.ndarray  # [features]; empty with `sbert`
+  components: np.ndarray  # [dims, features]; empty with `sbert`
+  centroids: np.ndarray  # [k, dims]
+  parents: dict[int, np.ndarray]  # level -> int32 [k], the cluster there of each finest cluster
+  sbert: str = ''  # directory of a sentence-transformers model that embeds instead of TF-IDF
 
 
 def count(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
-  """Count hashed words; no vocabulary has to be stored. Stop words and numbers carry no topic."""
-  return _vectorizer().transform(texts)
-
-
-@functools.cache
-def _vectorizer() -> HashingVectorizer:
-  return HashingVectorizer(
-    n_features=_FEATURES,
-    alternate_sign=False,
-    norm=None,
-    stop_words='english',
-    token_pattern=r'(?u)\b[^\W\d]\w+\b',
-    dtype=np.float32,
-  )
+  """Count the hashed words of each text [texts, features], without stop words and numbers."""
+  return _VECTORIZER.transform(texts)
 
 
 def embed(model: Model, texts: Sequence[str]) -> tuple[np.ndarray, float]:
-  """Embed windows as unit vectors float32 [n, dims], and count the FLOPs it took.
+  """Return unit vectors of windows, float32 [n, dims], and the FLOPs spent.
 
-  A TF-IDF vector is zero where no word is known.
+  The TF-IDF vector of a text without known words is zero.
   """
   if model.sbert:
     return _sbert(model.sbert, texts)
@@ -81,35 +72,30 @@ def _sbert(path: str, texts: Sequence[str]) -> tuple[np.ndarray, float]:
 
 @functools.cache
 def _encoder(path: str) -> Any:
-  """Load a sentence-transformers model from disk: safetensors alone, no code of its own."""
+  """Load a sentence-transformers model from disk: safetensors only, without running its code."""
   try:
     from sentence_transformers import SentenceTransformer
   except ImportError:
     raise ValueError(f'sbert={path}: needs sentence-transformers, pip install slm[sbert]') from None
   if not (Path(path) / 'modules.json').is_file():
     raise ValueError(f'sbert={path}: expected the directory of a sentence-transformers model')
-  weights = {'use_safetensors': True}
+  options = {'local_files_only': True, 'trust_remote_code': False, 'device': 'cpu'}
   try:
-    return SentenceTransformer(
-      path, local_files_only=True, trust_remote_code=False, model_kwargs=weights, device='cpu'
-    )
+    return SentenceTransformer(path, model_kwargs={'use_safetensors': True}, **options)
   except (OSError, ValueError) as e:
     raise ValueError(f'sbert={path}: cannot be read ({str(e).splitlines()[0]})') from None
 
 
 def _tfidf(model: Model, counts: scipy.sparse.csr_matrix) -> np.ndarray:
-  weighted = _unit_rows(counts.multiply(model.idf).tocsr())
-  points = np.asarray(weighted @ model.components.T)
+  weighted = counts.multiply(model.idf).tocsr()
+  norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
+  unit = (scipy.sparse.diags(1 / np.maximum(norms, 1e-12)) @ weighted).astype(np.float32)
+  points = np.asarray(unit @ model.components.T)
   return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
 
 
-def _unit_rows(matrix: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-  norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
-  return (scipy.sparse.diags(1 / np.maximum(norms, 1e-12)) @ matrix).astype(np.float32)
-
-
 def assign(centroids: np.ndarray, points: np.ndarray) -> np.ndarray:
-  """Find the nearest centroid: points [n, dims] -> int32 [n]."""
+  """Return the nearest centroid of each of the points [n, dims]: int32 [n]."""
   distances = (centroids**2).sum(axis=1) - 2 * points @ centroids.T
   return distances.argmin(axis=1).astype(np.int32)
 
@@ -117,22 +103,24 @@ def assign(centroids: np.ndarray, points: np.ndarray) -> np.ndarray:
 def fit(
   texts: Sequence[str], levels: Sequence[int], dims: int, seed: int, sbert: str = ''
 ) -> tuple[Model, float]:
-  """Fit on windows of the generic set; also return the floating-point operations it took.
+  """Fit clusters on windows of the generic set; also return the FLOPs spent.
 
-  Coarser levels are k-means of the next finer level's centroids, weighted by their sizes, so a
-  cluster lies in one parent at each level.
+  A coarser level is k-means of the next finer level's centroids, weighted by their sizes, so each
+  cluster has one parent at every level.
+
+  Raises:
+    ValueError: if there are fewer texts than clusters.
   """
   levels = sorted(levels, reverse=True)
   if levels[0] > len(texts):
     raise ValueError(
-      f'levels: {levels[0]} clusters need at least as many windows, and only {len(texts)} '
-      'windows of generic/train were taken to fit them (fit_windows, or a small corpus)'
+      f'levels: {levels[0]} clusters need at least as many windows, and only {len(texts)} of '
+      'generic/train are fitted: raise fit_windows, lower levels or give more text'
     )
   # One thread: sums over threads would make the clusters depend on the machine.
   with threadpoolctl.threadpool_limits(1):
     if sbert:
-      nothing = np.zeros(0, np.float32)
-      model = Model(nothing, nothing, nothing, {}, sbert)
+      model = Model(*[np.zeros(0, np.float32)] * 3, {}, sbert)
       points, flops = embed(model, texts)
     else:
       model, points, flops = _fit_tfidf(texts, min(dims, len(texts) - 1) or 1, seed)
@@ -140,8 +128,8 @@ def fit(
     parents = {levels[0]: np.arange(levels[0], dtype=np.int32)}
     centroids, sizes = kmeans.cluster_centers_, np.bincount(kmeans.labels_, minlength=levels[0])
     for finer, level in zip(levels, levels[1:], strict=False):
-      # Directions from the mean: plain centroids differ mostly in how tight their cluster is,
-      # and their k-means gives one cluster most of the corpus.
+      # Directions from the mean: centroids themselves differ mostly in how tight their clusters
+      # are, and k-means would give one cluster most of the corpus.
       centred = centroids - np.average(centroids, axis=0, weights=np.maximum(sizes, 1))
       centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
       coarse = KMeans(level, n_init=20, random_state=seed)
@@ -150,8 +138,8 @@ def fit(
       sizes = np.bincount(coarse.labels_, sizes, minlength=level)
       centroids = coarse.cluster_centers_
   flops += 2.0 * points.size * levels[0] * kmeans.n_iter_
-  found = kmeans.cluster_centers_.astype(np.float32)
-  return dataclasses.replace(model, centroids=found, parents=dict(sorted(parents.items()))), flops
+  centroids, parents = kmeans.cluster_centers_.astype(np.float32), dict(sorted(parents.items()))
+  return dataclasses.replace(model, centroids=centroids, parents=parents), flops
 
 
 def _fit_tfidf(texts: Sequence[str], dims: int, seed: int) -> tuple[Model, np.ndarray, float]:
@@ -160,7 +148,7 @@ def _fit_tfidf(texts: Sequence[str], dims: int, seed: int) -> tuple[Model, np.nd
   svd = TruncatedSVD(dims, random_state=seed).fit(tfidf.transform(counts))
   idf, components = (np.ascontiguousarray(x, np.float32) for x in (tfidf.idf_, svd.components_))
   model = Model(idf, components, np.zeros((0, dims), np.float32), {})
-  # Randomised SVD passes over the counts twice per power iteration (5) and twice more.
+  # Randomised SVD passes over the counts twice in each of 5 power iterations, and twice more.
   return model, _tfidf(model, counts), 2.0 * counts.nnz * (dims + 10) * 12
 
 
@@ -168,34 +156,34 @@ def save(model: Model, path: Path) -> None:
   """Write the model as safetensors."""
   arrays = {'idf': model.idf, 'components': model.components, 'centroids': model.centroids}
   arrays |= {f'parents_{k}': v for k, v in model.parents.items()}
-  # Safetensors writes memory as it lies, so a transposed array would be read back scrambled.
+  # Safetensors writes the memory of an array as it is: a transposed one would be scrambled.
   arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
   with files.replacing(path) as temporary:
     safetensors.numpy.save_file(arrays, temporary, {'sbert': model.sbert})
 
 
 def load(path: Path) -> Model:
-  """Read the model."""
-  try:
-    arrays = safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as e:
-    raise ValueError(f'{path}: truncated or damaged ({e})') from None
-  parents = {int(k.split('_')[1]): v for k, v in arrays.items() if k.startswith('parents_')}
-  named = {k: v for k, v in arrays.items() if not k.startswith('parents_')}
-  with safetensors.safe_open(path, 'np') as f:
+  """Read the model.
+
+  Raises:
+    ValueError: if the file is damaged.
+  """
+  with files.reading(path), safetensors.safe_open(path, 'np') as f:
+    arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
     sbert = (f.metadata() or {}).get('sbert', '')
-  return Model(**named, parents=dict(sorted(parents.items())), sbert=sbert)
+  levels = sorted(int(name.split('_')[1]) for name in arrays if name.startswith('parents_'))
+  parents = {level: arrays.pop(f'parents_{level}') for level in levels}
+  return Model(**arrays, parents=parents, sbert=sbert)
 
 
-@functools.cache
-def _load_once(path: Path) -> Model:
-  return load(path)
+_load_once = functools.cache(load)
 
 
-def assign_shard(task: tuple[Path, Path]) -> dict[str, Any]:
-  """Write int32 [windows] of finest clusters beside a shard's windows (npz -> npy)."""
-  model_path, windows_path = task
-  model, tok = _load_once(model_path), documents.get_tokenizer()
+def assign_shard(task: tuple[Path, documents.Cut]) -> dict[str, Any]:
+  """Write the finest clusters of a shard's windows, int32 [windows], beside them (npz -> npy)."""
+  model_path, cut = task
+  model, tok = _load_once(model_path), cut.tokenizer
+  windows_path = cut.out
   tokens, offsets, _, _ = documents.load_windows(windows_path)
   clusters, flops = [np.zeros(0, np.int32)], 0.0
   for start in range(0, len(offsets) - 1, _CHUNK):

@@ -1,7 +1,7 @@
-"""Near-duplicates: documents that share most of their word 5-grams (MinHash and LSH, datasketch).
+"""Near-duplicates: documents that share most of their word 5-grams (MinHash and LSH).
 
-Training documents go that are near a held-out document of any set, or near an earlier training
-document of their own set. Signatures and their index are held in memory: four kB per document.
+A training document is dropped if it is near a held-out document of any set, or an earlier training
+document of its own set. Signatures and their index stay in memory: 4 kB per document.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ import datasketch
 import numpy as np
 
 from slm.base import console, files
-from slm.data import work
+from slm.data import documents, work
 
 Path = pathlib.Path
 _PERMUTATIONS = 128
@@ -23,48 +23,48 @@ _WORD = re.compile(r'\w+')
 
 
 def signature(text: str) -> np.ndarray:
-  """Return the MinHash of a text's word 5-grams (its words, if there are fewer)."""
+  """Return the MinHash of a text's word 5-grams (of all its words if it has fewer), [128]."""
   words = _WORD.findall(text.lower())
   count = max(len(words) - _WORDS + 1, 1)
   grams = {' '.join(words[i : i + _WORDS]).encode() for i in range(count)}
-  found = datasketch.MinHash(_PERMUTATIONS, scheme=_SCHEME)
-  found.update_batch(sorted(grams))
-  return found.hashvalues
+  minhash = datasketch.MinHash(_PERMUTATIONS, scheme=_SCHEME)
+  minhash.update_batch(sorted(grams))
+  return minhash.hashvalues
 
 
 def sign(shard: Path) -> dict[str, Any]:
-  """Write the signatures [documents, 128] of a document shard beside it."""
+  """Write the signatures of a document shard, [documents, 128], beside it."""
   records = work.read_records(shard.with_name(f'{shard.name}.array_record'))
-  found = np.array([signature(data.decode()) for data in records])
-  files.write_npy(shard.with_name(f'{shard.name}.minhash.npy'), found)
+  signatures = np.array([signature(data.decode()) for data in records])
+  files.write_npy(shard.with_name(f'{shard.name}.minhash.npy'), signatures)
   return {'files': [f'{shard.name}.minhash.npy']}
 
 
 def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshold: float) -> None:
-  """Clear `keep` [documents of a set] where a training document is a near-duplicate.
+  """Clear `keep` (by set, bool [documents]) where a training document is a near-duplicate.
 
-  `sets` maps every set to its shards and their numbers of documents. A document is near if its
+  `sets` maps every set to its shards and their numbers of documents. Documents are near if their
   estimated Jaccard similarity is at least `threshold`.
   """
   total = sum(sum(shards.values()) for shards in sets.values())
   with console.progress('near-duplicates', total, 'documents') as bar:
-    held = _Index(threshold)
+    heldout = _Index(threshold)
     for name, shards in sets.items():
-      for i, found in _documents(shards, keep[name], training=False):
-        held.insert(f'{name} {i}', found)
+      for i, values in _signatures(shards, keep[name], training=False):
+        heldout.insert(f'{name} {i}', values)
         bar.update(1)
     for name, shards in sets.items():
-      seen = _Index(threshold)
-      for i, found in _documents(shards, keep[name], training=True):
+      earlier = _Index(threshold)
+      for i, values in _signatures(shards, keep[name], training=True):
         bar.update(1)
-        if held.near(found) or seen.near(found):
+        if heldout.near(values) or earlier.near(values):
           keep[name][i] = False
         else:
-          seen.insert(str(i), found)
+          earlier.insert(str(i), values)
 
 
 class _Index:
-  """An LSH index that also holds the signatures, to check its candidates."""
+  """An LSH index that checks its candidates against their signatures."""
 
   def __init__(self, threshold: float):
     self._threshold = threshold
@@ -76,25 +76,23 @@ class _Index:
     self._signatures[key] = values
 
   def near(self, values: np.ndarray) -> bool:
-    """Say whether a document of the index is near this one."""
-    found = (self._signatures[key] for key in self._lsh.query(_minhash(values)))
-    return any(np.mean(other == values) >= self._threshold for other in found)
+    """Return whether a document of the index is near the one with this signature."""
+    candidates = (self._signatures[key] for key in self._lsh.query(_minhash(values)))
+    return any(np.mean(other == values) >= self._threshold for other in candidates)
 
 
 def _minhash(values: np.ndarray) -> datasketch.MinHash:
   return datasketch.MinHash(hashvalues=values, scheme=_SCHEME)
 
 
-def _documents(
+def _signatures(
   shards: dict[Path, int], keep: np.ndarray, training: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Yield (position in the set, signature) of the documents that are kept."""
+  """Yield (position in the set, signature) of the kept training or held-out documents."""
   start = 0
   for shard, count in shards.items():
-    hashes = files.read_npy(shard.with_name(f'{shard.name}.npy'))
-    split = np.empty(count, np.int64)
-    split[(hashes[:, 2] & np.uint64(2**48 - 1)).astype(np.int64)] = hashes[:, 2] >> np.uint64(48)
+    wanted = (documents.document_splits(shard) == 0) == training
     signatures = files.read_npy(shard.with_name(f'{shard.name}.minhash.npy'), mmap='r')
-    for i in np.flatnonzero(keep[start : start + count] & ((split == 0) == training)).tolist():
+    for i in np.flatnonzero(keep[start : start + count] & wanted).tolist():
       yield start + i, np.array(signatures[i])
     start += count

@@ -1,4 +1,4 @@
-"""Packing windows of one cluster into fixed-length rows, and reading rows back."""
+"""Rows of fixed length: packing, records and model inputs."""
 
 import bisect
 import collections
@@ -15,26 +15,24 @@ from slm.data import documents, work
 
 Path = pathlib.Path
 Rows = dict[str, np.ndarray]  # by column
-_OPEN = 16  # rows kept open per cluster
-_FULL = 4  # a row with fewer free positions than this is closed
+_OPEN = 16  # unfinished rows per cluster
+_FULL = 4  # a row with fewer free positions than this is finished
 
 
 def columns(context: int) -> list[dict[str, Any]]:
-  """Return the columns of packed text: tokens, and segments that count from 1; 0 is padding."""
+  """Return the columns of packed text: tokens, and segments counted from 1 (0 is padding)."""
   return [{'name': name, 'dtype': 'int32', 'shape': [context]} for name in ('tokens', 'segments')]
 
 
 def layout(declared: Sequence[Mapping[str, Any]]) -> np.dtype:
-  """Return the type of a record, which holds the declared columns one after the other.
+  """Return the dtype of a record, which holds the declared columns one after the other.
 
   Raises:
-    ValueError: if a column's type or shape is none.
+    ValueError: if a column has no valid name, dtype and shape.
   """
+  fields = lambda c: (c['name'], np.dtype(c['dtype']).newbyteorder('<'), tuple(c['shape']))
   try:
-    fields = [
-      (c['name'], np.dtype(c['dtype']).newbyteorder('<'), tuple(c['shape'])) for c in declared
-    ]
-    return np.dtype(fields)
+    return np.dtype([fields(column) for column in declared])
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(
       f'columns: expected a name, dtype and shape each, found {declared} ({e})'
@@ -42,31 +40,31 @@ def layout(declared: Sequence[Mapping[str, Any]]) -> np.dtype:
 
 
 def encode(row: Mapping[str, np.ndarray], record: np.dtype) -> bytes:
-  """Write a row's columns as a record.
+  """Return a row's columns as the bytes of a record.
 
   Raises:
-    ValueError: if it lacks a column, has another, or one of another shape.
+    ValueError: if the columns are not those of the record, or one has another shape.
   """
   if set(row) != set(record.names):
     raise ValueError(f'row: expected the columns {sorted(record.names)}, found {sorted(row)}')
-  made = np.zeros((), record)
+  content = np.zeros((), record)
   for name in record.names:
     if np.shape(row[name]) != record[name].shape:
       raise ValueError(
         f'row: column {name} has shape {np.shape(row[name])}, expected {record[name].shape}'
       )
-    made[name] = row[name]
-  return made.tobytes()
+    content[name] = row[name]
+  return content.tobytes()
 
 
 def decode(records: Sequence[bytes], record: np.dtype) -> Rows:
-  """Read records as one array [n,...] a column."""
+  """Return the columns of records, one array [n,...] each."""
   table = np.frombuffer(b''.join(records), record)
   return {name: table[name] for name in record.names}
 
 
 def packed(windows: Sequence[np.ndarray], context: int) -> Rows:
-  """Lay windows out in a row: tokens and segments, int32 [context] each."""
+  """Put windows one after the other in a row: tokens and segments, int32 [context] each."""
   row = {name: np.zeros(context, np.int32) for name in ('tokens', 'segments')}
   start = 0
   for segment, window in enumerate(windows, 1):
@@ -79,49 +77,49 @@ def packed(windows: Sequence[np.ndarray], context: int) -> Rows:
 def pack(
   windows: Iterator[tuple[int, int, np.ndarray]], context: int
 ) -> Iterator[tuple[int, list[tuple[int, np.ndarray]]]]:
-  """Turn (cluster, document, window) into (cluster, (document, window)s of one row).
+  """Pack (cluster, document, window)s; yield the cluster and (document, window)s of each row.
 
-  Best fit over a few open rows.
+  A window goes to the unfinished row of its cluster that it fits best.
   """
   # Per cluster, (free positions, order of opening, windows), sorted: best fit is a bisection.
-  opened: dict[int, list[tuple[int, int, list]]] = collections.defaultdict(list)
+  unfinished: dict[int, list[tuple[int, int, list]]] = collections.defaultdict(list)
   serial = 0
   for cluster, document, window in windows:
-    rows, n = opened[cluster], len(window)
+    rows, n = unfinished[cluster], len(window)
     fit = bisect.bisect_left(rows, (n,))
     if fit < len(rows):
-      free, order, held = rows.pop(fit)
+      free, order, row = rows.pop(fit)
     else:
       serial += 1
-      free, order, held = context, serial, []
-    held.append((document, window))
+      free, order, row = context, serial, []
+    row.append((document, window))
     if free - n < _FULL:
-      yield cluster, held
+      yield cluster, row
     else:
-      bisect.insort(rows, (free - n, order, held))
+      bisect.insort(rows, (free - n, order, row))
     if len(rows) > _OPEN:
       yield cluster, rows.pop(0)[2]
-  for cluster in sorted(opened):
-    for _, _, held in opened[cluster]:
-      yield cluster, held
+  for cluster in sorted(unfinished):
+    for _, _, row in unfinished[cluster]:
+      yield cluster, row
 
 
-def main_document(held: Sequence[tuple[int, np.ndarray]]) -> int:
-  """Find the document with most predicted tokens among (document, window)s; ties: the first."""
+def main_document(row: Sequence[tuple[int, np.ndarray]]) -> int:
+  """Return the document with most predicted tokens among (document, window)s; ties: the first."""
   tokens: collections.Counter[int] = collections.Counter()
-  for document, window in held:
+  for document, window in row:
     tokens[document] += len(window) - 1
   return max(tokens, key=tokens.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-  """One packing task: some shards' windows of one split become one row shard."""
+  """A packing task: the windows of one split in some shards become one row shard."""
 
   out: Path
   name: str  # rows-00000-of-00004
   windows: tuple[Path, ...]
-  starts: tuple[int, ...]  # of each shard's documents among the split's
+  starts: tuple[int, ...]  # number of the split's documents before each shard
   split: int
   context: int
 
@@ -131,15 +129,15 @@ def write(task: Pack) -> dict[str, Any]:
 
   The columns are cluster, windows, predicted tokens and main document.
   """
-  table, digest, of = [], hashlib.sha256(), layout(columns(task.context))
+  table, digest, dtype = [], hashlib.sha256(), layout(columns(task.context))
   with work.record_writer(task.out / f'{task.name}.array_record') as writer:
-    for cluster, held in pack(_windows(task), task.context):
-      windows = [window for _, window in held]
-      record = encode(packed(windows, task.context), of)
+    for cluster, row in pack(_windows(task), task.context):
+      windows = [window for _, window in row]
+      record = encode(packed(windows, task.context), dtype)
       writer.write(record)
       digest.update(record)
       predicted = sum(map(len, windows)) - len(windows)
-      table.append((cluster, len(windows), predicted, main_document(held)))
+      table.append((cluster, len(windows), predicted, main_document(row)))
   files.write_npy(task.out / f'{task.name}.npy', np.array(table, np.int32).reshape(-1, 4))
   return {
     'files': [f'{task.name}.array_record', f'{task.name}.npy'],
@@ -159,7 +157,7 @@ def _windows(task: Pack) -> Iterator[tuple[int, int, np.ndarray]]:
 def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
   """Write a split's clusters.npy, documents.npy [rows], counts.npy [rows, 2] (windows, tokens).
 
-  Returns what the manifest says of its rows.
+  `parts` are its packing tasks and their summaries. Returns the manifest's entries about its rows.
   """
   folder = parts[0][0].out
   table = np.concatenate([files.read_npy(folder / f'{task.name}.npy') for task, _ in parts])
@@ -167,39 +165,37 @@ def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
   for name, column in {'clusters.npy': 0, 'counts.npy': slice(1, 3), 'documents.npy': 3}.items():
     files.write_npy(folder / name, np.ascontiguousarray(table[:, column]))
     stamps[name] = files.stamp(folder / name)
-  used = [(task, summary) for task, summary in parts if summary['rows']]
-  for task, summary in used:
-    shard = f'{task.name}.array_record'
-    stamps[shard] = summary['files'][shard]
+  shards = {f'{task.name}.array_record': summary for task, summary in parts if summary['rows']}
+  hashes = ''.join(summary['sha256'] for summary in shards.values())
   return {
     'rows': len(table),
-    'sha256': hashlib.sha256(''.join(s['sha256'] for _, s in used).encode()).hexdigest(),
-    'shards': [f'{task.name}.array_record' for task, _ in used],
-    'files': stamps,
+    'sha256': hashlib.sha256(hashes.encode()).hexdigest(),
+    'shards': list(shards),
+    'files': stamps | {shard: summary['files'][shard] for shard, summary in shards.items()},
   }
 
 
 def batch(rows: Rows) -> Rows:
-  """Make model inputs from rows by column [...,context]; leaves are [...,context].
+  """Return model inputs, leaves [...,context], made from the columns of rows [...,context].
 
-  A position has weight 1 when the next one belongs to the same window, so the last token of a
-  window predicts nothing and padding predicts nothing. With a column `weights` it has the weight of
-  the token that it predicts. Columns that are none of these are leaves as they are.
+  A position has weight 1 where the next position is in the same window, so the last token of a
+  window and padding predict nothing. A column `weights` scales it by the weight of the predicted
+  token. Other columns become leaves unchanged.
   """
   tokens, segments = rows['tokens'], rows['segments']
   following = lambda x: np.pad(x[..., 1:], [(0, 0)] * (x.ndim - 1) + [(0, 1)])
   index = np.arange(tokens.shape[-1], dtype=np.int32)
-  before = np.pad(segments, [(0, 0)] * (segments.ndim - 1) + [(1, 0)])[..., :-1]
-  starts = np.where(segments != before, index, 0)
+  previous = np.pad(segments, [(0, 0)] * (segments.ndim - 1) + [(1, 0)])[..., :-1]
+  starts = np.where(segments != previous, index, 0)
   positions = index - np.maximum.accumulate(starts, axis=-1)
   predicts = ((segments == following(segments)) & (segments > 0)).astype(np.float32)
   if 'weights' in rows:
     predicts *= following(rows['weights'])
-  made = {
+  inputs = {
     'inputs': np.ascontiguousarray(tokens),
     'targets': following(tokens),
     'weights': predicts,
     'segments': np.ascontiguousarray(segments),
     'positions': np.where(segments > 0, positions, 0).astype(np.int32),
   }
-  return {name: x for name, x in rows.items() if name != 'tokens'} | made
+  return {name: x for name, x in rows.items() if name != 'tokens'} | inputs

@@ -6,15 +6,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from slm.data import documents
-
 _RESERVED = ('windows', 'tokenizer', 'clusters', 'index')
-ALL = 'all'  # the split name of a source that is to be split by hash
+PLAIN = ('train', 'validation', 'test')
+ALL = 'all'  # the split name of a source whose documents are split by hash
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """Which tokenizer to train, or the one at `path`; see slm/data/tokenizer.py."""
+  """A tokenizer to train, or the one at `path`."""
 
   name: str = 'sentencepiece'  # sentencepiece | bytes | huggingface (the one at path)
   vocab: int = 4096  # pieces of a SentencePiece model trained on generic/train
@@ -25,7 +24,9 @@ class TokenizerConfig:
     if self.name not in names:
       raise ValueError(f'tokenizer.name={self.name!r}: expected one of {", ".join(names)}')
     if self.name == 'huggingface' and not self.path:
-      raise ValueError('tokenizer.path: huggingface needs a tokenizer.json, or a folder with one')
+      raise ValueError(
+        "tokenizer.name='huggingface' needs tokenizer.path: a tokenizer.json or a folder with one"
+      )
     if self.name == 'bytes' and self.path:
       raise ValueError(f"tokenizer.path={self.path}: tokenizer.name='bytes' reads no file")
     if self.path and not Path(self.path).exists():
@@ -55,7 +56,7 @@ class PrepareConfig:
 
   def __post_init__(self) -> None:
     if not self.out:
-      raise ValueError('out: give the directory to write to (--out=DIR)')
+      raise ValueError('out is empty: expected the directory to write to (--out=DIR)')
     if 'generic' not in self.sets:
       raise ValueError(f"sets: one must be named 'generic', found {', '.join(self.sets)}")
     for name, splits in self.sets.items():
@@ -65,10 +66,10 @@ class PrepareConfig:
     if not self.levels or min(self.levels) < 1 or len(set(self.levels)) < len(self.levels):
       raise ValueError(f'levels={self.levels}: expected distinct numbers of clusters')
     if min(self.fit_windows, self.dims) < 1 or self.workers < 0 or min(self.sizes, default=1) < 1:
-      raise ValueError('fit_windows, dims and sizes must be at least 1, workers at least 0')
-    if not 0 <= self.near_duplicates <= 0.98:  # above it, no two bands of a signature fit
+      raise ValueError('expected fit_windows, dims and sizes of at least 1, workers of at least 0')
+    if not 0 <= self.near_duplicates <= 0.98:  # above, MinHashLSH finds no two bands
       raise ValueError(
-        f'near_duplicates={self.near_duplicates}: expected a similarity up to 0.98, or 0 for off'
+        f'near_duplicates={self.near_duplicates}: expected a similarity up to 0.98, or 0 (off)'
       )
     if len(self.heldout) != 2 or min(self.heldout) < 0 or sum(self.heldout) >= 1:
       raise ValueError(f'heldout={self.heldout}: expected two shares with a sum below 1')
@@ -78,23 +79,23 @@ class PrepareConfig:
     if name in _RESERVED or not all(re.fullmatch(r'[A-Za-z0-9_-]+', word) for word in words):
       raise ValueError(f'sets: {name}.{"/".join(splits)}: not usable as a folder name')
     for split in splits:
-      near = [whole for whole in documents.PLAIN if whole.startswith(split)]
-      near += difflib.get_close_matches(split, documents.PLAIN)
-      suffix = any(split.startswith(f'{whole}_') for whole in documents.PLAIN)
-      if near and split not in (ALL, *documents.PLAIN) and not suffix:
+      similar = [plain for plain in PLAIN if plain.startswith(split)]
+      similar += difflib.get_close_matches(split, PLAIN)
+      has_suffix = any(split.startswith(f'{plain}_') for plain in PLAIN)
+      if similar and split not in (ALL, *PLAIN) and not has_suffix:
         raise ValueError(
-          f'sets: {name}.{split}: did you mean {name}.{near[0]}? A further split has a suffix, '
-          'such as test_ood, or a name of its own'
+          f'sets: {name}.{split}: did you mean {name}.{similar[0]}? Other splits are named with a '
+          'suffix, such as test_ood, or differently'
         )
     if ALL in splits and len(splits) > 1 or not {ALL, 'train'}.intersection(splits):
-      raise ValueError(f'sets.{name}: give one source, or a train split and others')
+      raise ValueError(f'sets.{name}: expected one source, or a train split and others')
 
   def splits(self, name: str) -> tuple[str, ...]:
     """Return a set's splits in the order of their numbers; training is 0."""
-    given = self.sets[name]
-    return documents.PLAIN if ALL in given else ('train', *(s for s in given if s != 'train'))
+    splits = self.sets[name]
+    return PLAIN if ALL in splits else ('train', *(s for s in splits if s != 'train'))
 
   def made(self, name: str) -> list[tuple[int, str]]:
-    """Return (number, name) of the splits that are to hold something."""
+    """Return (number, name) of the splits that may not be empty."""
     shares = (1.0, *self.heldout) if ALL in self.sets[name] else None
     return [(i, s) for i, s in enumerate(self.splits(name)) if shares is None or shares[i] > 0]

@@ -1,4 +1,4 @@
-"""Record files, and a pool of workers that resumes by file."""
+"""Record files, and a pool of workers whose tasks resume by file."""
 
 import concurrent.futures.process
 import contextlib
@@ -39,7 +39,7 @@ def read_records(path: Path, chunk: int = 256) -> Iterator[bytes]:
 
 
 def sweep(folder: Path) -> None:
-  """Delete the temporary files of dead processes, and of this one, which is only starting."""
+  """Delete temporary files of dead processes, and of this process's id: it has written none yet."""
   for path in folder.rglob('*.tmp'):
     pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ''
     if pid.isdecimal() and (int(pid) == os.getpid() or not artifact.alive(int(pid))):
@@ -52,12 +52,10 @@ def _usable_cores() -> int:
   return os.cpu_count() or 1
 
 
-def _start(initializer: Callable[..., None] | None, *args: Any) -> None:
-  """Start a worker; it is to end with its parent, even if that is killed, and only then."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too: the parent decides
+def _start_worker() -> None:
+  """Make this process end with its parent, even if the parent is killed, and not before."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent decides
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  if initializer:
-    initializer(*args)
 
 
 def _end_with_parent() -> None:
@@ -66,38 +64,30 @@ def _end_with_parent() -> None:
 
 
 class Pool:
-  """Runs tasks in spawned processes (in this process when `workers` is 1).
+  """Runs tasks in spawned processes, or in this one with one worker; 0 is one per usable core."""
 
-  Every process, this one too, first calls initializer(*args).
-  """
-
-  def __init__(self, workers: int, initializer: Callable[..., None] | None = None, *args: Any):
+  def __init__(self, workers: int):
     self._workers = workers or _usable_cores()
-    self._initializer, self._args = initializer, args
     self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-    if initializer:
-      initializer(*args)
 
   def __enter__(self) -> 'Pool':
     return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
     if self._executor:
-      if kind:  # what they are doing is of no more use
+      if kind:  # after an error the results are not needed
         for process in multiprocessing.active_children():
           process.kill()
       self._executor.shutdown(cancel_futures=True)
 
   def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Apply a module-level function; results in the order of `items`."""
+    """Apply a module-level function; yield the results in the order of `items`."""
     if self._workers == 1 or len(items) < 2:
       return map(function, items)
     if not self._executor:
       # Spawn: a forked child would inherit the locks of threads it does not have.
       spawn = multiprocessing.get_context('spawn')
-      self._executor = concurrent.futures.ProcessPoolExecutor(
-        self._workers, spawn, _start, (self._initializer, *self._args)
-      )
+      self._executor = concurrent.futures.ProcessPoolExecutor(self._workers, spawn, _start_worker)
     return self._parallel(function, items)
 
   def _parallel(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -105,19 +95,20 @@ class Pool:
       yield from self._executor.map(function, items)
     except concurrent.futures.process.BrokenProcessPool:
       raise OSError(
-        f'a worker process was killed, perhaps for memory: run the same command again, with fewer '
-        f'workers than {self._workers} if need be; what is complete is kept'
+        'a worker process was killed, perhaps for lack of memory: run the same command again, with '
+        f'fewer workers than {self._workers} if it recurs; complete files are kept'
       ) from None
 
 
 def run(
   pool: Pool, description: str, function: Callable[[Any], dict], tasks: dict[Path, Any]
 ) -> list[dict]:
-  """Run every task whose summary is not there yet; return all summaries in order.
+  """Run every task that is not complete; return the summaries of all tasks in order.
 
-  `tasks` maps the path of a task's summary (JSON) to the argument of `function`, which returns
-  the summary: a dict with `files`, names beside the summary, whose sizes and hashes are added. It
-  is written last, so a task that was killed, or whose files were deleted or cut short, runs again.
+  `tasks` maps the path of a task's summary (JSON) to the argument of `function`, which returns the
+  summary: a dict with `files`, names in the summary's folder, whose sizes and hashes are added. The
+  summary is written last, so a task that was killed, or whose files were deleted or cut short, runs
+  again.
   """
   todo = [path for path in tasks if not complete(path)]
   with console.progress(description, len(tasks), 'task') as bar:
@@ -137,14 +128,14 @@ def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
 
 
 def complete(path: Path) -> bool:
-  """Say whether a task's summary and all its files are there, as long as they were."""
+  """Return whether a task's summary and all its files exist with their recorded sizes."""
   return path.exists() and not any(damages(path, read_json(path)['files'], content=False))
 
 
-def damages(beside: Path, stamps: dict[str, Any], content: bool = True) -> Iterator[str]:
-  """Yield what is wrong with each of the files beside a path, as `files.damage` does."""
-  for name, known in stamps.items():
-    # Earlier versions kept the size alone.
-    size, *hashed = known if isinstance(known, list) else [known]
-    if problem := damage(beside.parent / name, [size, *hashed], content and bool(hashed)):
+def damages(sibling: Path, stamps: dict[str, Any], content: bool = True) -> Iterator[str]:
+  """Yield what is wrong with each of the files in a path's folder, as `files.damage` does."""
+  for name, recorded in stamps.items():
+    if not isinstance(recorded, list):  # earlier versions recorded the size alone
+      recorded = [recorded]
+    if problem := damage(sibling.parent / name, recorded, content and len(recorded) > 1):
       yield problem
