@@ -114,7 +114,7 @@ def test_rows_are_named_in_one_way(tiny_data):
     assert 'generic/train, generic/validation' in str(e.value)
   with pytest.raises(ValueError, match='such as court/t'):
     parse('court')
-  with pytest.raises(ValueError, match='expected court/train: what is held out chooses no data'):
+  with pytest.raises(ValueError, match='expected court/train: held-out rows may not choose data'):
     parse('court/test', 'train')
 
 

@@ -50,13 +50,13 @@ def test_rows_hold_every_window_once_with_one_cluster():
   rng = np.random.default_rng(0)
   windows = [(int(rng.integers(5)), rng.integers(3, 99, rng.integers(2, 33))) for _ in range(2000)]
   numbered = ((cluster, i, window) for i, (cluster, window) in enumerate(windows))
-  packed = [(c, [w for _, w in held]) for c, held in rows.pack(numbered, 32)]
+  packed = [(c, [w for _, w in row]) for c, row in rows.pack(numbered, 32)]
   key = lambda cluster, window: (cluster, window.tobytes())  # noqa: E731
-  found = sorted(key(c, w) for c, held in packed for w in held)
-  assert found == sorted(key(c, w) for c, w in windows)
+  packed_windows = sorted(key(c, w) for c, row in packed for w in row)
+  assert packed_windows == sorted(key(c, w) for c, w in windows)
   used = sum(len(w) for _, w in windows)
   assert used / (32 * len(packed)) > 0.9
-  assert all(sum(map(len, held)) <= 32 for _, held in packed)
+  assert all(sum(map(len, row)) <= 32 for _, row in packed)
 
 
 def test_main_document_of_a_row():
@@ -83,19 +83,19 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   manifest = prepare.prepare(toy.config(tmp_path, sets, **changes))
   path, offset = str(tmp_path / 'out'), ord('a') + 3
   for set, first in (('generic', 0), ('law', 12)):
-    found = loader.Split(str(path), set, 'train').documents
+    owners = loader.Split(str(path), set, 'train').documents
     facts = manifest['sets'][set]['train']
-    assert found.dtype == np.int32 and len(found) == facts['rows']
+    assert owners.dtype == np.int32 and len(owners) == facts['rows']
     assert len(facts['shards']) > 1  # documents are numbered through them
-    assert found.min() >= 0 and found.max() < facts['documents'] and len(np.unique(found)) > 3
+    assert owners.min() >= 0 and owners.max() < facts['documents'] and len(np.unique(owners)) > 3
     for _, ids, batch in loader.evaluation_batches(path, set, 'train', 4):
       for id, inputs, targets, weights in zip(
         ids, batch['inputs'], batch['targets'], batch['weights'], strict=True
       ):
         letters = targets[(weights > 0) & (targets >= offset)] - offset - first
         if id >= 0:
-          held = np.bincount(letters, minlength=20)
-          assert held[found[id]] >= held.max() - 1, inputs  # EOS may decide
+          letter_counts = np.bincount(letters, minlength=20)
+          assert letter_counts[owners[id]] >= letter_counts.max() - 1, inputs  # EOS may decide
   assert (loader.Split(str(path), 'law', 'test').documents == 0).all()
 
 
@@ -230,19 +230,19 @@ def test_groups_follow_their_random_histogram():
   config = cfg(level=8, order='histogram', rows_per_group=4, batch_size=32, histogram_clusters=3)
   split = loader.Split(config.path, 'generic', 'train', level=8)
   order = loader.Order(config, split)
-  drawn, asked, support = np.zeros(8), np.zeros(8), set()
+  drawn, expected, support = np.zeros(8), np.zeros(8), set()
   for step in range(300):
     histograms, ids = order.step(step)
     assert histograms.shape == (8, 8) and histograms.dtype == np.float32
     np.testing.assert_allclose(histograms.sum(1), 1, rtol=1e-6)
     for h, group in zip(histograms, ids, strict=True):
-      found = split.clusters[group]
-      assert (h[found] > 0).all()
-      drawn += np.bincount(found, minlength=8) / len(group)
-      asked += h
+      clusters = split.clusters[group]
+      assert (h[clusters] > 0).all()
+      drawn += np.bincount(clusters, minlength=8) / len(group)
+      expected += h
       support.add(int((h > 0).sum()))
   assert support == {1, 2, 3}
-  np.testing.assert_allclose(drawn, asked, atol=5 * np.sqrt(asked.max() / 4))
+  np.testing.assert_allclose(drawn, expected, atol=5 * np.sqrt(expected.max() / 4))
   batch = take(1, config)[0]
   assert batch['condition'].shape == (1, 8, 8) and batch['inputs'].shape == (1, 8, 4, 64)
 
@@ -284,12 +284,12 @@ def test_evaluation_covers_a_split_once():
   path = toy.prepared()
   facts = loader.manifest(path)['sets']['law']['test']
   for level in (0, 2, 8):
-    found = list(loader.evaluation_batches(path, 'law', 'test', 4, level=level))
-    ids = np.concatenate([i for _, i, _ in found])
+    batches = list(loader.evaluation_batches(path, 'law', 'test', 4, level=level))
+    ids = np.concatenate([i for _, i, _ in batches])
     assert sorted(ids[ids >= 0]) == list(range(facts['rows']))
-    assert sum(b['weights'].sum() for _, _, b in found) == facts['tokens']
-    assert all(b['inputs'].shape == (4, 64) for _, _, b in found)
-    for condition, ids, batch in found:
+    assert sum(b['weights'].sum() for _, _, b in batches) == facts['tokens']
+    assert all(b['inputs'].shape == (4, 64) for _, _, b in batches)
+    for condition, ids, batch in batches:
       assert (batch['weights'][ids < 0] == 0).all()
       if level:
         clusters = loader.Split(path, 'law', 'test', level=level).clusters
@@ -329,19 +329,21 @@ def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path):
   )
   made = prepare.prepare(cfg)
   assert made['tokenizer']['begins'] is False and made['tokenizer']['name'] == 'huggingface'
-  split, found = loader.Split(cfg.out, 'generic', 'train'), []
+  split, windows = loader.Split(cfg.out, 'generic', 'train'), []
   record = split.read(split.ids)
   for tokens, segments in zip(record['tokens'], record['segments'], strict=True):
-    found += [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
-  want = [[vocab.get(w, 2) for w in t.split()] + [1] for t in texts]
-  assert sorted(found) == sorted(w[i : i + 64] for w in want for i in range(0, len(w) - 1, 63))
+    windows += [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
+  expected = [[vocab.get(w, 2) for w in t.split()] + [1] for t in texts]
+  assert sorted(windows) == sorted(
+    w[i : i + 64] for w in expected for i in range(0, len(w) - 1, 63)
+  )
   facts = made['sets']['generic']['train']
-  assert facts['tokens'] == sum(len(w) - 1 for w in want)
+  assert facts['tokens'] == sum(len(w) - 1 for w in expected)
   # Rows of before that was recorded begin with a token.
   path = pathlib.Path(cfg.out) / 'manifest.json'
-  about = json.loads(path.read_text())
-  del about['tokenizer']['begins']
-  path.write_text(json.dumps(about))
+  manifest = json.loads(path.read_text())
+  del manifest['tokenizer']['begins']
+  path.write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match='out: its rows begin with a token .*; prepare it again'):
     loader.manifest(cfg.out)
 
@@ -353,9 +355,9 @@ def copy(tmp_path) -> pathlib.Path:
 
 def test_refusals(tmp_path):
   path = toy.prepared()
-  about = loader.manifest(path)['tokenizer']
-  loader.build(cfg(), tokenizer=about['fingerprint'])
-  with pytest.raises(ValueError, match=f'bytes tokenizer {about["fingerprint"]}.* expects other'):
+  tok = loader.manifest(path)['tokenizer']
+  loader.build(cfg(), tokenizer=tok['fingerprint'])
+  with pytest.raises(ValueError, match=f'bytes tokenizer {tok["fingerprint"]}.* expects other'):
     loader.build(cfg(), tokenizer='other')
   for changes, message in {
     'set': 'nope/train: expected SET/SPLIT.*has generic/test.*law/train',
