@@ -52,7 +52,7 @@ def test_gumbel_noise_draws_in_proportion_to_the_weights():
   order = dsir.choose(np.log(w), np.array([4, 4, 4]), 12, 0)
   assert sorted(order) == [0, 1, 2]
   np.testing.assert_array_equal(dsir.choose(np.log(w), np.array([4, 4, 4]), 5, 0), order[:2])
-  with pytest.raises(ValueError, match='13 tokens asked for, and there are 12'):
+  with pytest.raises(ValueError, match='13 tokens requested, the rows hold 12'):
     dsir.choose(np.log(w), np.array([4, 4, 4]), 13, 0)
 
 
@@ -70,7 +70,7 @@ def test_command_selects_the_domains_rows(tmp_path):
   law = loader.histogram(path, 'law', 'train', 8)
   assert law[clusters[split.ids]].mean() > 1.5 * law[clusters].mean()
   refused = subprocess.run([*command, '--tokens=1e9'], capture_output=True, text=True)
-  assert refused.returncode == 1 and 'tokens asked for, and there are' in refused.stderr
+  assert refused.returncode == 1 and 'tokens requested, the rows hold' in refused.stderr
 
 
 def test_smoothing_adds_to_each_count_of_the_domain():

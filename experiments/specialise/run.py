@@ -6,7 +6,6 @@ python -m experiments.specialise.run --scale=paper --dry_run --devices=64 --chip
 """
 
 import copy
-import dataclasses
 import json
 import math
 import sys
@@ -60,7 +59,7 @@ def do_dsir(job: dict[str, Any], root: Path) -> None:
   """Write the index of rows that DSIR chooses."""
   path = root / 'data'
   tokens = loader.manifest(path)['sets']['generic']['train']['tokens']
-  request = dsir.Request(
+  request = importance.Selection(
     data=str(path),
     domain=job['domain'],
     tokens=int(job['share'] * tokens),
@@ -74,10 +73,8 @@ def do_dsir(job: dict[str, Any], root: Path) -> None:
 def _sample(how: Any, request: Any) -> None:
   """Write the index that a request describes, unless it is there."""
   known = Path(request.data) / 'index' / f'{request.out}.json'
-  asked = dataclasses.asdict(request)
-  del asked['data']  # the directory may move
   made = files.read_json(known)['made'] if known.exists() else {}
-  if any(made.get(key) != value for key, value in asked.items()):
+  if any(made.get(key) != value for key, value in request.record().items()):
     how.sample(request)
 
 

@@ -1,10 +1,9 @@
-"""Data selection by importance resampling of single rows, by hashed n-grams (DSIR).
+"""Select single rows by importance resampling with hashed n-grams (DSIR).
 
 Run as `python -m slm.data.dsir --data=DATA --on=law/train --tokens=1e6 --out=NAME` to write
-DATA/index/NAME.npy and .json: the generic rows whose words look most like the domain's.
+DATA/index/NAME.npy and .json: the generic rows whose words are most like the domain's.
 """
 
-import dataclasses
 import functools
 import hashlib
 import re
@@ -19,7 +18,7 @@ from slm.base import console, files
 from slm.data import importance, loader, tokenizer
 
 BUCKETS = 10_000
-_FLOOR = 1e-8  # added to every probability, as the published package does
+_FLOOR = 1e-8  # added to every probability, as in the published package
 _WORDS = re.compile(r'\w+|[^\w\s]+')
 _CHUNK = 1024  # rows decoded at once
 
@@ -32,7 +31,7 @@ def _bucket(ngram: str) -> int:
 def count(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
   """Count hashed words and pairs of words of each text: int32 [texts, BUCKETS].
 
-  The features of Xie et al. 2023 (arXiv 2302.03169, §3), hashed as their package does.
+  The features are those of Xie et al. 2023 (arXiv 2302.03169, §3), hashed as in their package.
   """
   columns, ends = [], [0]
   for text in texts:
@@ -51,7 +50,7 @@ def log_weights(
 ) -> np.ndarray:
   """Return log p(x | target) / p(x | raw) of each row under bags of n-grams.
 
-  `target` and `raw` [BUCKETS] are counts; `smoothing` is added to the target's (for small sets).
+  `target` and `raw` [BUCKETS] are counts; `smoothing` is added to each count of a small target.
   """
   share = lambda counts: counts / counts.sum()
   p, q = share(target + smoothing), share(np.asarray(raw, np.float64))
@@ -61,64 +60,41 @@ def log_weights(
 def choose(weights: np.ndarray, tokens: np.ndarray, size: int, seed: int) -> np.ndarray:
   """Draw rows without replacement until they hold `size` tokens: the top of log w + Gumbel noise.
 
-  Returned in that order, so that a smaller size is a prefix.
+  They are in that order, so a smaller size is a prefix.
   """
   noise = np.random.default_rng(seed).gumbel(size=len(weights))
   return importance.prefix(np.argsort(-(weights + noise), kind='stable'), tokens, size)
 
 
 def features(split: loader.Split) -> scipy.sparse.csr_matrix:
-  """Count the n-grams of every row of a split: computed once, kept beside the rows."""
+  """Count the n-grams of every row of a split; the counts are computed once and kept as a file."""
   path = split.path / split.name / 'ngrams.npz'
-  if path.exists():
-    found = scipy.sparse.load_npz(path)
-    if found.shape[0] == split.facts['rows']:
-      return found
-  tok = tokenizer.load(str(split.path / 'tokenizer'))
-  parts, total = [], split.facts['rows']
+  total = split.facts['rows']
+  if path.exists() and (matrix := scipy.sparse.load_npz(path)).shape[0] == total:
+    return matrix
+  tok, parts = tokenizer.load(split.path / 'tokenizer'), []
   with console.progress(f'n-grams of {split.name}', total, 'rows') as progress:
     for start in range(0, total, _CHUNK):
-      ids = np.arange(start, min(start + _CHUNK, total))
-      read = split.read(ids)
-      pairs = zip(read['tokens'], read['segments'], strict=True)
-      parts.append(count([_text(tok, *pair) for pair in pairs]))
-      progress.update(len(ids))
-  found = scipy.sparse.vstack(parts, format='csr')
+      columns = split.read(np.arange(start, min(start + _CHUNK, total)))
+      rows = zip(columns['tokens'], columns['segments'], strict=True)
+      parts.append(count([_text(tok, *row) for row in rows]))
+      progress.update(len(columns['tokens']))
+  matrix = scipy.sparse.vstack(parts, format='csr')
   with files.replacing(path) as temporary, temporary.open('wb') as f:
-    scipy.sparse.save_npz(f, found)
-  return found
+    scipy.sparse.save_npz(f, matrix)
+  return matrix
 
 
 def _text(tok: tokenizer.Tokenizer, tokens: np.ndarray, segments: np.ndarray) -> str:
-  """Decode a row's tokens [context], its windows apart."""
+  """Decode a row's windows, one per line, from its columns [context]."""
   return '\n'.join(tok.decode(tokens[segments == i]) for i in range(1, segments.max() + 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What to select: rows of generic/train with about `tokens` predicted tokens for one domain."""
-
-  data: str
-  domain: str
-  tokens: int
-  out: str
-  seed: int = 0
-  smoothing: float = 0.0
-  domain_index: str = ''
-
-  def __post_init__(self) -> None:
-    if self.tokens < 1:
-      raise ValueError(f'tokens={self.tokens}: expected at least 1')
-    if self.smoothing < 0:
-      raise ValueError(f'smoothing={self.smoothing}: expected at least 0')
-    importance.check_name(self.out)
-
-
-def sample(request: Request) -> dict[str, Any]:
-  """Write the index that a request describes and return what its JSON says.
+def sample(request: importance.Selection) -> dict[str, Any]:
+  """Write the index that a request describes and return its JSON.
 
   Raises:
-    ValueError: if the generic set holds fewer tokens than asked for.
+    ValueError: if the generic set holds fewer tokens than requested.
   """
   r = request
   generic = loader.Split(r.data, 'generic', 'train')
@@ -128,25 +104,19 @@ def sample(request: Request) -> dict[str, Any]:
   target, raw = total(features(domain)[domain.ids]), total(rows)
   weights = log_weights(rows, target, raw, r.smoothing)
   ids = choose(weights, generic.counts[:, 1], r.tokens, r.seed)
-  p, q = target / target.sum(), raw / raw.sum()
-  chosen = total(rows[ids])
-  kl = lambda a: float((p[p > 0] * np.log(p[p > 0] / (a / a.sum() + _FLOOR)[p > 0])).sum())
-  asked = dataclasses.asdict(r) | {'how': 'dsir'}
-  del asked['data']  # the directory may move
-  found = {'kl_before': kl(q), 'kl_after': kl(chosen)}
-  return importance.write_index(generic, r.out, ids, asked, **found)
+  p, present = target / target.sum(), target > 0
+  log_ratio = lambda counts: np.log(p[present] / (counts / counts.sum() + _FLOOR)[present])
+  kl = lambda counts: float((p[present] * log_ratio(counts)).sum())
+  results = {'kl_before': kl(raw / raw.sum()), 'kl_after': kl(total(rows[ids]))}
+  return importance.write_index(generic, r.out, ids, r.record() | {'how': 'dsir'}, **results)
 
 
 def _main(_: list[str]) -> None:
-  f = flags.FLAGS
-  console.required('data', 'on', 'tokens', 'out')
-  domain, _, index = loader.parse_on(f.data, f.on, split='train')
-  names = {field.name for field in dataclasses.fields(Request)} - {'domain', 'domain_index'}
-  values = {name: f[name].value for name in names} | {'tokens': importance.whole(f.tokens)}
-  about = sample(Request(domain=domain, domain_index=index, **values))
-  made = about['made']
+  request = importance.Selection.of_flags()
+  index = sample(request)
+  made = index['made']
   print(
-    f'{f.out}: {about["rows"]:,} rows, {about["tokens"]:,} tokens; KL of the domain from '
+    f'{request.out}: {index["rows"]:,} rows, {index["tokens"]:,} tokens; KL of the domain from '
     f'the generic n-grams {made["kl_before"]:.3f} nats, from the selected {made["kl_after"]:.3f}'
   )
 
