@@ -27,10 +27,10 @@ def test_shards_hold_every_document_once(built):
   spec = f'tfds:toy_text?data_dir={built}'
   shards = sources.expand(spec)
   assert list(shards) == [f'{spec}#shard={i}' for i in range(3)] and min(shards.values()) > 0
-  found = [document for shard in shards for document in sources.read(shard, 'text', 'name')]
-  want = toy.documents(list(toy.TOPICS), 200, 0)
-  assert sorted(text for text, _ in found) == sorted(want)
-  assert sorted(name for _, name in found) == sorted(f'document {i}' for i in range(200))
+  documents = [document for shard in shards for document in sources.read(shard, 'text', 'name')]
+  texts = toy.documents(list(toy.TOPICS), 200, 0)
+  assert sorted(text for text, _ in documents) == sorted(texts)
+  assert sorted(name for _, name in documents) == sorted(f'document {i}' for i in range(200))
   assert 'tensorflow' not in sys.modules
   test = sources.expand(f'tfds:toy_text:1.2.0?split=test&data_dir={built}')
   assert sum(1 for shard in test for _ in sources.read(shard, 'text', '')) == 20
@@ -38,7 +38,7 @@ def test_shards_hold_every_document_once(built):
 
 def test_prepared_like_a_file_of_the_same_documents(built, tmp_path):
   file = toy.write_jsonl(tmp_path / 'same.jsonl', toy.documents(list(toy.TOPICS), 200, 0))
-  found = []
+  prepared = []
   for name, source in (('tfds', f'tfds:toy_text?data_dir={built}'), ('file', str(file))):
     cfg = toy.config(tmp_path, {'generic': {'all': source}}, out=str(tmp_path / name), sizes=())
     facts = prepare.prepare(cfg)['sets']['generic']
@@ -49,8 +49,8 @@ def test_prepared_like_a_file_of_the_same_documents(built, tmp_path):
       for i in range(1, segments.max() + 1)
     ]
     counts = [[facts[s][key] for key in ('documents', 'windows', 'tokens', 'bytes')] for s in facts]
-    found.append((counts, sorted(windows)))  # rows differ: documents come in another order
-  assert found[0] == found[1]
+    prepared.append((counts, sorted(windows)))  # rows differ: documents come in another order
+  assert prepared[0] == prepared[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the clusters say about each domain, before anything is trained."""
+"""How each domain is distributed over the clusters, before anything is trained."""
 
 import pathlib
 from typing import Any
@@ -9,36 +9,34 @@ from slm.base import files
 from slm.data import cluster, documents, importance, loader, sources, tokenizer
 
 Path = pathlib.Path
+Levels = dict[str, dict[str, dict[str, Any]]]  # level -> set -> its histogram and statistics
 _COLUMNS = ('entropy', 'effective_clusters', 'ess_fraction', 'top_cluster')
 
 
-def write(path: Path) -> str:
-  """Write clusters/histograms.{json,md,png}, from the training windows; return the table."""
-  facts = loader.manifest(path)
-  found: dict[str, dict[str, Any]] = {}
-  for level in facts['levels']:
-    counts = {s: loader.window_counts(str(path), s, 'train', level) for s in facts['sets']}
-    found[str(level)] = {
-      name: {key: about[key] for key in _COLUMNS} | {'windows': c.astype(int).tolist()}
-      for name, c in counts.items()
-      for about in [importance.diagnostics(c, counts['generic'])]
-    }
+def write(path: Path) -> None:
+  """Write clusters/histograms.{json,md,png} of the training windows."""
+  manifest = loader.manifest(path)
+  levels: Levels = {}
+  for level in manifest['levels']:
+    counts = {s: loader.window_counts(str(path), s, 'train', level) for s in manifest['sets']}
+    levels[str(level)] = sets = {}
+    for name, windows in counts.items():
+      values = importance.diagnostics(windows, counts['generic'])
+      sets[name] = {key: values[key] for key in _COLUMNS}
+      sets[name]['windows'] = windows.astype(int).tolist()
   out = path / 'clusters'
-  text = table(found)
-  with files.replacing(out / 'histograms.md') as temporary:
-    temporary.write_text(text)
-  _plot(found, out / 'histograms.png')
-  files.write_json(out / 'histograms.json', found)
-  return text
+  files.write_text(out / 'histograms.md', _table(levels))
+  _plot(levels, out / 'histograms.png')
+  files.write_json(out / 'histograms.json', levels)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-  """Format one Markdown row per set and level."""
+def _table(levels: Levels) -> str:
+  """Return a Markdown table with a row per level and set."""
   lines = [
     '| clusters | set | windows | entropy (nats) | effective clusters | effective sample | top |',
     '| ---: | --- | ---: | ---: | ---: | ---: | ---: |',
   ]
-  for level, sets in found.items():
+  for level, sets in levels.items():
     for name, s in sets.items():
       lines.append(
         f'| {level} | {name} | {sum(s["windows"]):,} | {s["entropy"]:.2f} | '
@@ -48,13 +46,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def spread(data: str, texts: list[Path]) -> tuple[int, float, float]:
-  """Say over how many of the finest clusters of DATA a domain's texts lie.
+  """Measure how a domain's texts are spread over the finest clusters of a data directory.
 
-  Returns their windows, exp(entropy) of the clusters these lie in, and what as many windows of
-  generic text have on average: entropy grows with the number of windows, whatever the text.
+  Returns the number of their windows, exp(entropy) of their clusters, and its mean over samples of
+  as many generic windows: entropy grows with the number of windows, whatever the text.
 
   Raises:
-    ValueError: if a text or DATA cannot be read.
+    ValueError: if a text or the data directory cannot be read.
   """
   if missing := [str(path) for path in texts if not path.is_file()]:
     raise ValueError(f'--domain_text: {", ".join(missing)}: no such file')
@@ -70,22 +68,21 @@ def spread(data: str, texts: list[Path]) -> tuple[int, float, float]:
   ]
   if not windows:
     raise ValueError(f'--domain_text: {", ".join(map(str, texts))}: no text')
-  found = cluster.assign(model.centroids, cluster.embed(model, windows)[0])
+  clusters = cluster.assign(model.centroids, cluster.embed(model, windows)[0])
   counts = loader.window_counts(data, 'generic', 'train', len(model.centroids))
   rng = np.random.default_rng(0)
   generic = rng.multinomial(len(windows), counts / counts.sum(), 200)
   effective = lambda counts: importance.diagnostics(counts, counts)['effective_clusters']
-  return len(windows), effective(np.bincount(found)), float(np.mean([*map(effective, generic)]))
+  return len(windows), effective(np.bincount(clusters)), float(np.mean([*map(effective, generic)]))
 
 
-def _plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-  # Imported here: workers import the entry point too, and need no plots.
-  from matplotlib.figure import Figure
+def _plot(levels: Levels, path: Path) -> None:
+  from matplotlib.figure import Figure  # imported here: workers do not plot
 
-  sets = len(next(iter(found.values())))
-  figure = Figure(figsize=(5 * len(found), 1.6 * sets), layout='constrained')
-  axes = figure.subplots(sets, len(found), squeeze=False, sharex='col')
-  for column, (level, histograms) in enumerate(found.items()):
+  sets = len(next(iter(levels.values())))
+  figure = Figure(figsize=(5 * len(levels), 1.6 * sets), layout='constrained')
+  axes = figure.subplots(sets, len(levels), squeeze=False, sharex='col')
+  for column, (level, histograms) in enumerate(levels.items()):
     generic = np.argsort(histograms['generic']['windows'])[::-1]
     for row, (name, s) in enumerate(histograms.items()):
       counts = np.array(s['windows'])[generic]

@@ -1,12 +1,12 @@
-"""Text that every installation of slm holds: docstrings, descriptions and licences.
+"""Text of every installation of slm: docstrings, package descriptions and licences.
 
-It comes from Python itself and from what slm requires, directly or not, so that other packages
+It comes from Python and from the direct and indirect requirements of slm alone, so other packages
 in the same environment change nothing.
 
-`python:docs` gives one document per module (its docstrings under its dotted name) and one per
-package description; `python:licences` gives what differs between licence texts, in pieces of about
-4,000 characters. No paragraph occurs twice, but a file's pieces may fall in different splits.
-`?max_mb=12` stops at that many megabytes, shared evenly over the packages.
+`python:docs` has a document for every module (its docstrings under its dotted name) and every
+package description. `python:licences` has the paragraphs of licences, each once, in documents of
+about 4,000 characters; those of one file may fall in different splits. `?max_mb=12` limits the text
+to that many megabytes, shared evenly between packages.
 """
 
 import ast
@@ -30,10 +30,10 @@ from packaging.utils import canonicalize_name
 from slm.base import console
 
 _SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', '__pycache__'}
-_SHORTEST = 200  # characters
-_LICENCE = 4000  # characters per licence document
+_SHORTEST = 200  # characters in a document
+_LICENCE = 4000  # characters in a document of licences
 _LARGEST_FILE = 1 << 20  # bytes; larger modules are tables, not prose
-_NAMES = re.compile(r'^(licen[cs]es?|copying|notice|unlicense|eula)', re.IGNORECASE)
+_LICENCE_NAMES = re.compile(r'^(licen[cs]es?|copying|notice|unlicense|eula)', re.IGNORECASE)
 _PYTHON = 'python'
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
@@ -47,7 +47,7 @@ def read(spec: str, parallel_map: Map) -> Iterator[str]:
   readers = {'docs': _docs, 'licences': _licences}
   if name not in readers or options or not re.fullmatch(r'\d+(\.\d+)?', limit):
     raise ValueError(
-      f'{spec}: expected python:docs or python:licences, with ?max_mb=NUMBER if wanted'
+      f'{spec}: expected python:docs or python:licences, optionally with ?max_mb=NUMBER'
     )
   yield from readers[name](int(float(limit) * 1e6), parallel_map)
 
@@ -56,9 +56,9 @@ def _docs(limit: int, parallel_map: Map) -> Iterator[str]:
   names = [_PYTHON, *_distributions()]
   packages = []
   with console.progress('installed packages', len(names), 'package') as bar:
-    # A scan stops early inside a large package: at a twelfth of all, or its even share.
-    most = limit // min(12, len(names))
-    for texts in parallel_map(functools.partial(_package, limit=most), names):
+    # The scan of a large package stops early, at an even share but at least a twelfth of all.
+    cap = limit // min(12, len(names))
+    for texts in parallel_map(functools.partial(_package, limit=cap), names):
       packages.append(texts)
       bar.update(1, megabytes=sum(sum(map(len, t)) for t in packages) / 1e6)
   share = _share([sum(map(len, texts)) for texts in packages], limit)
@@ -72,17 +72,17 @@ def _docs(limit: int, parallel_map: Map) -> Iterator[str]:
 
 
 def _share(sizes: Sequence[int], limit: int) -> int:
-  """Find the cap per package at which packages cut to the cap give `limit` in all."""
-  left = limit
+  """Return the largest size per package at which all packages together have `limit`."""
+  rest = limit
   for i, size in enumerate(sorted(sizes)):
-    if size * (len(sizes) - i) > left:
-      return left // (len(sizes) - i)
-    left -= size
+    if size * (len(sizes) - i) > rest:
+      return rest // (len(sizes) - i)
+    rest -= size
   return limit
 
 
 def fingerprint() -> str:
-  """Hash the names and versions of what the text is taken from."""
+  """Hash the names and versions of Python and the packages that the text comes from."""
   versions = [f'{name}=={importlib.metadata.version(name)}' for name in _distributions()]
   return hashlib.sha256('\n'.join([sys.version, *versions]).encode()).hexdigest()
 
@@ -92,35 +92,35 @@ def _distributions() -> list[str]:
 
 
 def _requirements() -> list[str]:
-  """List slm's own requirements, as installed or (in a checkout) from requirements.txt."""
+  """Return the requirements of slm: as installed, or in a checkout from requirements.txt."""
   try:
     return importlib.metadata.requires('slm') or []
   except importlib.metadata.PackageNotFoundError:
     path = pathlib.Path(__file__).parents[2] / 'requirements.txt'
     if not path.exists():
       raise FileNotFoundError(
-        f'{path}: not found, and slm is not installed, so what it requires is not known'
+        f'{path}: not found, and slm is not installed: its requirements are unknown'
       ) from None
     lines = (line.partition('#')[0].strip() for line in path.read_text().splitlines())
     return [line for line in lines if line]
 
 
 def closure(requirements: Sequence[str]) -> list[str]:
-  """List the installed packages that requirements lead to, without extras, by name."""
-  found: dict[str, str] = {}
-  todo = list(requirements)
-  while todo:
-    requirement = Requirement(todo.pop())
+  """Return the installed packages that requirements need directly or not, by name, no extras."""
+  names: dict[str, str] = {}
+  queue = list(requirements)
+  while queue:
+    requirement = Requirement(queue.pop())
     key = canonicalize_name(requirement.name)
-    if key in found or (requirement.marker and not requirement.marker.evaluate({'extra': ''})):
+    if key in names or (requirement.marker and not requirement.marker.evaluate({'extra': ''})):
       continue
     try:
       distribution = importlib.metadata.distribution(requirement.name)
     except importlib.metadata.PackageNotFoundError:
-      continue  # whether the pins are installed is pip's affair
-    found[key] = distribution.metadata['Name']
-    todo += distribution.requires or []
-  return [found[key] for key in sorted(found)]
+      continue
+    names[key] = distribution.metadata['Name']
+    queue += distribution.requires or []
+  return [names[key] for key in sorted(names)]
 
 
 def _package(name: str, limit: int) -> list[str]:
@@ -155,19 +155,19 @@ def _distribution(name: str) -> Iterator[str]:
 
 
 def _module(path: pathlib.Path, relative: pathlib.Path) -> str:
-  """Join the docstrings of one module; '' when there are none or it cannot be parsed."""
+  """Join the docstrings of a module; '' if it has none or cannot be parsed."""
   try:
     source = path.read_bytes()
     if len(source) > _LARGEST_FILE:
       return ''
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # invalid escapes in other people's strings
+      warnings.simplefilter('ignore')  # invalid escapes in strings
       tree = ast.parse(source)
   except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-    return ''  # templates and old syntax are installed as .py files too
+    return ''  # installed .py files include templates and old syntax
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-  texts = [text for text in found if text]
+  nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
+  texts = list(filter(None, map(ast.get_docstring, nodes)))
   parts = relative.with_suffix('').parts
   name = '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
   return '\n\n'.join([name, *texts]) if texts else ''
@@ -178,7 +178,7 @@ def _licences(limit: int, parallel_map: Map) -> Iterator[str]:
   seen: set[str] = set()
   used = 0
   for path in _licence_files():
-    for text in _documents(_new_paragraphs(path, seen)):
+    for text in _join(_new_paragraphs(path, seen)):
       used += len(text)
       if limit and used > limit:
         return
@@ -186,7 +186,7 @@ def _licences(limit: int, parallel_map: Map) -> Iterator[str]:
 
 
 def _licence_files() -> Iterator[pathlib.Path]:
-  # Where Python keeps its own licence depends on how it was built.
+  # The place of Python's own licence depends on how Python was built.
   stdlib = pathlib.Path(sysconfig.get_paths()['stdlib'])
   for path in (stdlib / 'LICENSE.txt', pathlib.Path(sys.base_prefix) / 'LICENSE.txt'):
     if path.is_file():
@@ -196,29 +196,31 @@ def _licence_files() -> Iterator[pathlib.Path]:
     distribution = importlib.metadata.distribution(name)
     for file in sorted(distribution.files or (), key=str):
       inside = {'licenses', 'licences'}.intersection(part.lower() for part in file.parts[:-1])
-      if (_NAMES.match(file.name) or inside) and file.suffix not in ('.py', '.pyc', '.so'):
+      named = inside or _LICENCE_NAMES.match(file.name)
+      if named and file.suffix not in ('.py', '.pyc', '.so'):
         path = pathlib.Path(distribution.locate_file(file))
         if path.is_file():
           yield path
 
 
 def _new_paragraphs(path: pathlib.Path, seen: set[str]) -> list[str]:
-  """Return the paragraphs that no earlier licence had, up to case and white space."""
-  kept = []
+  """Return the paragraphs of a licence that are not in `seen`, ignoring case and white space."""
+  new = []
   for paragraph in re.split(r'\n[ \t]*\n', path.read_text('utf-8', 'replace')):
     key = ' '.join(paragraph.lower().split())
     if key and key not in seen:
       seen.add(key)
-      kept.append(paragraph.strip('\n'))
-  return kept
+      new.append(paragraph.strip('\n'))
+  return new
 
 
-def _documents(paragraphs: Sequence[str]) -> Iterator[str]:
-  held: list[str] = []
+def _join(paragraphs: Sequence[str]) -> Iterator[str]:
+  """Join paragraphs into documents of about _LICENCE characters."""
+  document: list[str] = []
   for paragraph in [*paragraphs, '']:
-    if held and (not paragraph or sum(map(len, held)) + len(paragraph) > _LICENCE):
-      text = '\n\n'.join(held)
+    if document and (not paragraph or sum(map(len, document)) + len(paragraph) > _LICENCE):
+      text = '\n\n'.join(document)
       if len(text) >= _SHORTEST:
         yield text
-      held = []
-    held.append(paragraph)
+      document = []
+    document.append(paragraph)

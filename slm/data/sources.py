@@ -9,31 +9,31 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import zstandard
 
 from slm.base import files
 from slm.data import tfds
 
-# A .txt file is one document, cut at the first blank line after _TEXT_DOCUMENT characters, or
-# else at the first line end after _LONGEST; lines are read, and so cut, in pieces of _PIECE bytes.
+# A .txt file is cut into documents at the first blank line after _TEXT_DOCUMENT characters, or else
+# at the first line end after _LONGEST; lines are read, and so also cut, in pieces of _PIECE bytes.
 _TEXT_DOCUMENT = 1 << 20
 _LONGEST = 2 << 20
 _PIECE = 1 << 20
 
 
 def expand(spec: str) -> dict[str, int]:
-  """List the files of a glob (or the shards of a `tfds:` set) with their sizes, sorted.
+  """Return the sorted files of a glob, or the shards of a `tfds:` set, with their sizes in bytes.
 
-  A `python:` spec stands for itself.
+  A `python:` spec is returned as it is.
   """
   if spec.startswith('python:'):
     return {spec: 0}
   if spec.startswith(tfds.PREFIX):
     return tfds.expand(spec)
-  found = glob.glob(spec, recursive=True)  # noqa: PTH207 (pathlib cannot match absolute globs)
-  paths = sorted(p for p in found if pathlib.Path(p).is_file())
+  matches = glob.glob(spec, recursive=True)  # noqa: PTH207 (pathlib cannot match absolute globs)
+  paths = sorted(p for p in matches if pathlib.Path(p).is_file())
   if not paths:
     raise FileNotFoundError(f'{spec}: no file matches')
   for path in paths:
@@ -46,26 +46,29 @@ def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]
   """Yield (text, id) of every document in a file; id is '' without `id_field`."""
   if path.startswith(tfds.PREFIX):
     yield from tfds.read(path, text_field, id_field)
-    return
-  if re.search(r'\.txt(\.gz|\.zst)?$', path):
+  elif re.search(r'\.txt(\.gz|\.zst)?$', path):
     yield from ((text, '') for text in _cut(lines(path, _PIECE)))
-    return
-  for number, line in enumerate(lines(path), 1):
-    if line.strip():
-      yield _record(f'{path}:{number}', line, text_field, id_field)
+  else:
+    for number, line in enumerate(lines(path), 1):
+      if line.strip():
+        yield _record(f'{path}:{number}', line, text_field, id_field)
 
 
 def lines(path: str, limit: int = -1) -> Iterator[str]:
-  """Yield the lines of a file; those over `limit` bytes in pieces."""
-  number, begins = 0, True
-  # A piece may end inside a character; a byte order mark at the start is not text.
+  """Yield the lines of a file, and lines over `limit` bytes in pieces.
+
+  Raises:
+    ValueError: if the file is cut short or is not UTF-8; names the line.
+  """
+  number, at_start = 0, True  # of a line
+  # Decodes pieces that end inside a character, and drops a byte order mark.
   decoder = codecs.getincrementaldecoder('utf-8-sig')()
   try:
     with _open(path) as f:
-      # Text wrappers also end lines at \r; JSON lines end at \n only.
+      # Bytes, because text mode also ends lines at \r; JSON lines end at \n only.
       while line := f.readline(limit):
-        number += begins
-        begins = line.endswith(b'\n')
+        number += at_start
+        at_start = line.endswith(b'\n')
         yield decoder.decode(line)
       decoder.decode(b'', final=True)
   except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
@@ -78,40 +81,39 @@ def _open(path: str) -> BinaryIO:
   if path.endswith('.gz'):
     return gzip.open(path, 'rb')
   if path.endswith('.zst'):
-    # A frame that stops early reads as the end of the file, so the frame's end is checked.
     return io.BufferedReader(_Zstd(path), 1 << 20)
   return pathlib.Path(path).open('rb')
 
 
-def _frame() -> Any:
-  """Decompress one frame, of any window that the format's tools write (`zstd --long=31`)."""
-  return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-
-
 class _Zstd(io.RawIOBase):
-  """A zstd file of one or more frames that raises where it was cut short."""
+  """A zstd file that raises EOFError where it was cut short; zstandard's reader ends silently."""
 
   def __init__(self, path: str):
     super().__init__()
     self._file = pathlib.Path(path).open('rb')  # noqa: SIM115 (closed in close)
-    self._frame = _frame()
-    self._rest, self._ready, self._inside = b'', b'', False
+    self._chunks, self._ready = self._decompressed(), b''
+
+  def _decompressed(self) -> Iterator[bytes]:
+    data = self._file.read(1 << 17)
+    while data:  # one frame after the other
+      # The largest window that the format's tools write (`zstd --long=31`).
+      frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+      while not frame.eof:
+        if not data:
+          raise EOFError('compressed frame ended before its end marker')
+        yield frame.decompress(data)
+        data = self._file.read(1 << 17) if not frame.eof else frame.unused_data
+      data = data or self._file.read(1 << 17)
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, buffer: memoryview) -> int:
     while not self._ready:
-      data = self._rest or self._file.read(1 << 17)
-      if not data:
-        if self._inside:
-          raise EOFError('compressed frame ended before its end marker')
+      chunk = next(self._chunks, None)
+      if chunk is None:
         return 0
-      self._ready, self._inside = self._frame.decompress(data), True
-      self._rest = b''
-      if self._frame.eof:
-        self._rest, self._inside = self._frame.unused_data, False
-        self._frame = _frame()
+      self._ready = chunk
     n = min(len(buffer), len(self._ready))
     buffer[:n], self._ready = self._ready[:n], self._ready[n:]
     return n
@@ -132,18 +134,18 @@ def _record(where: str, line: str, text_field: str, id_field: str) -> tuple[str,
   if not isinstance(record[text_field], str):
     kind = type(record[text_field]).__name__
     raise ValueError(f'{where}: field {text_field!r} is {kind}, expected text')
-  # JSON can hold halves of surrogate pairs, which UTF-8 cannot: they become '?'.
+  # JSON can hold lone surrogates, which UTF-8 cannot: they become '?'.
   text = record[text_field].encode('utf-8', 'replace').decode()
   return text, str(record[id_field]) if id_field else ''
 
 
 def _cut(lines: Iterator[str]) -> Iterator[str]:
-  held, size = [], 0
+  document, size = [], 0
   for line in lines:
-    held.append(line)
+    document.append(line)
     size += len(line)
     if size > _TEXT_DOCUMENT and not line.strip() or size > _LONGEST:
-      yield ''.join(held)
-      held, size = [], 0
-  if held:
-    yield ''.join(held)
+      yield ''.join(document)
+      document, size = [], 0
+  if document:
+    yield ''.join(document)
