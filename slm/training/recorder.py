@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 
 from slm.base import console, files
 from slm.runs import ledger, rundir
@@ -59,6 +58,8 @@ class Recorder:
     self._file = (self._workdir / 'metrics.jsonl').open('a') if self._main else None
     self._board = None
     if self._cfg.tensorboard and self._main:
+      import tensorboardX  # takes a second where torch is installed, which it imports
+
       board = str(self._workdir / 'tb')
       self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
     self._positions = self._cfg.data.batch_size * self._cfg.context  # of a step
