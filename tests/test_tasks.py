@@ -115,7 +115,7 @@ def test_likelihoods_are_those_of_each_request_alone(scorer):
 def test_likelihoods_that_are_no_numbers_are_refused(scorer):
   broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), scorer.params['final_norm'])
   params = {**scorer.params, 'final_norm': broken}
-  with pytest.raises(FloatingPointError, match='2 of 2 texts no finite likelihood'):
+  with pytest.raises(FloatingPointError, match='likelihoods of 2 of 2 texts are not finite'):
     scoring.loglikelihoods(dataclasses.replace(scorer, params=params), [([5], [6]), ([7], [8, 9])])
 
 
@@ -342,7 +342,9 @@ def test_it_continues_where_it_stopped(run, tmp_path, monkeypatch, capsys):
   # Another file of that name: what is there is of no use.
   write(tmp_path / 'sea.jsonl', questions(12))
   assert tasks.run(run, [path], MESH(), 8)['sea']['n'] == 12
-  assert len(tried) == 12 and 'sea.jsonl: is of sha256=' in capsys.readouterr().err
+  assert (
+    len(tried) == 12 and 'sea.jsonl: evaluated again, as sha256 was ' in capsys.readouterr().err
+  )
   log.write_text(log.read_text().replace('"scores"', '"scores', 1))
   with pytest.raises(ValueError, match='sea.jsonl: damaged'):
     tasks.run(run, [path], MESH(), 8)
@@ -372,7 +374,7 @@ def toy_copy(run):
     ({'choices': ['a', ' ']}, ':1: an answer is empty'),
     ({'type': 'essay'}, ":1: type: expected one of .* found 'essay'"),
     ({'id': 7}, ':1: expected an object with an id'),
-    ({'id': 'x-1'}, ":2: id 'x-1' is there twice"),
+    ({'id': 'x-1'}, ":2: id 'x-1' was used before"),
   ],
 )
 def test_items_that_are_not_whole_are_refused(change, message, tmp_path):

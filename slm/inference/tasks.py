@@ -1,10 +1,11 @@
-"""Questions with known answers, from files: what a model gets right, and with which standard error.
+"""Scores on task files: questions with known answers, scored by likelihood or generation.
 
 A file holds JSON lines, each an item with an `id` and the fields of its kind in KINDS. `type` names
 the kind; items with a `question` and a `final` answer are numeric. Contexts and continuations are
 joined by a space unless the context ends in white space.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -31,16 +32,16 @@ from slm.weights.axes import Params
 
 Item = Mapping[str, Any]
 Pair = tuple[str, str]
-_GROUP = 8  # batches of requests between two writes
+_GROUP = 8  # batches of requests between two writes of the answers
 _NUMBER = r'(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)'
 
 
 class Kind(NamedTuple):
-  """A kind of item: its fields, its (context, continuation) pairs, and what an answer is worth.
+  """A kind of item: its fields, its (context, continuation) pairs, and the scores of an answer.
 
   `score` takes the item and the (log-probability, greedy) of each pair or, where max_tokens is set,
-  the text that the model puts after the context. The gold pair, item['gold'] or the first, is what
-  an example shows.
+  the text generated after the context. Few-shot examples show the gold pair: item['gold'], or the
+  first.
   """
 
   fields: Mapping[str, type]
@@ -53,26 +54,26 @@ class Kind(NamedTuple):
 def choose(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
   """Score choices: acc, acc_norm by bytes, bits per byte of the gold one; ties go to the first.
 
-  Bytes are those of the choice as the file has it (acc_bytes of lm-evaluation-harness; OLMES, Gu et
-  al. 2024, arXiv 2406.08446).
+  Bytes are those of the choice in the file (acc_bytes of lm-evaluation-harness; OLMES, Gu et al.
+  2024, arXiv 2406.08446).
   """
-  found = np.array([logprob for logprob, _ in answers])
+  logprobs = np.array([logprob for logprob, _ in answers])
   sizes = np.array([len(text.strip().encode()) for _, text in KINDS[item['type']].pairs(item)])
   gold = item['gold']
   return {
-    'acc': float(found.argmax() == gold),
-    'acc_norm': float((found / sizes).argmax() == gold),
-    'bpb': float(-found[gold] / sizes[gold] / math.log(2)),
+    'acc': float(logprobs.argmax() == gold),
+    'acc_norm': float((logprobs / sizes).argmax() == gold),
+    'bpb': float(-logprobs[gold] / sizes[gold] / math.log(2)),
   }
 
 
 def choose_context(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-  """Score contexts by one continuation after each (Trinh and Le 2018, arXiv 1806.02847)."""
+  """Score contexts by the same continuation after each (Trinh and Le 2018, arXiv 1806.02847)."""
   return {name: value for name, value in choose(item, answers).items() if name != 'acc_norm'}
 
 
 def last_word(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-  """Score a continuation: acc if it is the greedy one, NLL (nats), bits per byte."""
+  """Score a continuation: acc (whether it is the greedy one), NLL (nats), bits per byte."""
   logprob, greedy = answers[0]
   size = len(item['continuation'].strip().encode())
   return {'acc': float(greedy), 'nll': -logprob, 'bpb': -logprob / math.log(2) / size}
@@ -86,38 +87,34 @@ def normalised(text: str) -> str:
 
 def short_answer(item: Item, text: str) -> dict[str, float]:
   """Score a generated answer: exact match with the answer or one of its aliases."""
-  accepted = {normalised(x) for x in (item['answer'], *item['aliases'])} - {''}  # of 'The', '?'
+  accepted = {normalised(x) for x in (item['answer'], *item['aliases'])} - {''}  # from 'The', '?'
   return {'exact_match': float(normalised(text) in accepted)}
-
-
-def number(text: str) -> float | None:
-  """Return the last number of a text, None if there is none."""
-  found = re.findall(_NUMBER, text)
-  return float(found[-1].replace(',', '')) if found else None
 
 
 def final_number(item: Item, text: str) -> dict[str, float]:
   """Score a generated solution: its last number is the final one (Cobbe et al. 2021, GSM8K).
 
-  An answer of one number beside its unit is that number; one of none or several must match as text.
+  A final answer of one number and a unit is that number; one of no or several numbers is compared
+  as text.
   """
-  if len(re.findall(_NUMBER, item['final'])) != 1:
+  expected, written = (re.findall(_NUMBER, x) for x in (item['final'], text))
+  if len(expected) != 1:
     return {'exact_match': float(normalised(text) == normalised(item['final']))}
-  got, want = number(text), number(item['final'])
-  same = got is not None and math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
-  return {'exact_match': float(same)}
+  value = lambda numbers: float(numbers[-1].replace(',', ''))
+  close = functools.partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
+  return {'exact_match': float(bool(written) and close(value(written), value(expected)))}
 
 
-def _asked(query: str) -> str:
-  """End a query that poses a `Question:` without asking for the answer."""
-  poses = re.search(r'^Question:', query, re.MULTILINE) and not query.rstrip().endswith(':')
-  return f'{query}\nAnswer:' if poses else query
+def _with_answer(query: str) -> str:
+  """Add the line `Answer:` to a query with a `Question:` that does not end in a colon."""
+  lacks = re.search(r'^Question:', query, re.MULTILINE) and not query.rstrip().endswith(':')
+  return f'{query}\nAnswer:' if lacks else query
 
 
 KINDS = {
   'mc': Kind(
     {'query': str, 'choices': list, 'gold': int},
-    lambda x: [(_asked(x['query']), choice) for choice in x['choices']],
+    lambda x: [(_with_answer(x['query']), choice) for choice in x['choices']],
     choose,
   ),
   'schema': Kind(
@@ -132,7 +129,7 @@ KINDS = {
   ),
   'qa': Kind(
     {'query': str, 'answer': str, 'aliases': list},
-    lambda x: [(_asked(x['query']), x['answer'])],
+    lambda x: [(_with_answer(x['query']), x['answer'])],
     short_answer, 32, ('\n',),
   ),
   'numeric': Kind(
@@ -147,9 +144,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   """Read a task file, plain, .gz or .zst; every item gets the `type` of its kind.
 
   Raises:
-    ValueError: naming the file and line of an item that is not whole, of several kinds, or twice.
+    ValueError: naming the file and line of an item that is malformed, of another kind than the
+      first, or has the id of another.
   """
-  found: dict[str, dict[str, Any]] = {}
+  items: dict[str, dict[str, Any]] = {}
   for number, line in enumerate(sources.lines(str(path)), 1):
     where = f'{path}:{number}'
     with files.reading(where, 'valid JSON'):
@@ -159,14 +157,14 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     if item.get('type') not in KINDS and {'question', 'final'} <= set(item):
       item['type'] = 'numeric'
     _check(where, item)
-    if item['id'] in found:
-      raise ValueError(f'{where}: id {item["id"]!r} is there twice')
-    if found and item['type'] != (first := next(iter(found.values()))['type']):
+    if item['id'] in items:
+      raise ValueError(f'{where}: id {item["id"]!r} was used before')
+    items[item['id']] = item
+    if item['type'] != (first := next(iter(items.values()))['type']):
       raise ValueError(f'{where}: type {item["type"]!r}, the first item has {first!r}')
-    found[item['id']] = item
-  if not found:
+  if not items:
     raise ValueError(f'{path}: holds no items')
-  return list(found.values())
+  return list(items.values())
 
 
 def _check(where: str, item: dict[str, Any]) -> None:
@@ -185,14 +183,14 @@ def _check(where: str, item: dict[str, Any]) -> None:
 
 
 def joined(pair: Pair) -> Pair:
-  """Move white space that ends the context to the continuation, or put a space before it."""
+  """Start the continuation with the white space that ends the context, or with a space."""
   context, continuation = pair
   head = context.rstrip()
   return head, (context[len(head) :] or ' ' * bool(head)) + continuation
 
 
 def examples(items: Sequence[Item], item: Item, shots: int, seed: int) -> str:
-  """Write `shots` other items with their answers, drawn by (seed, id), from `dev` if it has enough.
+  """Write `shots` other items with their answers: drawn by (seed, id), from `dev` if it suffices.
 
   Raises:
     ValueError: if there are too few items.
@@ -205,48 +203,50 @@ def examples(items: Sequence[Item], item: Item, shots: int, seed: int) -> str:
     raise ValueError(f'shots={shots}: expected fewer than the items of the file, {len(pool)}')
   drawn = random.Random(f'{seed} {item["id"]}').sample(pool, shots + 1)
   others = [x for x in drawn if x['id'] != item['id']][:shots]
-  gold = lambda x: KINDS[x['type']].pairs(x)[x.get('gold', 0)]
+  gold = lambda other: KINDS[other['type']].pairs(other)[other.get('gold', 0)]
   return ''.join(''.join(joined(gold(x))) + '\n\n' for x in others)
 
 
 def answer(
   scorer: scoring.Scorer, items: Sequence[Item], prefixes: Sequence[str], max_tokens: int
 ) -> list[dict[str, Any]]:
-  """Put items after their prefixes to the model: a record each, of its answers and what they score.
+  """Answer items after their prefixes; returns a record of the answers, scores and cost of each.
 
-  `tokens` counts those of contexts and continuations (of a context and max_tokens where it writes);
-  `truncated` says whether a context did not fit.
+  `tokens` counts those of contexts and continuations (max_tokens where text is generated);
+  `truncated` is whether a context did not fit; `device_seconds` is an equal share of the time.
   """
-  kind = KINDS[items[0]['type']]
-  asked = [
+  kind, began = KINDS[items[0]['type']], time.monotonic()
+  requests = [
     [joined((before + context, text)) for context, text in kind.pairs(item)]
     for item, before in zip(items, prefixes, strict=True)
   ]
   room = scorer.context + 1
   if kind.max_tokens:
-    prompts = [scorer.encode(pairs[0][0]) for pairs in asked]
+    prompts = [scorer.encode(pairs[0][0]) for pairs in requests]
     answers = scoring.continuations(scorer, prompts, max_tokens, kind.until)
     sizes = [[len(p) + max_tokens] for p in prompts]
     room = scorer.context
   else:
-    ids = [[scorer.pair(*pair) for pair in pairs] for pairs in asked]
+    ids = [[scorer.pair(*pair) for pair in pairs] for pairs in requests]
     flat = iter(scoring.loglikelihoods(scorer, list(itertools.chain(*ids))))
     answers = [list(itertools.islice(flat, len(pairs))) for pairs in ids]
     sizes = [[len(a) + len(b) for a, b in pairs] for pairs in ids]
+  share = (time.monotonic() - began) * jax.device_count() / len(items)
   return [
     {
       'id': item['id'],
-      'answer': found,
+      'answer': given,
       'tokens': sum(lengths),
       'truncated': max(lengths) > room,
-      'scores': kind.score(item, found),
+      'scores': kind.score(item, given),
+      'device_seconds': share,
     }
-    for item, found, lengths in zip(items, answers, sizes, strict=True)
+    for item, given, lengths in zip(items, answers, sizes, strict=True)
   ]
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Average each score over items, with sqrt(variance / n) as its standard error.
+  """Average each score over items; the standard error is sqrt(variance / n).
 
   For scores of 0 and 1 that is sqrt(p (1 - p) / (n - 1)). An NLL adds ppl, its exponential.
   """
@@ -260,10 +260,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     result['ppl'] = math.exp(result['nll'])
     if 'nll_stderr' in result:
       result['ppl_stderr'] = result['ppl'] * result['nll_stderr']
-  result['tokens'] = sum(r['tokens'] for r in records)
-  result['truncated'] = sum(r['truncated'] for r in records)
-  result['device_seconds'] = sum(r['device_seconds'] for r in records)
-  return result
+  totals = ('tokens', 'truncated', 'device_seconds')
+  return result | {name: sum(r[name] for r in records) for name in totals}
 
 
 def asking(
@@ -272,21 +270,17 @@ def asking(
 ) -> Callable[[Params, DecoderConfig], dict[str, float]]:  # fmt: skip
   """Return f(params, shape) -> the summary of a task file's first `limit` items (0: all).
 
-  Its 'score' is acc or exact_match, whichever the kind of item has.
+  Its 'score' is acc, or exact_match where text is generated.
   """
   items = read(path)[: limit or None]
   kind = KINDS[items[0]['type']]
 
   def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
-    model, began = models.build(cfg), time.monotonic()
-    scorer = scoring.make(
-      model, params, tok, mesh, context=context, begin=tok.begin, batch_size=batch_size
-    )
+    settings = {'context': context, 'begin': tok.begin, 'batch_size': batch_size}
+    scorer = scoring.make(models.build(cfg), params, tok, mesh, **settings)
     max_tokens = min(kind.max_tokens, context // 2)
-    records = answer(scorer, items, [''] * len(items), max_tokens)
-    share = (time.monotonic() - began) * jax.device_count() / len(items)
-    found = summary([{**r, 'device_seconds': share} for r in records])
-    return found | {'score': found['exact_match' if kind.max_tokens else 'acc']}
+    result = summary(answer(scorer, items, [''] * len(items), max_tokens))
+    return result | {'score': result['exact_match' if kind.max_tokens else 'acc']}
 
   return ask
 
@@ -295,93 +289,90 @@ def run(
   ref: str | Path, paths: Sequence[str], mesh: jax.sharding.Mesh, batch_size: int, *,
   data: str = '', shots: int = 0, seed: int = 0, limit: int = 0, split: str = '',
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-  """Put the items of task files to a run; returns a summary by task.
+  """Evaluate a run on task files; returns a summary by task.
 
-  RUN/tasks/TASK.jsonl has a line per item and is continued where it stopped; what is there of
-  another checkpoint, file or way of asking is done again. RUN/tasks.json sums up. `split` and
-  `limit` (the first so many; 0 is all) choose items.
+  RUN/tasks/TASK.jsonl has a line per item; a second call continues it, or replaces it if the
+  checkpoint, the file or the settings have changed. RUN/tasks.json holds the summaries. `split` and
+  `limit` (items from the first; 0 is all) choose items.
+
+  Raises:
+    ValueError: if two files have one name, an option does not fit, or another process writes there.
   """
   names = [Path(path).name.partition('.')[0] + f'-{shots}shot' * bool(shots) for path in paths]
   if len(set(names)) < len(names):
     raise ValueError(f'--task: two files have one name: {sorted(names)}')
   if min(shots, limit) < 0:
     raise ValueError(f'--shots={shots}, --limit={limit}: expected at least 0')
-  read_items = {name: read(path) for name, path in zip(names, paths, strict=True)}
+  items_by_name = {name: read(path) for name, path in zip(names, paths, strict=True)}
   folder = rundir.evaluations(ref, 'tasks')
   scorer = scoring.open_model(ref, mesh, batch_size, data=data)
-  there, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
+  record, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
   with processes.hold(folder.parent, folder.name):
-    results = files.read_json(there) if there.exists() else {}
-    for (name, items), path in zip(read_items.items(), paths, strict=True):
+    results = files.read_json(record) if record.exists() else {}
+    for (name, items), path in zip(items_by_name.items(), paths, strict=True):
       chosen = [x for x in items if split in ('', x.get('split'))][: limit or None]
       if not chosen:
         raise ValueError(f'{path}: no item has split {split!r}')
-      max_tokens = min(KINDS[items[0]['type']].max_tokens, scorer.context // 2)
-      asked = {
+      settings = {
         'sha256': files.sha256(Path(path)), 'step': scorer.step, 'weights': weights,
         'context': scorer.context, 'shots': shots, 'seed': seed * bool(shots),
-        'max_tokens': max_tokens,
+        'max_tokens': min(KINDS[items[0]['type']].max_tokens, scorer.context // 2),
       }  # fmt: skip
-      records = _records(scorer, folder / f'{name}.jsonl', items, chosen, asked)
-      made = {**asked, 'type': items[0]['type'], 'split': split, 'limit': limit}
-      results[name] = summary([records[x['id']] for x in chosen]) | made
+      records = _records(scorer, folder / f'{name}.jsonl', items, chosen, settings)
+      settings |= {'type': items[0]['type'], 'split': split, 'limit': limit}
+      results[name] = summary([records[x['id']] for x in chosen]) | settings
       if not jax.process_index():
-        files.write_json(there, results)
+        files.write_json(record, results)
   return {name: results[name] for name in names}
 
 
 def _records(
   scorer: scoring.Scorer, path: Path, items: Sequence[Item], chosen: Sequence[Item],
-  asked: dict[str, Any],
+  settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-  """Return the chosen items' records by id, appending those that the file lacks to it."""
-  done = _resume(path, asked)
-  todo = [x for x in chosen if x['id'] not in done]
-  prefixes = {x['id']: examples(items, x, asked['shots'], asked['seed']) for x in todo}
+  """Return the chosen items' records by id; those that the file lacks are appended to it."""
+  records = _resume(path, settings)
+  todo = [x for x in chosen if x['id'] not in records]
+  prefixes = {x['id']: examples(items, x, settings['shots'], settings['seed']) for x in todo}
   pairs = lambda x: KINDS[x['type']].pairs(x)
   length = lambda x: len(prefixes[x['id']]) + max(len(a) + len(b) for a, b in pairs(x))
-  todo.sort(key=length, reverse=True)  # alike ones together: few paddings in a group
+  todo.sort(key=length, reverse=True)  # items of similar length share a batch: little padding
   size = max(_GROUP * scorer.batch_size // max(len(pairs(x)) for x in chosen), 1)
   with console.progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
     progress.skip(len(chosen) - len(todo))
     for i in range(0, len(todo), size):
-      group, began = todo[i : i + size], time.monotonic()
+      group = todo[i : i + size]
       before = [prefixes[x['id']] for x in group]
-      found = answer(scorer, group, before, asked['max_tokens'])
-      share = (time.monotonic() - began) * jax.device_count() / len(group)
-      done |= {r['id']: {**r, 'device_seconds': share} for r in found}
+      answered = answer(scorer, group, before, settings['max_tokens'])
+      records |= {r['id']: r for r in answered}
       if not jax.process_index():
         with path.open('a') as f:
-          f.write(''.join(json.dumps(done[x['id']]) + '\n' for x in group))
+          f.write(''.join(json.dumps(r) + '\n' for r in answered))
       progress.update(len(group))
-  return done
+  return records
 
 
-def _resume(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-  """Read the records of a file that was asked alike, up to a line cut short; else start it anew.
-
-  Raises:
-    ValueError: if a whole line is damaged.
-  """
+def _resume(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Read the records of a file, up to a line cut short; on other settings start the file anew."""
   text = path.read_text() if path.exists() else ''
   *lines, rest = text.split('\n')
   try:
     before, *records = [json.loads(line) for line in lines] or [{}]
   except ValueError as e:
     raise ValueError(f'{path}: damaged ({e}); remove it to start again') from None
-  changed = [k for k in asked if before.get(k) != asked[k]]
+  changed = [k for k in settings if before.get(k) != settings[k]]
   if before and changed:
-    was = ', '.join(f'{k}={before.get(k)}, now {asked[k]}' for k in changed)
-    print(f'{path}: is of {was}: done again', file=sys.stderr)
+    changes = ', '.join(f'{k} was {before.get(k)}, now {settings[k]}' for k in changed)
+    print(f'{path}: evaluated again, as {changes}', file=sys.stderr)
   if changed:
-    lines, records = [json.dumps(asked)], []
+    lines, records = [json.dumps(settings)], []
   if (changed or rest) and not jax.process_index():
     files.write_text(path, '\n'.join(lines) + '\n')
   return {r['id']: r for r in records}
 
 
 def line(result: Mapping[str, Any]) -> str:
-  """Write a summary's scores with their standard errors."""
+  """Format the scores of a summary with their standard errors."""
   shown = [k for k in ('acc', 'acc_norm', 'exact_match', 'ppl', 'bpb') if k in result]
   return '  '.join(
     f'{k} {result[k]:.4g} ± {result.get(f"{k}_stderr", math.nan):.2g}' for k in shown
