@@ -1,7 +1,7 @@
-"""What a model makes of text: log-probabilities of continuations, and greedy continuations.
+"""Log-probabilities of continuations, and greedy continuations, of any number of requests.
 
-Requests are sorted by length and padded to few lengths, each a compilation; a request's answer
-depends on nothing but itself.
+Requests are sorted by length and padded to few lengths, as each length is a compilation; the answer
+to a request does not depend on the others.
 """
 
 import dataclasses
@@ -30,35 +30,33 @@ _SHORTEST = 32  # the smallest padded length; the others are twice the one befor
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A dense model ready to answer: weights in the compute dtype, its tokenizer and programs."""
+  """A dense model ready to score: weights in the compute dtype, tokenizer, compiled programs."""
 
   params: Params
   tok: tokenizer.Tokenizer
-  context: int  # the most tokens it reads at a time
-  begin: tuple[int, ...]  # what it expects before every text
+  context: int  # the most tokens read at a time
+  begin: tuple[int, ...]  # the ids before every text: a begin token, or none
   step: int
   mesh: jax.sharding.Mesh
   batch_size: int
-  sums: Callable[..., jax.Array]  # (params, batch [b,t]) -> [b,2]: NLL, tokens not best
-  generate: Callable[..., decode.Completions]
+  sums: Callable[..., jax.Array]  # (params, batch [b,t]) -> [b,2]: NLL, tokens that are not greedy
+  generate: Callable[..., decode.Completions]  # (params, ids [b,t], mask [b,t], max_tokens)
 
   def encode(self, text: str) -> list[int]:
-    """Encode a text as the model was trained to read it: with one begin token, or none."""
+    """Encode a text as the model was trained to read it: after `begin`."""
     return self.tok.begun(text, self.begin)
 
   def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Encode both as one text, cut where the context alone ends; neither part is empty."""
+    """Encode both as one text and split the ids where the context ends; neither part is empty.
+
+    Raises:
+      ValueError: if the continuation has no token.
+    """
     whole = self.encode(context + continuation)
     if not continuation or not self.tok.encode(continuation):
       raise ValueError(f'continuation: expected text with a token, found {continuation!r}')
     cut = min(len(self.encode(context)), len(whole) - 1)
     return whole[:cut] or [self.tok.start], whole[cut:]
-
-
-def measures(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return NLL (nats) and whether another id is more probable: [b,c,v], [b,c] -> [b,c] each."""
-  wrong = jnp.argmax(logits, axis=-1) != targets
-  return losses.cross_entropy(logits, targets), wrong.astype(jnp.float32)
 
 
 def make(
@@ -76,25 +74,31 @@ def make(
       f'the tokenizer has {tok.vocab:,} ids, the model {model.cfg.vocab:,} embeddings: they do not '
       'belong together'
     )
-
-  def sums(params, batch):
-    out = model.forward(params, batch)
-    where = head(params), out.hidden, batch['targets'], out.cap
-    found = losses.over_tokens(measures, *where, chunk)
-    return jnp.stack([jnp.sum(x * batch['weights'], axis=-1) for x in found], axis=-1)
-
-  # Whole on every device, so that every process can read them.
+  # Whole on every device, so that every process can read the results.
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   program = functools.partial(jax.jit, out_shardings=everywhere)
-  greedy = functools.partial(decode.generate, model, end=tok.ends, known=tok.known)
+
+  def measures(logits, targets):
+    wrong = jnp.argmax(logits, axis=-1) != targets
+    return losses.cross_entropy(logits, targets), wrong.astype(jnp.float32)
+
+  @program
+  def sums(params, batch):
+    out = model.forward(params, batch)
+    tokens = head(params), out.hidden, batch['targets'], out.cap
+    values = losses.over_tokens(measures, *tokens, chunk)
+    return jnp.stack([jnp.sum(x * batch['weights'], axis=-1) for x in values], axis=-1)
+
+  @functools.partial(program, static_argnums=3)
+  def generate(params, ids, mask, max_tokens):
+    stops = {'end': tok.ends, 'known': tok.known}
+    key = jax.random.key(0)  # not used by greedy decoding
+    return decode.generate(model, params, ids, mask, key, max_tokens=max_tokens, **stops)
+
   devices = sharding.batch_devices(mesh)
-  cast = jax.jit(lambda p: tree.cast(p, jnp.dtype(dtype)))
-  return Scorer(
-    cast(params), tok, context, tuple(begin), step, mesh, -(-batch_size // devices) * devices,
-    program(sums),
-    program(lambda p, ids, mask, n: greedy(p, ids, mask, jax.random.key(0), max_tokens=n),
-            static_argnums=3),
-  )  # fmt: skip
+  batch_size = -(-batch_size // devices) * devices
+  params = jax.jit(lambda p: tree.cast(p, jnp.dtype(dtype)))(params)
+  return Scorer(params, tok, context, tuple(begin), step, mesh, batch_size, sums, generate)
 
 
 def shape(ref: str | Path) -> DecoderConfig:
@@ -110,40 +114,36 @@ def open_model(
 ) -> Scorer:  # fmt: skip
   """Open RUN, RUN@STEP or a directory of transformers; `context` 0 is what it was trained with.
 
-  Whether texts begin with a begin token is the tokenizer's matter; `begin` overrules. The tokenizer
-  is in the data directory `data`, the run or the run's data.
+  Whether texts begin with a begin token is the tokenizer's matter unless `begin` is given. The
+  tokenizer is in the data directory `data`, or else in the run or its data.
 
   Raises:
-    ValueError: if the run holds several specialists, its tokenizer is another, or the begin token
-      that is asked for does not exist.
+    ValueError: if the run holds several specialists, the tokenizer is not the one it was trained
+      with, or `begin` is True and there is no begin token.
   """
   path = rundir.split_ref(ref)[0]
   if rundir.of_transformers(path):
     model, params, hf, *_ = convert.read(path, mesh, 'float32')
-    tok, step, how = tokenizer.load(path), 0, {}
-    longest, first = families.resolve(hf)['max_position_embeddings'], tok.begin
+    tok = tokenizer.load(path)
+    longest, first, options = families.resolve(hf)['max_position_embeddings'], tok.begin, {}
   else:
     loaded = load.load(ref, mesh)
-    if loaded.reparam.clusters:
-      raise ValueError(f'{ref} holds several specialists: take one out with slm.specialise first')
-    model, params, cfg, step = loaded.model, loaded.params(), loaded.cfg, loaded.step
+    model, params, cfg = loaded.model, loaded.params(), loaded.cfg
     tok, first = load.reads(loaded, data)
-    how = {'dtype': cfg.dtype, 'chunk': cfg.objective.chunk}
     longest = cfg.context
+    options = {'step': loaded.step, 'dtype': cfg.dtype, 'chunk': cfg.objective.chunk}
   if begin is not None:
     if begin and tok.ids.bos is None:
       raise ValueError(f'{ref}: its tokenizer has no begin token to put before texts')
     first = [tok.ids.bos] if begin else []
-  return make(
-    model, params, tok, mesh, context=context or longest, begin=first,
-    batch_size=batch_size, step=step, **how,
-  )  # fmt: skip
+  options |= {'context': context or longest, 'begin': first, 'batch_size': batch_size}
+  return make(model, params, tok, mesh, **options)
 
 
 def windows(ids: Sequence[int], start: int, context: int) -> Iterator[tuple[Sequence[int], int]]:
-  """Cut ids into (piece, n): the last n of each piece are predicted, each id from start >= 1 once.
+  """Cut ids into pieces (ids, n) of at most context + 1 ids, of which the last n are predicted.
 
-  A piece has at most context + 1 ids, and as many before the predicted ones as fit.
+  Each id from `start` >= 1 is predicted once, after as many ids as fit.
   """
   for first in range(start, len(ids), context):
     end = min(first + context, len(ids))
@@ -167,25 +167,25 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
   """Score (context ids, continuation ids): log-probability in nats, and whether it is greedy.
 
-  What does not fit is cut off the context's left; a continuation longer than the model reads is
-  predicted piece by piece, each id once.
+  A long context is truncated on the left; a continuation longer than the model reads is predicted
+  piece by piece, each id once.
 
   Raises:
-    ValueError: if a context or continuation has no id: nothing to score is not probability 1.
-    FloatingPointError: if a log-probability is not a finite number.
+    ValueError: if a context or continuation is empty: it must not count as probability 1.
+    FloatingPointError: if a log-probability is not finite.
   """
   for which, (before, after) in enumerate(requests):
     if not (len(before) and len(after)):
       raise ValueError(
-        f'request {which} of {len(requests)}: expected a context and a continuation of one token '
-        f'or more, found {len(before)} and {len(after)}'
+        f'request {which} of {len(requests)}: expected a context and a continuation of at least '
+        f'one token, found {len(before)} and {len(after)} tokens'
       )
   pieces = [
     (which, *piece)
     for which, (before, after) in enumerate(requests)
     for piece in windows([*before, *after], len(before), scorer.context)
   ]
-  found, where = np.zeros((len(requests), 2)), sharding.batch_sharding(scorer.mesh)
+  totals, where = np.zeros((len(requests), 2)), sharding.batch_sharding(scorer.mesh)
   lengths = [len(ids) - 1 for _, ids, _ in pieces]
   with jax.set_mesh(scorer.mesh):
     for size, members in batches(lengths, scorer.batch_size, scorer.context):
@@ -199,13 +199,24 @@ def loglikelihoods(
         batch['inputs'][row, :n], batch['targets'][row, :n] = ids[:-1], ids[1:]
         batch['segments'][row, :n], batch['weights'][row, n - predicted : n] = 1, 1
       values = np.asarray(scorer.sums(scorer.params, jax.device_put(batch, where)))
-      np.add.at(found, [pieces[i][0] for i in members], values[: len(members)])
-  if bad := int(np.sum(~np.isfinite(found[:, 0]))):
+      np.add.at(totals, [pieces[i][0] for i in members], values[: len(members)])
+  if bad := int(np.sum(~np.isfinite(totals[:, 0]))):
     raise FloatingPointError(
-      f'the model gives {bad} of {len(found)} texts no finite likelihood: its weights or '
-      'activations overflow'
+      f'the likelihoods of {bad} of {len(totals)} texts are not finite: weights or activations '
+      'overflow'
     )
-  return [(-float(nll), not wrong) for nll, wrong in found]
+  return [(-float(nll), not wrong) for nll, wrong in totals]
+
+
+def left_padded(
+  prompts: Sequence[Sequence[int]], count: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pad prompts on the left, and add empty ones: ids and mask, int32 [count,size]."""
+  ids = np.zeros((count, size), np.int32)
+  mask = np.zeros_like(ids)
+  for row, prompt in enumerate(prompts):
+    ids[row, size - len(prompt) :], mask[row, size - len(prompt) :] = prompt, 1
+  return ids, mask
 
 
 def continuations(
@@ -213,7 +224,7 @@ def continuations(
 ) -> list[str]:
   """Continue prompts (ids) greedily, up to an end token or the first of the strings `until`.
 
-  What does not fit beside max_tokens is cut off a prompt's left.
+  Prompts are truncated on the left to leave room for max_tokens.
 
   Raises:
     ValueError: if max_tokens leaves no room for a prompt.
@@ -226,12 +237,8 @@ def continuations(
   where = sharding.batch_sharding(scorer.mesh)
   with jax.set_mesh(scorer.mesh):
     for size, members in batches([len(p) for p in prompts], scorer.batch_size, room):
-      ids = np.zeros((scorer.batch_size, size), np.int32)
-      mask = np.zeros_like(ids)
-      for row, i in enumerate(members):
-        start = size - len(prompts[i])
-        ids[row, start:], mask[row, start:] = prompts[i], 1
-      out = scorer.generate(scorer.params, *jax.device_put((ids, mask), where), max_tokens)
+      padded = left_padded([prompts[i] for i in members], scorer.batch_size, size)
+      out = scorer.generate(scorer.params, *jax.device_put(padded, where), max_tokens)
       tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths)
       for i, row, n in zip(members, tokens, ends, strict=False):
         text = scorer.tok.continued(prompts[i], row[:n].tolist())
