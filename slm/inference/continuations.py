@@ -1,10 +1,9 @@
-"""Text that a model goes on with itself, written as a corpus."""
+"""A model's own continuations of rows, written as a corpus."""
 
 import functools
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,21 +27,21 @@ def write(
   run: str, path: str, on: str, out: str, *, count: int, prompt: int, max_tokens: int,
   temperature: float, seed: int, batch_size: int,
 ) -> int:  # fmt: skip
-  """Write a run's continuations of rows, evenly spaced, as .jsonl files; returns how many.
+  """Continue `count` evenly spaced rows and write the texts as .jsonl files; returns their number.
 
-  Rows that end within the prompt are left out. Started again it continues.
+  Rows that end within the first `prompt` tokens are left out. A second call continues.
 
   Raises:
-    ValueError: if the run is unfinished or holds several models, its tokenizer is another, a number
-      is impossible, or the directory was made by another command.
+    ValueError: if the run is unfinished or holds several models, its tokenizer is not that of the
+      data, a number is out of range, or the directory holds other continuations.
   """
   mesh, folder = load.mesh_for(run), Path(out)
   loaded = load.load(run, mesh, finished=True)
   path = load.data_path(run, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
-  possible = 1 <= prompt <= facts['context'] and min(count, max_tokens) >= 1
-  if not possible or not 0 < temperature < math.inf:
+  valid = 1 <= prompt <= facts['context'] and min(count, max_tokens) >= 1
+  if not valid or not 0 < temperature < math.inf:
     raise ValueError(
       f'expected --prompt of 1 to {facts["context"]} tokens, --rows and --max_tokens of at least '
       '1 and --temperature above 0'
@@ -57,53 +56,43 @@ def write(
   artifact.claim(folder / _ABOUT, about, 'other continuations')
   tok = tokenizer.load(f'{path}/tokenizer')
   params = tree.cast(loaded.params(), jnp.dtype(loaded.cfg.dtype))
-  go_on = functools.partial(
-    generate, loaded.model, params, max_tokens=max_tokens, end=tok.ends, known=tok.known,
-    sampler=functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0),
-  )  # fmt: skip
+  sampler = functools.partial(sampled, temperature=temperature, top_k=0, top_p=1.0)
+  options = {'max_tokens': max_tokens, 'sampler': sampler, 'end': tok.ends, 'known': tok.known}
   ids = loader.spaced(split.ids, min(count, len(split.ids)))
   flops_per_token = forward_flops(loaded.model.cfg, prompt + max_tokens)
-  written, devices = 0, sharding.batch_devices(mesh)
-  size = -(-batch_size // devices) * devices
+  devices = sharding.batch_devices(mesh)
+  size, where = -(-batch_size // devices) * devices, sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh), console.progress('continue', len(ids), 'rows') as progress:
     for start in range(0, len(ids), _SHARD):
       shard, part = folder / f'text-{start:08d}.jsonl', ids[start : start + _SHARD]
       if not shard.exists():
-        lines, made, processed, began = [], 0, 0, time.monotonic()
+        lines, prompted, generated, began = [], 0, 0, time.monotonic()
         for i in range(0, len(part), size):
           rows = np.pad(part[i : i + size], (0, max(i + size - len(part), 0)), constant_values=-1)
           key = jax.random.fold_in(jax.random.key(seed), start + i)
-          begun, mask, completions = _continue(split, rows, prompt, go_on, key, mesh)
-          lines += _lines(tok, rows, begun, mask, completions)
-          made += int((np.asarray(completions.lengths) * mask.any(1)).sum())
-          processed += int(mask.sum())  # prompts take a forward pass too
+          read = split.read(rows)
+          begun, mask = prompts(read['tokens'], read['segments'], prompt)
+          placed = jax.device_put((begun, mask), where)
+          out = generate(loaded.model, params, *placed, key, **options)
+          lines += _lines(tok, rows, begun, mask, out)
+          generated += int((np.asarray(out.lengths) * mask.any(1)).sum())
+          prompted += int(mask.sum())  # prompts take a forward pass too
         files.write_text(shard, ''.join(lines))
         seconds = (time.monotonic() - began) * jax.device_count()
-        cost = made, (made + processed) * flops_per_token, seconds
+        cost = generated, (generated + prompted) * flops_per_token, seconds
         ledger.spend(folder, 'continue', *cost, ancestors=[about['run']])
-      written += len(shard.read_text().splitlines())
       progress.update(len(part))
-  return written
-
-
-def _continue(
-  split: loader.Split, rows: np.ndarray, prompt: int, go_on: Callable[..., Completions],
-  key: jax.Array, mesh: jax.sharding.Mesh,
-) -> tuple[np.ndarray, np.ndarray, Completions]:  # fmt: skip
-  """Return the beginnings of a batch of rows, the mask of their tokens and what follows them."""
-  read = split.read(rows)
-  begun, mask = prompts(read['tokens'], read['segments'], prompt)
-  return begun, mask, go_on(*jax.device_put((begun, mask), sharding.batch_sharding(mesh)), key)
+  return sum(len(shard.read_text().splitlines()) for shard in folder.glob('text-*.jsonl'))
 
 
 def _lines(
   tok: tokenizer.Tokenizer, rows: np.ndarray, begun: np.ndarray, mask: np.ndarray, out: Completions
 ) -> list[str]:
-  """Lay out a batch's texts, prompt and continuation, as lines of JSON."""
-  texts = zip(rows.tolist(), begun, mask, np.asarray(out.tokens), out.lengths, strict=True)
+  """Format a batch's texts, each a prompt and its continuation, as lines of JSON."""
   lines = []
-  for row, ids, own, more, length in texts:
+  texts = zip(rows.tolist(), begun, mask, np.asarray(out.tokens), out.lengths, strict=True)
+  for row, ids, own, continuation, length in texts:
     if own.any():
-      text = tok.decode([*ids[own].tolist(), *more[:length].tolist()])
+      text = tok.decode([*ids[own].tolist(), *continuation[:length].tolist()])
       lines.append(json.dumps({'id': str(row), 'text': text}) + '\n')
   return lines

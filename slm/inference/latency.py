@@ -1,6 +1,5 @@
-"""How fast models answer on this machine: prefill and decoding, interleaved."""
+"""Latency of prefill and decoding on this machine, measured interleaved."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -23,8 +22,8 @@ def interleave(
 ) -> dict[str, list[float]]:
   """Run every contestant once per round, after one warm-up each; returns seconds.
 
-  The order is drawn anew each round: what ran before (its threads, its memory) costs a contestant
-  up to a second.
+  The order is random in each round, as the contestant that ran before (its threads, its memory) can
+  cost the next one up to a second.
   """
   seconds: dict[str, list[float]] = {name: [] for name in contestants}
   rng, names = np.random.default_rng(0), list(contestants)
@@ -39,14 +38,15 @@ def interleave(
   return seconds
 
 
+def _prompts(model: models.Model, batch: int, prompt: int) -> np.ndarray:
+  return np.random.default_rng(1).integers(0, model.cfg.vocab, (batch, prompt)).astype(np.int32)
+
+
 def prefill(model: models.Model, params: Params, batch: int, prompt: int) -> Callable[[], None]:
-  """Return the reading of `batch` prompts up to the first new token's logits."""
-  ids = np.random.default_rng(1).integers(0, model.cfg.vocab, (batch, prompt)).astype(np.int32)
-  rows = {
-    'inputs': ids,
-    'positions': np.broadcast_to(np.arange(prompt, dtype=np.int32), ids.shape),
-    'segments': np.ones_like(ids),
-  }
+  """Return a function that reads `batch` random prompts, up to the logits of the next token."""
+  ids = _prompts(model, batch, prompt)
+  positions = np.broadcast_to(np.arange(prompt, dtype=np.int32), ids.shape)
+  rows = {'inputs': ids, 'positions': positions, 'segments': np.ones_like(ids)}
 
   @jax.jit
   def read(params, rows):
@@ -60,8 +60,8 @@ def prefill(model: models.Model, params: Params, batch: int, prompt: int) -> Cal
 def decode(
   model: models.Model, params: Params, batch: int, prompt: int, new_tokens: int
 ) -> Callable[[], None]:
-  """Return greedy cached decoding of `new_tokens` after `batch` prompts, prefill included."""
-  ids = np.random.default_rng(1).integers(0, model.cfg.vocab, (batch, prompt)).astype(np.int32)
+  """Return a function that decodes `new_tokens` after `batch` random prompts, prefill included."""
+  ids = _prompts(model, batch, prompt)
   args = jax.device_put((ids, np.ones_like(ids))) + (jax.random.key(0),)
   return lambda: generate(model, params, *args, max_tokens=new_tokens).tokens.block_until_ready()
 
@@ -70,18 +70,18 @@ def measure(
   shapes: Mapping[str, DecoderConfig], dtype: str, batch: int, prompt: int, new_tokens: int,
   rounds: int,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-  """Measure models of these shapes with random weights, of which speed does not depend.
+  """Measure models of these shapes; their weights are random, as speed does not depend on them.
 
-  Returns by name 'prefill' (seconds of a batch), 'token' (seconds of one step of decoding, the
-  prefill taken off) and their spread over the rounds ('prefill_spread', 'token_spread': half the
-  distance of the quartiles).
+  Returns by name the medians over rounds 'prefill' (seconds per batch) and 'token' (seconds per
+  decoding step, without the prefill), and half their interquartile ranges, 'prefill_spread' and
+  'token_spread'.
 
   Raises:
-    ValueError: if a length is impossible.
+    ValueError: if a length is too small.
   """
   if batch < 1 or prompt < 1 or new_tokens < 2 or rounds < 1:
     raise ValueError(
-      'expected batch, prompt and rounds of at least 1 and 2 new tokens, '
+      'expected batch, prompt and rounds of at least 1 and at least 2 new tokens, '
       f'found {batch}, {prompt}, {rounds} and {new_tokens}'
     )
   contestants = {}
@@ -91,32 +91,30 @@ def measure(
     contestants[f'{name} prefill'] = prefill(model, params, batch, prompt)
     contestants[f'{name} decode'] = decode(model, params, batch, prompt, new_tokens)
   times = interleave(contestants, rounds)
-  found = {}
-  for name in shapes:
+  measured: dict[str, dict[str, float]] = {name: {} for name in shapes}
+  for name, result in measured.items():
     read = np.array(times[f'{name} prefill'])
     step = (np.array(times[f'{name} decode']) - read) / (new_tokens - 1)
-    found[name] = {'prefill': statistics.median(read), 'token': statistics.median(step)}
-    for what, seconds in (('prefill', read), ('token', step)):
-      low, high = np.quantile(seconds, (0.25, 0.75))
-      found[name][f'{what}_spread'] = float(high - low) / 2
-  return found
+    for quantity, seconds in (('prefill', read), ('token', step)):
+      low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+      result |= {quantity: middle, f'{quantity}_spread': (high - low) / 2}
+  return measured
 
 
 def predicted(shape: DecoderConfig, context: int, dtype: str) -> dict[str, float]:
-  """Return what a step of decoding after `context` tokens moves and computes for a row.
+  """Return the bytes moved and FLOPs computed by a decoding step of one row after `context` tokens.
 
-  Layers with a window read the whole cache too. Bytes are those of the weights that are read (of
-  all experts where all are computed, though FLOPs count those chosen) and of the keys and values of
-  `context` tokens; an embedding that is not the head too is looked up, not read.
+  'weight_bytes' counts the weights that are read: all experts where all are computed ('flops' count
+  the chosen ones), and an embedding only if it is the head too. 'cache_bytes' counts the keys and
+  values of `context` tokens in every layer, as layers with a window read the whole cache too.
   """
-  read = num_params if shape.dispatch == 'einsum' else active_params
-  width, count = jnp.dtype(dtype).itemsize, read(shape)
+  width = jnp.dtype(dtype).itemsize
+  count = (num_params if shape.dispatch == 'einsum' else active_params)(shape)
   weights = sum(count.values()) - (0 if shape.tied else count['embedding'] // 2)
-  layers = shape.num_layers
-  cache = 2 * layers * shape.num_kv_heads * shape.head_dim * context
-  scores = 4 * layers * shape.num_heads * shape.head_dim * (context - 1)  # past the first key
+  channels = shape.num_layers * shape.head_dim
+  attention = 4 * channels * shape.num_heads * (context - 1)  # past the first key
   return {
     'weight_bytes': float(width * weights),
-    'cache_bytes': float(width * cache),
-    'flops': forward_flops(shape, 1) + scores,
+    'cache_bytes': float(width * 2 * channels * shape.num_kv_heads * context),
+    'flops': forward_flops(shape, 1) + attention,
   }
