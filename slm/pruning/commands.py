@@ -62,11 +62,7 @@ def calibrate(run: str, path: str, out: str, on: str, rows: int, batch_size: int
 def _sum(
   loaded: load.Loaded, folder: Path, name: str, request: Record, measured: Measure
 ) -> tuple[Record, Stats]:
-  """Sum a measure over the requested rows into folder/name.safetensors, or continue to.
-
-  Raises:
-    ValueError: if the file holds other sums, or the rows have changed.
-  """
+  """Sum a measure over the requested rows into folder/name.safetensors, or continue the sum."""
   record, stats = _begun(folder, name, request)
   if not record.get('finished'):
     with artifact.hold(folder):
@@ -88,7 +84,7 @@ def _begun(folder: Path, name: str, request: Record) -> tuple[Record, Stats]:
 def _continue(
   loaded: load.Loaded, path: Path, record: Record, stats: Stats, measured: Measure
 ) -> tuple[Record, Stats]:
-  """Continue a pass from its last saved batch, or from the start on other batch sizes."""
+  """Continue a pass from its last saved batch; if the batch size has changed, start again."""
   request, mesh = record['asked'], sharding.fit_mesh(loaded.model.cfg.embed)
   data, data_set, split, index = (request[key] for key in ('data', 'set', 'split', 'index'))
   if loader.Split(data, data_set, split, index).sha256 != request['rows_sha256']:
@@ -125,10 +121,9 @@ def _continue(
       if time.monotonic() - saved > _SAVE_EVERY:
         save(batches=number, rows_a_batch=size)
         saved = time.monotonic()
-  flops_per_token = measured.passes * forward_flops(
-    loaded.model.cfg, loader.manifest(data)['context']
-  )
-  return save(finished=True, flops=stats['tokens'] * flops_per_token), stats
+  context = loader.manifest(data)['context']
+  flops = measured.passes * stats['tokens'] * forward_flops(loaded.model.cfg, context)
+  return save(finished=True, flops=flops), stats
 
 
 def read(folder: Path, name: str = 'stats', finished: bool = False) -> tuple[Record, Stats]:
@@ -199,11 +194,7 @@ class _Calibration:
     return stats['sums']
 
   def scores(self, wanted: dict[str, int], options: Record, depth: str) -> importance.Scores:
-    """Score 'layers' by `depth`, 'vocab' by frequency and all other axes by options['by'].
-
-    Raises:
-      ValueError: if the calibration is of another run, step or weights.
-    """
+    """Score 'layers' by `depth`, 'vocab' by frequency and all other axes by options['by']."""
     loaded, params = self.loaded, self.loaded.params()
     now = {'run': self.run, 'step': loaded.step, 'weights': tree.weights_hash(params)}
     for key, value in now.items():
@@ -318,11 +309,7 @@ def cut(
 
 
 def _finished(folder: Path, run: str, options: Record) -> DecoderConfig | None:
-  """Return the shape of the finished cut that a directory holds, None if there is none.
-
-  Raises:
-    ValueError: if it holds another run.
-  """
+  """Return the shape of the finished cut that a directory holds, None if there is none."""
   if not (folder / 'config.json').exists():
     return None
   cfg = config.of(folder)

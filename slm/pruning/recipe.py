@@ -18,7 +18,7 @@ from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, slicing
 from slm.reporting import stats, tables
-from slm.runs import config, ledger, rundir
+from slm.runs import config, rundir
 from slm.runs.config import RunConfig
 from slm.training import loop, optim, plan
 from slm.weights import sharding
@@ -149,7 +149,8 @@ def _check(
 ) -> RunConfig:
   """Refuse a recipe of which a part would fail; returns the recovery of `_together`."""
   sizes, student = slicing.read_sizes(cfg.sizes), _student(cfg, teacher)
-  if not ('layers' in sizes and teacher.layer_types):  # where the types depend on the layers kept
+  # The student must be exportable; its layer types, if any, depend on the layers kept.
+  if not ('layers' in sizes and teacher.layer_types):
     families.find(student)
   if recover.distributed.enable:
     raise ValueError(
@@ -167,11 +168,7 @@ def _check(
 
 
 def _student(cfg: RecipeConfig, teacher: DecoderConfig) -> DecoderConfig:
-  """Return the shape of the student.
-
-  Raises:
-    ValueError: if a size does not fit, or the vocabulary is to be cut.
-  """
+  """Return the shape of the student."""
   sizes = slicing.read_sizes(cfg.sizes)
   slicing.check_sizes(teacher, sizes, cfg.cut.align)
   if 'vocab' in sizes:
@@ -183,11 +180,7 @@ def _student(cfg: RecipeConfig, teacher: DecoderConfig) -> DecoderConfig:
 
 
 def _together(cfg: RecipeConfig, recover: RunConfig, correct: RunConfig) -> RunConfig:
-  """Return the recovery with a teacher that is corrected while it teaches, if the recipe asks so.
-
-  Raises:
-    ValueError: if the teacher would learn faster than the student.
-  """
+  """Return the recovery, in which the teacher is corrected too if the config says so."""
   if correct.steps or not cfg.probe.steps:
     return recover
   share = correct.schedule.peak / recover.schedule.peak
@@ -243,14 +236,13 @@ def _summary(runs: Mapping[str, Path], cfg: RecipeConfig, recover: RunConfig) ->
   for name, path in runs.items():
     mesh = sharding.fit_mesh(shapes[name].embed)
     loss = heldout.run(path, cfg.data, [on], mesh, recover.eval.batch_size)[on]
-    phases = ledger.read_ledger(path)['phases'] if name != 'teacher' else []
-    phases = [p for p in phases if p['phase'] != 'evaluate']
+    cost = stats.training_cost(path) if name != 'teacher' else stats.Cost()
     rows[name] = {
       'parameters': sum(num_params(shapes[name]).values()),
       'loss': loss['loss'],
       'bits per byte': loss['bpb'],
-      'flops': sum(p['flops'] for p in phases),
-      'tokens': sum(p['tokens'] for p in phases),
+      'flops': cost.flops,
+      'tokens': cost.tokens,
       'ms per token': 1e3 * speed[name]['token'] if name in speed else None,
     }
   return {'on': on, 'models': rows, 'machine': jax.devices()[0].device_kind}
