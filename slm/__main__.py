@@ -12,14 +12,14 @@ ROOT = Path(__file__).parent
 
 
 def commands() -> dict[str, str]:
-  """Return the first line of each command's docstring, by its name."""
-  found = {}
+  """Return the first line of every command's docstring, by name."""
+  summaries = {}
   for path in [*sorted(ROOT.glob('*.py')), *sorted(ROOT.glob('data/*.py'))]:
     text = path.read_text()
     if path != Path(__file__) and "if __name__ == '__main__':" in text:
       name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
-      found[name] = ast.get_docstring(ast.parse(text)).partition('\n')[0]
-  return found
+      summaries[name] = ast.get_docstring(ast.parse(text)).partition('\n')[0]
+  return summaries
 
 
 def main() -> None:

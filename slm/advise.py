@@ -1,10 +1,10 @@
-"""Which method for a budget: every measured method, what it costs and whether it fits.
+"""Advise on a method for a budget: every measured method, its cost and whether it fits.
 
     python -m slm.advise --params=126e6 --pretrain_flops=4e19 --specialise_flops=1e16 \
       --domain_tokens=1e6 --domains=7
 
-goes by the nearest cells that the studies of experiments/specialise and the paper's own measured,
-scaled to the parameters asked about.
+uses the nearest cells measured by the studies of experiments/specialise and in the paper, scaled to
+the parameters given.
 """
 
 import math
@@ -16,17 +16,17 @@ from slm.base import console
 from slm.data import histograms
 from slm.reporting import advise, tables
 
-_WINDOWS = 30  # of domain text, the fewest that say how widely it is spread
+_WINDOWS = 30  # fewest windows of domain text from which its spread is estimated
 
 
 def main(_: list[str]) -> None:
   """Print advice for the budget that the flags describe."""
   f = flags.FLAGS
-  needed = (f.params, f.domain_tokens, f.domains)
-  every = (*needed, f.pretrain_flops, f.specialise_flops, f.large_params)
-  if not all(map(math.isfinite, every)) or min(needed) <= 0 or min(every) < 0:
+  required = (f.params, f.domain_tokens, f.domains)
+  numbers = (*required, f.pretrain_flops, f.specialise_flops, f.large_params)
+  if not all(map(math.isfinite, numbers)) or min(required) <= 0 or min(numbers) < 0:
     raise ValueError(
-      'expected finite numbers, --params, --domain_tokens and --domains above 0, the rest not below'
+      'expected finite numbers: --params, --domain_tokens and --domains above 0, others at least 0'
     )
   if not 1e3 <= f.params <= 1e13:
     raise ValueError(f'--params={f.params:g}: expected from 1e3 to 1e13')
@@ -36,16 +36,16 @@ def main(_: list[str]) -> None:
   effective = 0.0
   if f.domain_text:
     if not f.data:
-      raise ValueError('--domain_text needs --data, the prepared directory that holds the clusters')
-    windows, held, generic = histograms.spread(f.data, [Path(p) for p in f.domain_text])
+      raise ValueError('--domain_text needs --data, the prepared directory with the clusters')
+    windows, clusters, generic = histograms.spread(f.data, [Path(p) for p in f.domain_text])
     print(
-      f'The domain text, {windows:,} windows, lies in about {held:.1f} clusters; as many of '
+      f'The domain text, {windows:,} windows, lies in about {clusters:.1f} clusters; as many of '
       f'generic text lie in {generic:.1f}.'
     )
     if windows >= _WINDOWS:
-      effective = held / generic
+      effective = clusters / generic
     else:
-      print(f'That is too little to say how widely it is spread: at least {_WINDOWS} windows are.')
+      print(f'That is too little to estimate its spread, which takes at least {_WINDOWS} windows.')
   advice, table = advise.advise(cells, question, effective)
   print(f'{advice}\n\n{tables.text(table)}')
 
@@ -55,11 +55,9 @@ if __name__ == '__main__':
   flags.DEFINE_float('pretrain_flops', 0.0, 'FLOPs to spend once, before the domains are known.')
   flags.DEFINE_float('specialise_flops', 0.0, 'FLOPs to spend on every domain.')
   flags.DEFINE_float('domain_tokens', 0.0, 'Tokens of text of a domain.')
-  flags.DEFINE_integer('domains', 1, 'How many domains.')
+  flags.DEFINE_integer('domains', 1, 'Number of domains.')
   flags.DEFINE_float('large_params', 0.0, 'Parameters of a larger model that could be served.')
   flags.DEFINE_multi_string('domain_text', [], 'A .jsonl or .txt file of the domain; may repeat.')
-  flags.DEFINE_string('data', '', 'Prepared directory whose clusters --domain_text is laid over.')
-  flags.DEFINE_multi_string(
-    'results', [], 'Measured cells to go by, as experiments.specialise.measured writes them.'
-  )
+  flags.DEFINE_string('data', '', 'Prepared directory with the clusters for --domain_text.')
+  flags.DEFINE_multi_string('results', [], 'Cells written by experiments.specialise.measured.')
   console.run(main)

@@ -1,11 +1,10 @@
-"""Whether runs differ: paired differences of held-out losses, with intervals.
+"""Compare runs: paired differences of held-out losses, with intervals.
 
     python -m slm.compare --run=RUN --run=RUN@STEP --on=law/test [--out=DIR]
     python -m slm.compare --run=A0,A1,A2 --run=B0,B1,B2 --on=law/test --on=law/test_ood
 
-Every run is compared with the first, on identical rows; several with commas between them are the
-seeds of one model. What a run was not evaluated on yet is evaluated. --out writes results.csv and
-differences.svg.
+All runs are compared with the first, on identical rows; RUN,RUN,RUN are the seeds of one model.
+Evaluations that are missing are made first. --out writes results.csv and differences.svg.
 """
 
 from pathlib import Path
@@ -31,10 +30,9 @@ def main(_: list[str]) -> None:
   comparison.check_tokenizers(models)
   first = models[0].refs[0]
   data = load.data_path(first, f.data)
-  todo = {ref: heldout.missing(ref, data, f.on) for model in models for ref in model.refs}
-  for ref, names in todo.items():
+  for ref in [ref for model in models for ref in model.refs]:
     mesh = sharding.fit_mesh(scoring.shape(ref).embed)
-    heldout.run(ref, data, names, mesh, f.batch_size)
+    heldout.run(ref, data, f.on, mesh, f.batch_size)
   by_set = {name: comparison.compare(models, name, data) for name in f.on}
   for lines in by_set.values():
     print(f'{comparison.note(lines)}\n\n{tables.text(comparison.table(lines))}\n')
@@ -47,8 +45,8 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'RUN or RUN@STEP, or the seeds of a model: RUN,RUN,RUN.')
-  flags.DEFINE_multi_string('on', [], 'set/split to compare on; may be repeated.')
-  flags.DEFINE_string('data', '', 'Data directory; default: the one the first run trained on.')
+  flags.DEFINE_multi_string('on', [], 'SET/SPLIT to compare on; may be repeated.')
+  flags.DEFINE_string('data', '', 'Data directory; default: that of the first run.')
   flags.DEFINE_string('out', '', 'Directory for results.csv and differences.svg.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')
   console.run(main)

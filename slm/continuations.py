@@ -1,12 +1,12 @@
-r"""Text that a model goes on with itself: as a corpus, or in place of the rows of a batch.
+r"""Write a corpus of a model's own continuations of rows.
 
     python -m slm.continuations --run=RUN --on=generic/train --rows=10000 --out=TEXT
     python -m slm.data.prepare --out=DATA --config='configs/data.py:generic=TEXT/*.jsonl' ...
 
-Rows begin, the model continues: a corpus in the teacher's own words, to distil on where the text it
-was trained on is not at hand. With objective.on_policy it is the student that continues, while it
-trains, and the teacher that judges (GKD, Agarwal et al. 2023, arXiv 2306.13649). Killed at any
-moment, the same command continues.
+The first tokens of each row are the prompt. Text of the teacher's own is something to distil on
+where the text that it was trained on is not available. (With objective.on_policy the student
+continues rows while it trains: GKD, arXiv 2306.13649.) The same command continues an interrupted
+one.
 """
 
 from absl import flags
@@ -16,14 +16,14 @@ from slm.inference.continuations import write
 
 
 def main(_: list[str]) -> None:
-  """Write the continuations that the flags ask for."""
+  """Write the continuations."""
   f = flags.FLAGS
   console.required('run', 'out')
-  found = write(
+  texts = write(
     f.run, f.data, f.on, f.out, count=f.rows, prompt=f.prompt, max_tokens=f.max_tokens,
     temperature=f.temperature, seed=f.seed, batch_size=f.batch_size,
   )  # fmt: skip
-  print(f'{f.out}: {found:,} texts')
+  print(f'{f.out}: {texts:,} texts')
 
 
 if __name__ == '__main__':
@@ -31,10 +31,10 @@ if __name__ == '__main__':
   flags.DEFINE_string('data', '', "Data directory; default: the run's own.")
   flags.DEFINE_string('on', 'generic/train', 'SET/SPLIT[@INDEX] whose rows are continued.')
   flags.DEFINE_integer('rows', 1024, 'Rows, evenly spaced.')
-  flags.DEFINE_integer('prompt', 16, 'Tokens at the start of a row that are kept.')
+  flags.DEFINE_integer('prompt', 16, 'Tokens of each row used as the prompt.')
   flags.DEFINE_integer('max_tokens', 128, 'Tokens to generate.')
-  flags.DEFINE_float('temperature', 1.0, 'Of sampling.')
-  flags.DEFINE_integer('seed', 0, 'Of sampling.')
-  flags.DEFINE_integer('batch_size', 32, 'Rows at a time.')
+  flags.DEFINE_float('temperature', 1.0, 'Sampling temperature.')
+  flags.DEFINE_integer('seed', 0, 'Sampling seed.')
+  flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')
   flags.DEFINE_string('out', '', 'Directory to write.')
   console.run(main)

@@ -1,4 +1,4 @@
-"""Held-out losses, per row, so that models are compared on identical windows; and tasks.
+"""Evaluate runs: held-out losses, and scores on task files.
 
 python -m slm.evaluate --run=RUN --on=generic/test --on=law/test
 python -m slm.evaluate --run=RUN --task=arc_easy.jsonl.gz [--shots=5] [--limit=200]
@@ -14,7 +14,7 @@ from slm.weights import sharding
 
 
 def main(_: list[str]) -> None:
-  """Print a table of losses, one line per run and split, and one of scores by run and task."""
+  """Print a table of losses by run and split, and one of scores by run and task."""
   f = flags.FLAGS
   console.required('run')
   mesh = {path: sharding.fit_mesh(scoring.shape(path).embed) for path in f.run}
@@ -25,21 +25,21 @@ def main(_: list[str]) -> None:
       losses = run(path, data[path], f.on, mesh[path], f.batch_size)
       for name in f.on:
         r = losses[name]
-        bits = f'{r["bpb"]:9.4f}' if 'bpb' in r else ''  # an index's bytes are not counted
+        bits = f'{r["bpb"]:9.4f}' if 'bpb' in r else ''  # unknown for an index
         print(
           f'{head}{path[-40:]:40s} {name:24s} {r["loss"]:8.4f} ±{r["loss_stderr"]:.4f} '
           f'{r["ppl"]:9.3f} {bits}'
         )
         head = ''
     print(
-      '± is the standard error of each loss by itself, over rows; what two runs differ by on the '
-      'same rows is known far better: python -m slm.compare --run=RUN --run=RUN'
+      '± is the standard error over rows of one loss; the difference of two runs on the same rows '
+      'has a smaller one: python -m slm.compare --run=RUN --run=RUN'
     )
   if f.task:
     head = f'{"run":40s} {"task":24s} {"items":>6s}  score ± standard error\n'
-    how = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit}
+    options = {'data': f.data, 'shots': f.shots, 'seed': f.seed, 'limit': f.limit}
     for path in f.run:
-      scores = tasks.run(path, f.task, mesh[path], f.batch_size, split=f.task_split, **how)
+      scores = tasks.run(path, f.task, mesh[path], f.batch_size, split=f.task_split, **options)
       for name, r in scores.items():
         print(f'{head}{path[-40:]:40s} {name:24s} {r["n"]:6d}  {tasks.line(r)}')
         head = ''
@@ -47,16 +47,13 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'Run directory (or RUN@STEP); may be repeated.')
-  flags.DEFINE_string('data', '', 'Data directory; default: the one the run trained on.')
+  flags.DEFINE_string('data', '', "Data directory; default: the run's own.")
   flags.DEFINE_multi_string('on', ['generic/test'], 'SET/SPLIT[@INDEX] to evaluate; may repeat.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per forward pass.')
-  flags.DEFINE_multi_string(
-    'task', [], 'File of questions, see slm/inference/tasks.py; may be repeated.'
-  )
+  flags.DEFINE_multi_string('task', [], 'Task file, see slm/inference/tasks.py; may repeat.')
   flags.DEFINE_integer('shots', 0, 'Tasks: answered items of the file before each question.')
-  flags.DEFINE_integer('seed', 0, 'Tasks: draws those items.')
-  flags.DEFINE_integer('limit', 0, 'Tasks: the first so many items; 0: all.')
-  flags.DEFINE_string('task_split', '', 'Tasks: items whose `split` is this one alone.')
-  console.run(
-    main, renamed={'split': '--on=SET/SPLIT for rows, --task_split=SPLIT for the items of tasks'}
-  )
+  flags.DEFINE_integer('seed', 0, 'Tasks: seed that draws those items.')
+  flags.DEFINE_integer('limit', 0, 'Tasks: items used, from the first; 0: all.')
+  flags.DEFINE_string('task_split', '', 'Tasks: use only items of this `split`.')
+  old = {'split': '--on=SET/SPLIT for rows, --task_split=SPLIT for the items of tasks'}
+  console.run(main, renamed=old)

@@ -3,8 +3,7 @@ r"""The lm-evaluation-harness on a run, or on a directory of transformers, witho
     python -m slm.harness run --model=slm --model_args=pretrained=RUN --tasks=arc_easy
 
 is the harness's own command with this model registered; from Python it is
-`lm_eval.simple_evaluate(model=slm.harness.SLM(RUN), tasks=[...])`. Its dependency is the
-extra slm[eval].
+`lm_eval.simple_evaluate(model=slm.harness.SLM(RUN), tasks=[...])`. Needs the extra slm[eval].
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""From a big model to a small one that transformers loads, in one command: Minitron end to end.
+"""Minitron end to end: from a large model to a small one that transformers loads.
 
 python -m slm.minitron --config=configs/minitron_quick.py --workdir=runs/minitron
 python -m slm.minitron --config=configs/minitron_published.py:nemo_8b --dry_run --devices=256
 
-Imports the teacher if it is a directory of transformers, calibrates, cuts, distils it back,
-exports, verifies against transformers where that is installed, and writes a model card. Every part
-is also a command of its own. Started again it continues.
+Imports the teacher if it is a directory of transformers, calibrates, cuts, distils, exports,
+verifies against transformers where that is installed, and writes a model card. Every step is also a
+command of its own. The same command continues an interrupted recipe.
 """
 
 from pathlib import Path
@@ -28,9 +28,9 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', '', 'Directory to write; unfinished parts in it continue.')
-  flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time; make nothing.')
-  flags.DEFINE_integer('devices', 0, '--dry_run: how many chips; 0: as many as the mesh names.')
-  flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: on what; cpu times this machine.')
-  flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
+  flags.DEFINE_string('workdir', '', 'Directory to write; unfinished steps continue.')
+  flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time only.')
+  flags.DEFINE_integer('devices', 0, '--dry_run: number of chips; 0: that of the mesh.')
+  flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: kind of chip; cpu measures this one.')
+  flags.DEFINE_float('mfu', 0.4, "--dry_run: share of the chip's peak reached.")
   console.run(main, config='minitron_quick', keys=RecipeConfig)

@@ -8,12 +8,12 @@ r"""Score a run's channels, neurons, heads, experts and layers, and cut it to a 
       --config=configs/recover.py --config.data.path=DATA --config.steps=100 \
       --config.schedule.warmup=10
 
-STATS is a calibration: what cut needs beyond it (--by=taylor, --depth, --norm_gain=calibrated) it
-measures on the same rows and keeps there. With two, --mix interpolates their scores; compare says
-how far they agree, against chance. All can be killed at any moment and continued. SMALL is a run
-like any other: distil into it with configs/recover.py, --config.init=SMALL --config.teacher=RUN.
-search trains the best shapes within bounds a little, see slm/pruning/search.py; DIR/<shape>, the
-cut as it is, is what to recover from.
+STATS is a calibration; further passes that cut needs (--by=taylor, --depth, --norm_gain=calibrated)
+run over the same rows and are kept there. --mix interpolates the scores of two calibrations, and
+compare prints how far they agree, against chance. Every command continues when it is run again.
+SMALL is an ordinary run: distil into it with configs/recover.py, --config.init=SMALL
+--config.teacher=RUN. search trains the best shapes within bounds a little, see
+slm/pruning/search.py, and writes DIR/<shape>, the cut to start the recovery from.
 """
 
 from pathlib import Path
@@ -27,7 +27,6 @@ from slm.runs import config
 
 
 def _search(f: flags.FlagValues) -> None:
-  """Search and print the table."""
   cfg = config.of(f.run).model
   grid = search.read_grid(f.grid, cfg) or search.default_grid(cfg, f.multiple)
   bounds = search.Bounds(
@@ -35,14 +34,16 @@ def _search(f: flags.FlagValues) -> None:
   )
   if not any((f.max_params, f.max_active, f.max_memory, f.max_token_ms)):
     raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
-  how = {'count': f.count, 'survivors': f.survivors, 'rounds': f.rounds}
-  found = search.search(f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid, bounds, **how)
-  print(search.table(found))
-  print(f'best: {f.workdir}/{found["best"]}; the search took {found["flops"]:.3g} FLOPs')
+  result = search.search(
+    f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid, bounds,
+    count=f.count, survivors=f.survivors, rounds=f.rounds,
+  )  # fmt: skip
+  print(search.table(result))
+  print(f'best: {f.workdir}/{result["best"]}; the search took {result["flops"]:.3g} FLOPs')
 
 
 def main(argv: list[str]) -> None:
-  """Run the command."""
+  """Run the subcommand that the first argument names."""
   f = flags.FLAGS
   if argv[1:] == ['calibrate'] and f.run and f.out:
     stats = commands.calibrate(f.run, f.data, f.out, f.on, f.rows, f.batch_size)
@@ -59,10 +60,9 @@ def main(argv: list[str]) -> None:
     shape = ', '.join(f'{axis} {getattr(cfg, slicing.SIZES[axis])}' for axis in wanted)
     print(f'{f.workdir}: {shape}; {counts[1]:,} parameters of {counts[0]:,}')
   elif argv[1:] == ['compare'] and f.stats:
-    found = commands.compare(
-      f.stats, slicing.read_sizes(f.sizes), tokens=f.tokens, sequences=f.sequences
-    )
-    for axis, (share, chance) in found.items():
+    sizes = slicing.read_sizes(f.sizes)
+    shares = commands.compare(f.stats, sizes, tokens=f.tokens, sequences=f.sequences)
+    for axis, (share, chance) in shares.items():
       print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')
   elif argv[1:] == ['search'] and f.run and len(f.stats) == 1 and f.workdir:
     _search(f)
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> None:
     raise ValueError(
       'expected: calibrate --run=RUN --out=STATS, cut --run=RUN --stats=STATS --sizes=... '
       '--workdir=SMALL, compare --stats=A --stats=B --sizes=..., or search --run=RUN --stats=STATS '
-      '--workdir=DIR; found '
-      f'{" ".join(argv[1:]) or "nothing"}'
+      f'--workdir=DIR; found {" ".join(argv[1:]) or "nothing"}'
     )
 
 
@@ -82,49 +81,35 @@ if __name__ == '__main__':
   flags.DEFINE_string('on', 'generic/train', 'calibrate: SET/SPLIT[@INDEX] whose rows are read.')
   flags.DEFINE_integer('rows', 1024, 'calibrate: rows, evenly spaced.')
   flags.DEFINE_integer('batch_size', 16, 'calibrate: rows per forward pass.')
-  flags.DEFINE_multi_string('stats', [], 'cut, compare, search: what calibrate wrote; two to mix.')
+  flags.DEFINE_multi_string('stats', [], 'cut, compare, search: calibration; two to mix.')
   flags.DEFINE_float('mix', 0.0, 'cut: share of the second --stats in the scores.')
   flags.DEFINE_string('sizes', '', f'cut, compare: axis=size,... of {", ".join(slicing.SIZES)}.')
-  flags.DEFINE_string(
-    'workdir', '', 'cut: run directory to write; search: directory of the search.'
-  )
+  flags.DEFINE_string('workdir', '', 'cut: run directory to write; search: directory to write.')
   flags.DEFINE_enum('norm_gain', 'none', slicing.GAINS, 'cut: see slm.pruning.slicing.cut.')
-  flags.DEFINE_enum('by', 'activations', commands.BY, 'cut: what widths are scored by.')
+  flags.DEFINE_enum('by', 'activations', commands.BY, 'cut: criterion of widths.')
   flags.DEFINE_enum(
     'depth', 'influence', commands.DEPTH,
     'cut: layers by block influence, by the loss without each, or a window by the loss without it.',
   )  # fmt: skip
-  flags.DEFINE_string(
-    'task', '', 'cut: choose the window of layers by the items of this task file.'
-  )
-  flags.DEFINE_integer('limit', 0, 'cut: of its items, the first so many; 0: all.')
-  flags.DEFINE_integer('seed', 0, 'cut: of --by=random.')
+  flags.DEFINE_string('task', '', 'cut: task file whose items choose the window of layers.')
+  flags.DEFINE_integer('limit', 0, 'cut: items used of --task, from the first; 0: all.')
+  flags.DEFINE_integer('seed', 0, 'cut: seed of --by=random.')
   flags.DEFINE_enum('tokens', 'mean', observe.AGGREGATORS, 'cut: aggregator over tokens.')
   flags.DEFINE_enum('sequences', 'l2', observe.AGGREGATORS, 'cut: aggregator over sequences.')
-  flags.DEFINE_integer(
-    'align', 0, 'cut: what widths must be multiples of; 0: 128 of at least 1024, otherwise 8.'
-  )
+  flags.DEFINE_integer('align', 0, 'cut: divisor of widths; 0: 128 for 1024 or more, 8 for less.')
   flags.DEFINE_string(
-    'grid', '', 'search: axis=size:size,...; default: 60 % of widths, 80 % of depth up.'
+    'grid', '', 'search: axis=size:size,...; default: from 60 % width, 80 % depth.'
   )
-  flags.DEFINE_integer('multiple', 128, 'search: of the widths of the default grid.', lower_bound=1)
+  flags.DEFINE_integer('multiple', 128, 'search: divisor of widths in the default grid.', 1)
   flags.DEFINE_float('max_params', 0.0, 'search: most parameters.')
-  flags.DEFINE_float('max_active', 0.0, 'search: most parameters that a token passes through.')
-  flags.DEFINE_float('max_memory', 0.0, 'search: most bytes of weights and of the cache.')
-  flags.DEFINE_float(
-    'max_token_ms', 0.0, 'search: most milliseconds of a decoding step, measured here.'
-  )
-  flags.DEFINE_integer('batch', 1, 'search: rows answered together, for memory and speed.')
+  flags.DEFINE_float('max_active', 0.0, 'search: most parameters used by each token.')
+  flags.DEFINE_float('max_memory', 0.0, 'search: most bytes of weights and cache.')
+  flags.DEFINE_float('max_token_ms', 0.0, 'search: most milliseconds per decoding step, measured.')
+  flags.DEFINE_integer('batch', 1, 'search: rows decoded together, for memory and speed.')
   flags.DEFINE_integer('context', 1024, 'search: tokens in the cache, for memory and speed.')
-  flags.DEFINE_enum(
-    'dtype', 'float32', ('float32', 'bfloat16'), 'search: of served weights and cache.'
-  )
-  flags.DEFINE_integer(
-    'count', 10, 'search: how many shapes are scored: the largest.', lower_bound=1
-  )
-  flags.DEFINE_integer('survivors', 4, 'search: how many of them are trained.', lower_bound=1)
-  flags.DEFINE_integer(
-    'rounds', 5, 'search: interleaved repeats of measuring speed.', lower_bound=1
-  )
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'search: of weights and cache.')
+  flags.DEFINE_integer('count', 10, 'search: shapes that are scored, from the largest.', 1)
+  flags.DEFINE_integer('survivors', 4, 'search: shapes that are trained.', 1)
+  flags.DEFINE_integer('rounds', 5, 'search: interleaved repeats of the speed measurement.', 1)
   old = dict.fromkeys(('set', 'split', 'index'), '--on=SET/SPLIT[@INDEX]')
   console.run(main, config='recover', keys=config.RunConfig, positional=True, renamed=old)

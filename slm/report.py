@@ -1,9 +1,9 @@
-"""The report of runs: losses and differences, training curves, costs and environments.
+"""A report on runs: losses and differences, training curves, costs and environments.
 
     python -m slm.report --run=RUN --run=RUN [--on=law/test] --out=DIR
 
-writes report.html (one file), table.md, results.csv and plots/*.svg from run directories alone. The
-first run is what the others are compared with; RUN,RUN,RUN are the seeds of one model.
+writes report.html (self-contained), table.md, results.csv and plots/*.svg from run directories
+alone. All runs are compared with the first; RUN,RUN,RUN are the seeds of one model.
 """
 
 from pathlib import Path
@@ -18,14 +18,9 @@ from slm.reporting.report import report, sentence
 def main(_: list[str]) -> None:
   """Write the report of --run."""
   f = flags.FLAGS
-  if f.study:
-    raise ValueError(
-      '--study: the report of a study is python -m experiments.specialise.report '
-      f'--study={f.study}; slm.report takes --run'
-    )
   models = comparison.models(f.run)
   if not models or not f.out:
-    raise ValueError('expected --run, at least one, and --out')
+    raise ValueError('expected at least one --run, and --out')
   comparison.check_tokenizers(models)
   by_set = report(models, f.on or comparison.shared_sets(models), Path(f.out))
   print('\n'.join(map(sentence, by_set.values())))
@@ -34,7 +29,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_string('run', [], 'RUN or RUN@STEP, or the seeds of a model: RUN,RUN,RUN.')
-  flags.DEFINE_multi_string('on', [], 'set/split; default: those that all were evaluated on.')
+  flags.DEFINE_multi_string('on', [], 'SET/SPLIT; default: all that every run was evaluated on.')
   flags.DEFINE_string('out', '', 'Directory to write the report to.')
-  flags.DEFINE_string('study', '', 'Moved: python -m experiments.specialise.report --study=STUDY.')
-  console.run(main)
+  moved = {'study': 'python -m experiments.specialise.report --study=STUDY'}
+  console.run(main, renamed=moved)

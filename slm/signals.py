@@ -1,12 +1,13 @@
-r"""A teacher's predictions on disk: computed once, read by any run on the same rows.
+r"""Write a teacher's predictions to disk: computed once, read by any run on the same rows.
 
     python -m slm.signals --run=RUN --on=generic/train --mode=sampled --k=64 --out=DIR
     python -m slm.train --config=configs/recover.py --config.teacher_cache=DIR ...
 
-A row is found by the hash of its tokens: order, batch, mesh and the vocabulary's padding are free.
---mode=topk keeps the k most probable ids and their probabilities; a run sees those, and all others
-as one. --mode=sampled draws k ids, and the gradient of their cross-entropy is on average that of
-the KL (random sampling KD, arXiv 2503.16870). Killed at any moment, the same command continues.
+Rows are looked up by the hash of their tokens, so that order, batch size, mesh and vocabulary
+padding may differ. --mode=topk keeps the k most probable ids and their probabilities; all other ids
+count as one. --mode=sampled draws k ids, the gradient of whose cross-entropy is an unbiased
+estimate of that of the KL (random sampling KD, arXiv 2503.16870). The same command continues an
+interrupted one.
 """
 
 from absl import flags
@@ -32,9 +33,9 @@ if __name__ == '__main__':
   flags.DEFINE_string('run', '', 'Teacher: a run (or RUN@STEP) of a dense model.')
   flags.DEFINE_string('data', '', "Data directory; default: the teacher's own.")
   flags.DEFINE_string('on', 'generic/train', 'SET/SPLIT[@INDEX] whose rows are predicted.')
-  flags.DEFINE_enum('mode', 'topk', MODES, 'The most probable ids, or drawn ones.')
+  flags.DEFINE_enum('mode', 'topk', MODES, 'Keep the most probable ids, or sampled ones.')
   flags.DEFINE_integer('k', 64, 'Ids per token.')
-  flags.DEFINE_integer('seed', 0, 'Of --mode=sampled.')
+  flags.DEFINE_integer('seed', 0, 'Seed of --mode=sampled.')
   flags.DEFINE_integer('batch_size', 16, 'Rows per forward pass.')
   flags.DEFINE_string('out', '', 'Directory to write.')
   flags.DEFINE_bool('verify', False, 'Compare --out with its teacher instead.')

@@ -2,8 +2,8 @@
 
     python -m slm.specialise --run=RUN --on=law/train --workdir=SPECIALIST [--rule=best]
 
-The result has the class, size and speed of any dense model; fine-tune it with `slm.train` and
-`--config.init=SPECIALIST`. No pretraining data are read.
+The result has the class, size and speed of any dense model; fine-tune it with slm.train
+--config.init=SPECIALIST. No pretraining data are read.
 """
 
 import jax
@@ -16,18 +16,18 @@ from slm.runs import load
 
 
 def main(_: list[str]) -> None:
-  """Write the specialist and say which cluster it is."""
+  """Write the specialist and print which cluster it is."""
   f = flags.FLAGS
   console.required('run', 'on', 'workdir')
   domain, _, index = loader.parse_on(load.data_path(f.run), f.on, split='train')
-  found = specialise(f.run, domain, f.workdir, f.rule, index)
-  what = f'cluster {found}' if isinstance(found, int) else 'the histogram over clusters'
-  print(f'{f.workdir}: specialist of {what} ({jax.device_count()} devices)')
+  condition = specialise(f.run, domain, f.workdir, f.rule, index)
+  whose = f'cluster {condition}' if isinstance(condition, int) else 'the histogram over clusters'
+  print(f'{f.workdir}: specialist of {whose} ({jax.device_count()} devices)')
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('run', '', 'Run (or RUN@STEP) that holds specialists.')
   flags.DEFINE_string('on', '', "SET/train[@INDEX]: the domain's rows in the run's data.")
-  flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How it is chosen.')
+  flags.DEFINE_enum('rule', 'frequent', sorted(RULES), 'How the specialist is chosen.')
   flags.DEFINE_string('workdir', '', 'Run directory to write.')
   console.run(main, renamed=dict.fromkeys(('domain', 'index'), '--on=SET/train[@INDEX]'))

@@ -1,8 +1,8 @@
-"""Train any model by any objective: the entry point and the only train loop.
+"""Train any model by any objective.
 
     python -m slm.train --config=configs/pretrain.py --config.data.path=DATA --workdir=RUN
 
-Started again with the same arguments it continues from its last checkpoint.
+The same command continues an interrupted run from its last checkpoint.
 """
 
 import json
@@ -21,8 +21,8 @@ def main(_: list[str]) -> None:
   f = flags.FLAGS
   given = f.config.to_dict()
   if f.dry_run:
-    there = given['data']['path']
-    cfg = config.resolve(given) if there else config.without_data(given, f.context)
+    data = given['data']['path']
+    cfg = config.resolve(given) if data else config.without_data(given, f.context)
     print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu)))
     return
   console.required('workdir')
@@ -34,10 +34,10 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', '', 'Run directory; an unfinished run in it continues.')
-  flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time; train nothing.')
-  flags.DEFINE_integer('devices', 0, '--dry_run: how many chips; 0: as many as the mesh names.')
-  flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: on what; cpu times this machine.')
-  flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
-  flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, where there are no data yet.')
+  flags.DEFINE_string('workdir', '', 'Run directory; an unfinished run continues.')
+  flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time only.')
+  flags.DEFINE_integer('devices', 0, '--dry_run: number of chips; 0: that of the mesh.')
+  flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: kind of chip; cpu measures this one.')
+  flags.DEFINE_float('mfu', 0.4, "--dry_run: share of the chip's peak reached.")
+  flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, without data.')
   console.run(main, config='base', keys=config.RunConfig)

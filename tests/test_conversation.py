@@ -111,7 +111,7 @@ def test_command(run):
   done = ask('--chat', '--prompt=the tide', '--system=Be')
   assert done.stdout.endswith(f'(step 0)\n{"".join(kept.answer([system, user], 5))}\n')
   for flags, message in (
-    (['--prompt=x', '--system=y'], '--system: goes with --chat'),
+    (['--prompt=x', '--system=y'], '--system needs --chat'),
     (['--chat', '--prompt=x', f'--run={toy.random_run()}'], 'holds no chat template'),
   ):
     done = ask(*flags)
