@@ -135,7 +135,7 @@ def test_help_has_the_defaults_and_comments_of_the_config_that_is_named(call):
   assert '--config.log_every=10                  steps; 0: at evaluations and saves only\n' in base
   tuned = call('train', '--help', '--config=finetune')[1]
   assert '--config.eval.every=20                 steps; 0: only at the end\n' in tuned
-  assert '--config.reparam.alpha=16.0            the change is alpha' in call(
+  assert '--config.reparam.alpha=16.0            the change is (alpha' in call(
     'train', '--config=lora', '-h'
   )[1]  # fmt: skip
   assert '--config.tokenizer.vocab=4096          pieces of a' in call('data.prepare', '--help')[1]
