@@ -240,19 +240,19 @@ class _Calibration:
     answer = tasks.asking(task, tok, mesh, context, batch_size, limit)
     path = self.folder / f'task-{files.sha256(Path(task))[:12]}-{limit}.json'
 
+    known = lambda: files.read_json(path) if path.exists() else {}
+
     def score(layers: np.ndarray) -> float:
       window = ' '.join(map(str, layers))
-      with artifact.hold(self.folder, path.stem):
-        known = files.read_json(path) if path.exists() else {}
-        if window not in known:
-          params, shape = slicing.cut(self.loaded.params(), cfg, {'layers': layers})
-          with jax.set_mesh(mesh):
-            summary = answer(params, shape)
-          known[window] = {key: summary[key] for key in ('score', 'tokens', 'device_seconds')}
-          known[window]['flops'] = summary['tokens'] * forward_flops(shape, context)
-          files.write_json(path, known)
-      self.records.append(known[window])
-      return known[window]['score']
+      if window not in known():
+        params, shape = slicing.cut(self.loaded.params(), cfg, {'layers': layers})
+        with artifact.hold(self.folder, path.stem), jax.set_mesh(mesh):
+          summary = answer(params, shape)
+          result = {key: summary[key] for key in ('score', 'tokens', 'device_seconds')}
+          result['flops'] = summary['tokens'] * forward_flops(shape, context)
+          files.write_json(path, known() | {window: result})
+      self.records.append(known()[window])
+      return self.records[-1]['score']
 
     return score
 
