@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from slm import models
 from slm.base import files
 from slm.data import loader, prepare, settings, tokenizer
-from slm.inference import tasks
+from slm.inference import scoring, tasks
 from slm.interchange import convert
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
@@ -278,7 +279,7 @@ def test_a_smaller_vocabulary_has_its_own_tokenizer_and_data(trained, tmp_path):
 
 
 def test_layers_can_be_chosen_by_a_task(trained, tmp_path, monkeypatch):
-  """The window goes without which most items are right; asking is paid for."""
+  """The window goes without which most items are right; the evaluations are paid for."""
   run, path = trained
   calibrate(run, tmp_path / 'stats', rows=16)
   items = [
@@ -291,20 +292,24 @@ def test_layers_can_be_chosen_by_a_task(trained, tmp_path, monkeypatch):
   )
   cut('plain')
   cut('asked', task=str(tmp_path / 'quiz.jsonl'), limit=4)
-  ask = tasks.asking(
-    str(tmp_path / 'quiz.jsonl'), tokenizer.load(f'{path}/tokenizer'), ONE(), 64, 8, 4
-  )
+  tok, items = tokenizer.load(f'{path}/tokenizer'), tasks.read(tmp_path / 'quiz.jsonl')[:4]
+
+  def score(layers):
+    params, cfg = slicing.cut(whole.params(), whole.model.cfg, {'layers': layers})
+    settings = {'context': 64, 'begin': tok.begin, 'batch_size': 8}
+    scorer = scoring.make(models.build(cfg), params, tok, ONE(), **settings)
+    return tasks.evaluate(scorer, items)['score']
+
   whole = load.load(run, ONE())
   kept = [np.delete(np.arange(3), gone) for gone in range(3)]
-  score = lambda k: ask(*slicing.cut(whole.params(), whole.model.cfg, {'layers': k}))['score']
   found = [score(k) for k in kept]
   best = kept_of(tmp_path / 'asked')['layers']
   np.testing.assert_array_equal(best, kept[int(np.argmax(found))])
   spent = lambda name: ledger.read_ledger(tmp_path / name)['phases'][0]
   assert spent('asked')['tokens'] > spent('plain')['tokens']
   assert spent('asked')['flops'] > spent('plain')['flops']
-  # Nothing is asked twice, neither for the same cut nor for another; both have cost as much.
-  monkeypatch.setattr(tasks, 'asking', lambda *a: lambda *b: pytest.fail('asked again'))
+  # Nothing is evaluated twice, neither for the same cut nor for another; both have cost as much.
+  monkeypatch.setattr(tasks, 'evaluate', lambda *a: pytest.fail('evaluated again'))
   how = {'task': str(tmp_path / 'quiz.jsonl'), 'limit': 4}
   cut('asked', **how)
   cut('again', **how)

@@ -21,14 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from slm import models
 from slm.base import console, files
-from slm.data import sources, tokenizer
+from slm.data import sources
 from slm.inference import scoring
-from slm.models.config import DecoderConfig
 from slm.runs import processes, rundir
 from slm.weights import tree
-from slm.weights.axes import Params
 
 Item = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -264,25 +261,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   return result | {name: sum(r[name] for r in records) for name in totals}
 
 
-def asking(
-  path: str, tok: tokenizer.Tokenizer, mesh: jax.sharding.Mesh, context: int, batch_size: int,
-  limit: int = 0,
-) -> Callable[[Params, DecoderConfig], dict[str, float]]:  # fmt: skip
-  """Return f(params, shape) -> the summary of a task file's first `limit` items (0: all).
-
-  Its 'score' is acc, or exact_match where text is generated.
-  """
-  items = read(path)[: limit or None]
+def evaluate(scorer: scoring.Scorer, items: Sequence[Item]) -> dict[str, float]:
+  """Return the summary of items; its 'score' is acc, or exact_match where text is generated."""
   kind = KINDS[items[0]['type']]
-
-  def ask(params: Params, cfg: DecoderConfig) -> dict[str, float]:
-    settings = {'context': context, 'begin': tok.begin, 'batch_size': batch_size}
-    scorer = scoring.make(models.build(cfg), params, tok, mesh, **settings)
-    max_tokens = min(kind.max_tokens, context // 2)
-    result = summary(answer(scorer, items, [''] * len(items), max_tokens))
-    return result | {'score': result['exact_match' if kind.max_tokens else 'acc']}
-
-  return ask
+  max_tokens = min(kind.max_tokens, scorer.context // 2)
+  result = summary(answer(scorer, items, [''] * len(items), max_tokens))
+  return result | {'score': result['exact_match' if kind.max_tokens else 'acc']}
 
 
 def run(

@@ -13,9 +13,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from slm import models
 from slm.base import artifact, console, files
 from slm.data import loader, tokenizer, vocabulary
-from slm.inference import tasks
+from slm.inference import scoring, tasks
 from slm.interchange import convert, tokenizer_files
 from slm.models.config import DecoderConfig
 from slm.pruning import importance, measure, slicing
@@ -235,9 +236,9 @@ class _Calibration:
     Scores are kept beside the calibration, so that none is computed twice.
     """
     data, cfg = self.request['data'], self.loaded.model.cfg
-    mesh, context = sharding.fit_mesh(cfg.embed), loader.manifest(data)['context']
-    tok, batch_size = tokenizer.load(f'{data}/tokenizer'), self.request['batch_size']
-    answer = tasks.asking(task, tok, mesh, context, batch_size, limit)
+    mesh, tok = sharding.fit_mesh(cfg.embed), tokenizer.load(f'{data}/tokenizer')
+    context, items = loader.manifest(data)['context'], tasks.read(task)[: limit or None]
+    settings = {'context': context, 'batch_size': self.request['batch_size'], 'begin': tok.begin}
     path = self.folder / f'task-{files.sha256(Path(task))[:12]}-{limit}.json'
 
     known = lambda: files.read_json(path) if path.exists() else {}
@@ -247,7 +248,8 @@ class _Calibration:
       if window not in known():
         params, shape = slicing.cut(self.loaded.params(), cfg, {'layers': layers})
         with artifact.hold(self.folder, path.stem), jax.set_mesh(mesh):
-          summary = answer(params, shape)
+          scorer = scoring.make(models.build(shape), params, tok, mesh, **settings)
+          summary = tasks.evaluate(scorer, items)
           result = {key: summary[key] for key in ('score', 'tokens', 'device_seconds')}
           result['flops'] = summary['tokens'] * forward_flops(shape, context)
           files.write_json(path, known() | {window: result})
