@@ -18,7 +18,7 @@ from absl import flags
 from slm.base import console
 from slm.inference.chat import Chat
 from slm.inference.completion import complete
-from slm.models.decode import Sampler, greedy, sampled
+from slm.models.decode import greedy, sampled
 from slm.runs import load
 from slm.weights import sharding
 
@@ -40,28 +40,19 @@ def main(_: list[str]) -> None:
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   for path in f.run:
     loaded = load.load(path, mesh)
+    params, (tok, begin) = loaded.params(f.cluster), load.reads(loaded, f.data)
     if f.chat:
-      _chat(loaded, sampler)
-    else:
-      _continue(loaded, sampler)
+      _chat(Chat(loaded, params, tok, sampler, f.seed), loaded)
+      continue
+    texts = complete(loaded, params, tok, begin, f.prompt, f.max_tokens or 64, sampler, f.seed)
+    print(f'== {loaded.path} (step {loaded.step})')
+    for prompt, text in zip(f.prompt, texts, strict=True):
+      print(f'{prompt}\033[1m{text}\033[0m\n' if sys.stdout.isatty() else f'{prompt}{text}\n')
 
 
-def _continue(loaded: load.Loaded, sampler: Sampler) -> None:
-  f = flags.FLAGS
-  tok, begin = load.reads(loaded, f.data)
-  texts = complete(
-    loaded, loaded.params(f.cluster), tok, begin, f.prompt, f.max_tokens or 64, sampler, f.seed
-  )
-  print(f'== {loaded.path} (step {loaded.step})')
-  for prompt, text in zip(f.prompt, texts, strict=True):
-    print(f'{prompt}\033[1m{text}\033[0m\n' if sys.stdout.isatty() else f'{prompt}{text}\n')
-
-
-def _chat(loaded: load.Loaded, sampler: Sampler) -> None:
+def _chat(chat: Chat, loaded: load.Loaded) -> None:
   """Answer every prompt by itself, or the lines that are typed as one conversation."""
   f = flags.FLAGS
-  tok, _ = load.reads(loaded, f.data)
-  chat = Chat(loaded, loaded.params(f.cluster), tok, sampler, f.seed)
   messages = [{'role': 'system', 'content': f.system}] if f.system else []
 
   def answer(text: str) -> list[dict[str, str]]:

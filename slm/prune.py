@@ -26,22 +26,6 @@ from slm.pruning import commands, search, slicing
 from slm.runs import config
 
 
-def _search(f: flags.FlagValues) -> None:
-  cfg = config.of(f.run).model
-  grid = search.read_grid(f.grid, cfg) or search.default_grid(cfg, f.multiple)
-  bounds = search.Bounds(
-    f.max_params, f.max_active, f.max_memory, f.max_token_ms, f.batch, f.context, f.dtype
-  )
-  if not any((f.max_params, f.max_active, f.max_memory, f.max_token_ms)):
-    raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
-  result = search.search(
-    f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid, bounds,
-    count=f.count, survivors=f.survivors, rounds=f.rounds,
-  )  # fmt: skip
-  print(search.table(result))
-  print(f'best: {f.workdir}/{result["best"]}; the search took {result["flops"]:.3g} FLOPs')
-
-
 def main(argv: list[str]) -> None:
   """Run the subcommand that the first argument names."""
   f = flags.FLAGS
@@ -65,7 +49,18 @@ def main(argv: list[str]) -> None:
     for axis, (share, chance) in shares.items():
       print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')
   elif argv[1:] == ['search'] and f.run and len(f.stats) == 1 and f.workdir:
-    _search(f)
+    whole = config.of(f.run).model
+    grid = search.read_grid(f.grid, whole) or search.default_grid(whole, f.multiple)
+    limits = (f.max_params, f.max_active, f.max_memory, f.max_token_ms)
+    if not any(limits):
+      raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
+    result = search.search(
+      f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid,
+      search.Bounds(*limits, f.batch, f.context, f.dtype),
+      count=f.count, survivors=f.survivors, rounds=f.rounds,
+    )  # fmt: skip
+    print(search.table(result))
+    print(f'best: {f.workdir}/{result["best"]}; the search took {result["flops"]:.3g} FLOPs')
   else:
     raise ValueError(
       'expected: calibrate --run=RUN --out=STATS, cut --run=RUN --stats=STATS --sizes=... '
