@@ -1,4 +1,4 @@
-"""Advice for a budget: which cells are near, what fits, how sure, and what lies outside."""
+"""Advice for a budget: the nearest cells, which of them fit, certainty, limits."""
 
 import csv
 import math
@@ -48,7 +48,7 @@ def test_the_nearest_set_size_and_the_largest_budget_that_fits():
 
 
 def test_cells_scale_with_the_parameters():
-  """What counts is tokens of text and of training per parameter."""
+  """Cells scale by tokens of text and of training per parameter."""
   (small,), (large,) = (
     advise.place(grid('slm'), ask(params=k * P, tokens=k * 1e6)) for k in (1, 7)
   )
@@ -223,7 +223,7 @@ def test_bad_input_is_one_line(flags, message):
 
 
 def test_spread_is_beside_as_much_generic_text(tmp_path):
-  """Text of every topic is as widely spread as generic text, however little of it there is."""
+  """The spread relative to generic text does not depend on how much text there is."""
   path, shares = toy.prepared(), []
   for topics, number in ((list(toy.TOPICS), 8), (list(toy.TOPICS), 80), (['law'], 80)):
     file = toy.write_jsonl(tmp_path / 'text.jsonl', toy.documents(topics, number, 11))

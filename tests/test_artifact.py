@@ -1,4 +1,4 @@
-"""Directories that commands write: one writer, a dead one's lock, and what was asked for."""
+"""Directories that commands write: locks, also of dead processes, and records of settings."""
 
 import errno
 import fcntl

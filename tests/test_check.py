@@ -1,4 +1,4 @@
-"""How good the advice would have been, each domain left out; and the cells that it goes by."""
+"""The check of advice by leaving out domains, and the measured cells that advice uses."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_reads_what_a_report_wrote(tmp_path):
 
 
 def test_gains_are_over_the_seeds_that_both_have(tmp_path):
-  """Seed 0 alone is easy; a method that only it ran must not look better for that."""
+  """Seed 0 is easy: a method that ran only that seed must not look better for it."""
   m = studies.Maker(tmp_path / 'a', ('law',), (1_000_000,), (0,))
   for method, offset in (('slm', -0.3), ('project', -0.31)):
     m.add(method, offset)
@@ -56,16 +56,16 @@ def test_gains_are_over_the_seeds_that_both_have(tmp_path):
 
 
 def test_check_leaves_each_domain_out(tmp_path):
-  """One domain is unlike the others: its own answer must not be known to the advice on it."""
+  """One domain is unlike the others: advice on it must not use its own results."""
   m = studies.Maker(tmp_path, ('law', 'news', 'bio'), (10_000, 80_000), (0,))
   usual = {'slm': 0.0, 'mixture': -0.1, 'project': -0.3, 'importance': -0.05}
   for method, offset in usual.items():  # the projected network costs too much
     m.add(method, {d: offset if d != 'bio' else 0.1 * (method != 'slm') for d in m.domains})
   study = load_study(m.save())
-  found = check.cases(study)
-  assert {c.domain for c in found} == {'law', 'news', 'bio'}
-  assert {'importance' in c.options for c in found} == {True, False}  # as the money allows
-  bio, others = ([c for c in found if (c.domain == 'bio') == unlike] for unlike in (True, False))
+  cases = check.cases(study)
+  assert {c.domain for c in cases} == {'law', 'news', 'bio'}
+  assert {'importance' in c.options for c in cases} == {True, False}  # as the money allows
+  bio, others = ([c for c in cases if (c.domain == 'bio') == unlike] for unlike in (True, False))
   # Two usual domains, or a usual one and the other, say the same of the third.
   assert {c.chosen for c in bio} == {'mixture'} and not any(c.close('mixture') for c in bio)
   assert all(c.regret('mixture') == pytest.approx(0.1, abs=0.05) for c in bio)
@@ -75,9 +75,9 @@ def test_check_leaves_each_domain_out(tmp_path):
     'as advised', 'always SLM', 'always SLM-is, importance sampling',
     'always SLM-pn, projected network', 'always SLM-mix, hard mixture',
   ]  # fmt: skip
-  share = sum(c.close('importance') if 'importance' in c.options else c.close('slm') for c in found)
-  assert rows['always SLM-is, importance sampling'][1].startswith(f'{share / len(found):.0%} of')
-  assert f'not affordable in {len(found)}' in check.table(study)['rows'][3][0]
+  share = sum(c.close('importance') if 'importance' in c.options else c.close('slm') for c in cases)
+  assert rows['always SLM-is, importance sampling'][1].startswith(f'{share / len(cases):.0%} of')
+  assert f'not affordable in {len(cases)}' in check.table(study)['rows'][3][0]
   alone = dataclasses.replace(study, domains=('law',))
   assert check.table(alone)['rows'] == []
   only = [run for run in study.planned if run['domain'] == 'law']  # the others are not run yet
@@ -85,13 +85,13 @@ def test_check_leaves_each_domain_out(tmp_path):
 
 
 def test_the_answer_left_out_is_at_the_money_that_was_asked_about(tmp_path):
-  """A method of twice the cost is judged by its half as long run, not by its longest."""
+  """A method of twice the cost is judged by its run of half the length, not by its longest."""
   m = studies.Maker(tmp_path, ('law', 'news'), (10_000,), (0,))
   for budget in (0.5, 1):
     for method, offset in (('slm', 0.0), ('project', -0.5 if budget == 1 else 0.4)):
       m.add(method, offset, budget=budget)
-  found = check.cases(load_study(m.save()))
-  (case, *_) = [c for c in found if c.question.pretrain_flops == studies.GENERIC_FLOPS]
+  cases = check.cases(load_study(m.save()))
+  (case, *_) = [c for c in cases if c.question.pretrain_flops == studies.GENERIC_FLOPS]
   # The projected network costs 1.6 of the SLM, so that half of its pretraining is what fits.
   gap = case.options['project'].loss - case.options['slm'].loss
   assert gap == pytest.approx(0.4, abs=0.02)

@@ -96,7 +96,7 @@ def test_checkpoints_without_checksums_load_and_what_cannot_be_read_is_one_line(
 def test_a_full_disk_is_one_line_that_names_what_is_intact(
   where, left, tiny_config_of, tmp_path, monkeypatch
 ):
-  """Wherever it is met: by Orbax, which raises its own, or by us."""
+  """In Orbax, which raises its own errors, or in the sealing of the checkpoint."""
   orbax = checkpoint.ocp.training.Checkpointer.save_checkpointables_async
   sha256 = files.sha256
 

@@ -1,4 +1,4 @@
-"""Arbitrary runs compared: paired differences, what is refused, what is kept; and their report."""
+"""Comparisons of runs: paired differences, errors, kept evaluations, and the report."""
 
 import csv
 import fcntl

@@ -1,4 +1,4 @@
-"""Configs: read once at the door, refused by key, the same again from what a run wrote."""
+"""Configs: read once, errors that name the key, and the same config read back from a run."""
 
 import dataclasses
 import importlib
@@ -88,7 +88,7 @@ def test_a_derived_run_is_dense_and_has_no_start():
 
 
 def test_a_run_of_before_some_keys_goes_on(tmp_path):
-  """A config.json without keys that were added since is the same run: they have their defaults."""
+  """A config.json without newer keys is the same run: they take their defaults."""
   cfg = RunConfig(model=DecoderConfig(vocab=5), data=config.loader.DataConfig())
   values = schema.plain(cfg)
   del values['objective']['balance'], values['tensorboard'], values['model']['rope_low']

@@ -1,4 +1,4 @@
-"""The console: signals end a command in one line, progress counts what is done here."""
+"""The console: a signal ends a command with one line, progress counts only this process's work."""
 
 import pathlib
 import signal

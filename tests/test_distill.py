@@ -1,4 +1,4 @@
-"""Distillation of states, and of a teacher that learns meanwhile."""
+"""Distillation: hidden states, and a teacher that is trained too."""
 
 import functools
 import json
@@ -112,26 +112,26 @@ def test_the_states_term_has_a_constant_factor():
   )
   both, states = frozen['projection'], ('-2:-2',)
   gradient = lambda *a: jax.jit(jax.value_and_grad(value(*a), (0, 1)))(student, both)
-  (_, found), (kl, plain) = gradient('loss', states), gradient('loss', ())
+  (_, combined), (kl, plain) = gradient('loss', states), gradient('loss', ())
   distance, alone = gradient('states', states)
   factor = kl / distance
   want = jax.tree.map(lambda a, b: a + factor * b, plain, alone)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, want)
-  assert np.abs(found[1]['w_teacher']).max() > 0  # the projection learns
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), combined, want)
+  assert np.abs(combined[1]['w_teacher']).max() > 0  # the projection learns
 
 
 def test_a_corrected_teacher_learns_alone():
-  """Its gradient is that of the next token, and the student's is as if it did not learn."""
+  """A corrected teacher has next-token gradients; the student's are those under a fixed one."""
   batch, (student, frozen) = make_batch(), weights()
   loss = lambda p, f, correct: build(correct=correct)(p, f, batch)['loss'][0]
   gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-  mine, theirs = gradient(student, frozen, 1.0)
+  student_grads, teacher_grads = gradient(student, frozen, 1.0)
   fixed, _ = gradient(student, frozen, 0.0)
   alone = next_token.next_token(NextTokenConfig(chunk=8), {'student': TEACHER.forward})
   want = jax.jit(jax.grad(lambda p: alone(p, {}, batch)['loss'][0]))(frozen['teacher'])
   same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-  jax.tree.map(same, mine, fixed)
-  jax.tree.map(same, theirs['teacher'], want)
+  jax.tree.map(same, student_grads, fixed)
+  jax.tree.map(same, teacher_grads['teacher'], want)
 
 
 class Stop:

@@ -1,4 +1,4 @@
-"""Damaged files are refused by name, whatever the library that reads them raises."""
+"""Errors of damaged files name the file, whatever their reader raises."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Objectives against optax and torch, and their chunked form against full logits."""
+"""Objectives compared with optax and torch, and chunked losses with full logits."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def test_divergences_equal_optax_and_torch():
 
 
 def test_the_gradient_of_the_kl_is_that_of_its_definition():
-  """To the teacher's logits and the student's: the gradient is written by hand."""
+  """The hand-written gradient to the teacher's and the student's logits is right."""
   with jax.enable_x64(True):
     pair = 3 * jax.random.normal(jax.random.key(0), (2, 4, 11), jnp.float64)
 
@@ -131,7 +131,7 @@ def test_chunks_give_the_value_and_gradient_of_full_logits(cfg, chunk):
 @pytest.mark.parametrize('chunk', [4, 8, 21, 64])
 @pytest.mark.parametrize('cap', [0.0, 3.0])
 def test_token_logprobs_are_those_of_full_logits(chunk, cap):
-  """A loss of whole sequences, as DPO's: its value and its gradients."""
+  """Value and gradients of a loss of whole sequences, such as DPO."""
   params, batch = make_params(0), make_batch(3, 7)
 
   def loss(params, logprobs):
@@ -288,8 +288,8 @@ def test_the_tail_keeps_the_mass_outside_the_best():
   teacher, student = pair()
   whole = losses.forward_kl(teacher, student)
   for k in (12, 13):  # one token or none is left over: nothing is lost
-    found = losses.forward_kl(*losses.with_tail(teacher, student, k))
-    np.testing.assert_allclose(found, whole, rtol=1e-3, atol=1e-4)
+    merged = losses.forward_kl(*losses.with_tail(teacher, student, k))
+    np.testing.assert_allclose(merged, whole, rtol=1e-3, atol=1e-4)
   few = lambda s: losses.forward_kl(*losses.with_tail(teacher, s, 3)).sum()
   assert (losses.forward_kl(*losses.with_tail(teacher, student, 3)) <= whole + 1e-5).all()
   order = jnp.argsort(-teacher, axis=-1)
@@ -305,32 +305,32 @@ def test_vocabularies_padded_differently_are_compared_on_what_both_have():
   params, other, batch = make_params(0), make_params(1), make_batch(3, 7)
   padding = jnp.ones((3, EMBED))
   wider = {**other, 'lm_head': jnp.concatenate([other['lm_head'], padding])}
-  found = [
+  values = [
     build({**KD, 'mixing': 1.0}, 8)(params, {'teacher': teacher}, batch)['kl'][0]
     for teacher in (other, wider)
   ]
-  assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-5)
+  assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-5)
 
 
 @pytest.mark.parametrize('top_k', [0, 4])
 def test_what_a_student_gives_to_ids_that_the_teacher_lacks_is_lost(top_k):
-  """The divergence from a teacher with all of them, which gives those nothing."""
+  """The divergence equals that from a teacher with all ids and no mass on the extra ones."""
   params, other, batch = make_params(0), make_params(1), make_batch(3, 7)
-  mine = {**params, 'lm_head': jnp.concatenate([params['lm_head'], 0.3 * jnp.ones((3, EMBED))])}
+  wide = {**params, 'lm_head': jnp.concatenate([params['lm_head'], 0.3 * jnp.ones((3, EMBED))])}
   kl = lambda p: build({**KD, 'mixing': 1.0, 'top_k': top_k}, 8)(p, {'teacher': other}, batch)
-  value, slope = jax.value_and_grad(lambda p: kl(p)['kl'][0])(mine)
+  value, slope = jax.value_and_grad(lambda p: kl(p)['kl'][0])(wide)
   t, weights = KD['temperature'], batch['weights']
   p = jax.nn.log_softmax(forward(other, batch).hidden @ other['lm_head'].T / t)
-  q = jax.nn.log_softmax(forward(mine, batch).hidden @ mine['lm_head'].T / t)[..., : p.shape[-1]]
+  q = jax.nn.log_softmax(forward(wide, batch).hidden @ wide['lm_head'].T / t)[..., : p.shape[-1]]
   if not top_k:
     want = float((jnp.sum(jnp.exp(p) * (p - q), -1) * weights).sum())
     assert float(value) == pytest.approx(want, rel=1e-5)
   assert float(value) > float(kl(params)['kl'][0])
-  assert float(jnp.abs(jax.grad(lambda p: kl(p)['loss'][0])(mine)['lm_head'][-3:]).min()) > 0
+  assert float(jnp.abs(jax.grad(lambda p: kl(p)['loss'][0])(wide)['lm_head'][-3:]).min()) > 0
 
 
 def test_weighted_soft_labels_beside_torch():
-  """Zhou et al. 2021: a token counts for more the worse the student is at it than the teacher."""
+  """Zhou et al. 2021: the weight of a token grows with the student's loss over the teacher's."""
   torch = pytest.importorskip('torch')
   params, teacher, batch = make_params(0), make_params(1), make_batch(3, 7)
   t = KD['temperature']
@@ -356,7 +356,7 @@ def test_weighted_soft_labels_beside_torch():
 
 @pytest.mark.parametrize('cfg', [CE, KD, {**KD, 'top_k': 50}], ids=['ce', 'kd', 'top_k'])
 def test_memory_does_not_grow_with_tokens_times_vocabulary(cfg):
-  """What XLA plans for the gradient at 131k words: eight times the tokens, the same logits."""
+  """At a vocabulary of 131k, XLA's memory for logits does not grow with the tokens."""
   vocab, width = 131_072, 8
 
   def temporary(t):

@@ -85,10 +85,10 @@ def test_parts_have_their_share_of_the_rate():
   tx = optim.each(alone, {'teacher': 0.1})
   params = {name: {'w_up': jnp.full((2, 3), 2.0)} for name in ('student', 'teacher')}
   grads = {name: {'w_up': jnp.arange(6.0).reshape(2, 3)} for name in params}
-  found, _ = tx.update(grads, tx.init(params), params)
+  updates, _ = tx.update(grads, tx.init(params), params)
   want, _ = alone.update(grads['student'], alone.init(params['student']), params['student'])
-  np.testing.assert_array_equal(found['student']['w_up'], want['w_up'])
-  np.testing.assert_allclose(found['teacher']['w_up'], 0.1 * want['w_up'], rtol=1e-6)
+  np.testing.assert_array_equal(updates['student']['w_up'], want['w_up'])
+  np.testing.assert_allclose(updates['teacher']['w_up'], 0.1 * want['w_up'], rtol=1e-6)
 
 
 def test_inverse_sqrt_does_not_know_where_it_ends():

@@ -1,4 +1,4 @@
-"""What a run would take: published counts, memory beside XLA's, meshes larger than the machine."""
+"""Plans: published parameter counts, memory against XLA's, meshes larger than the machine."""
 
 import math
 import subprocess
@@ -61,19 +61,19 @@ def test_published_parameter_counts(model, rep, millions):
     order = 'every' if rep['name'] == 'mixture' else 'proportional'
     clusters = rep['clusters']
     groups = {'data.level': clusters, 'data.batch_size': clusters, 'data.order': order}
-  found = planned(config(model, rep, **groups))
-  assert sum(found['trained parameters'].values()) == pytest.approx(millions * 1e6, rel=4e-3)
-  served = sum(found['served parameters'].values())
+  result = planned(config(model, rep, **groups))
+  assert sum(result['trained parameters'].values()) == pytest.approx(millions * 1e6, rel=4e-3)
+  served = sum(result['served parameters'].values())
   assert served == pytest.approx((771 if model is LARGE else 126) * 1e6, rel=4e-3)
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_memory_beside_xlas(remat):
-  """State is exact; gradients and what is kept are nearly all of the temporary memory."""
+  """State is exact; gradients and kept activations make up most of the temporary memory."""
   cfg = config({'vocab': 512, 'num_layers': 8, 'remat': remat}, **{'data.batch_size': 8})
   cfg |= {'mesh': {'data': 1}}
   cfg['objective'] = {'name': 'next_token', 'chunk': 64}
-  found = planned(cfg, context=256)['bytes per device']
+  result = planned(cfg, context=256)['bytes per device']
   cfg = without_data(cfg, 256)
   model, rep = load.build(cfg)
   objective = objectives.build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
@@ -84,10 +84,10 @@ def test_memory_beside_xlas(remat):
   batch['weights'] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
   run = step.make_train_step(make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, {}, batch).compile().memory_analysis()
-  state_bytes = found['weights'] + found['optimiser moments']
+  state_bytes = result['weights'] + result['optimiser moments']
   batch_bytes = 5 * 4 * math.prod(rows.shape)
   assert stats.argument_size_in_bytes == pytest.approx(state_bytes + batch_bytes, abs=256)
-  passing = sum(found.values()) - state_bytes
+  passing = sum(result.values()) - state_bytes
   assert 0.85 < passing / stats.temp_size_in_bytes < 1.05
 
 
@@ -97,7 +97,7 @@ def test_memory_of_a_tuned_frozen_model_beside_xlas(name):
   config['model'] |= {'vocab': 512, 'embed': 512, 'num_layers': 4, 'head_dim': 128, 'mlp': 1024}
   config['data'] |= {'batch_size': 2}
   cfg = without_data(config | {'mesh': {'data': 1}, 'init': '', 'seed': 0}, 64)
-  found = plan.plan(cfg, 1, 'a100', 0.4)['bytes per device']
+  result = plan.plan(cfg, 1, 'a100', 0.4)['bytes per device']
   model, rep = load.build(cfg)
   objective = objectives.build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
   tx = optim.build(cfg.optim, lambda _: 1e-3, False)
@@ -109,7 +109,7 @@ def test_memory_of_a_tuned_frozen_model_beside_xlas(name):
   run = step.make_train_step(make_sums(objective, rep, 'float32'), tx)
   stats = jax.jit(run).lower(state, frozen, batch).compile().memory_analysis()
   true = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-  assert 0.7 < sum(found.values()) / true < 1.3
+  assert 0.7 < sum(result.values()) / true < 1.3
 
 
 def test_what_training_refuses_is_not_planned():
@@ -158,7 +158,7 @@ def test_distillation_pays_for_the_teacher(tmp_path):
   extra = taught['training FLOPs per token'] - plain['training FLOPs per token']
   assert extra == count.forward_flops(teacher, 1024)
   assert taught['bytes per device']['teacher'] == pytest.approx(4 * 771e6, rel=4e-3)
-  logits = lambda found: found['bytes per device']['logits of a chunk']
+  logits = lambda result: result['bytes per device']['logits of a chunk']
   assert logits(taught) - logits(plain) == 4 * cfg['objective']['chunk'] * teacher.vocab
   half = planned({**cfg, 'teacher': str(tmp_path), 'dtype': 'bfloat16'})
   assert half['bytes per device']['teacher'] == pytest.approx(6 * 771e6, rel=4e-3)
@@ -180,11 +180,11 @@ def test_this_machine_is_timed(monkeypatch):
   monkeypatch.setattr(plan, '_MEASURED_SECONDS', 1e-9)
   tiny = {'embed': 16, 'num_layers': 1, 'num_heads': 1, 'num_kv_heads': 1, 'mlp': 16, 'vocab': 64}
   cfg = config(SMALL | tiny, **{'mesh.data': 1})
-  found = plan.plan(without_data(cfg, 32), 1, 'cpu', 0.4)
-  rate = found['chip FLOP/s']
-  assert 1e3 < rate < 1e15 and found['assumed MFU'] == 1
-  assert found['hours'] == pytest.approx(found['FLOPs'] / rate / 3600)
-  assert f'here, at the {rate:.3g} FLOP/s of a timed step' in plan.text(found)
+  result = plan.plan(without_data(cfg, 32), 1, 'cpu', 0.4)
+  rate = result['chip FLOP/s']
+  assert 1e3 < rate < 1e15 and result['assumed MFU'] == 1
+  assert result['hours'] == pytest.approx(result['FLOPs'] / rate / 3600)
+  assert f'here, at the {rate:.3g} FLOP/s of a timed step' in plan.text(result)
   with pytest.raises(ValueError, match='--chip=cpu times a step on this machine, one device'):
     plan.plan(without_data(config(SMALL | tiny, **{'mesh.data': 2}), 32), 2, 'cpu', 0.4)
 

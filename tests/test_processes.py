@@ -1,4 +1,4 @@
-"""The same command on two processes trains as one process does, and one of them writes."""
+"""Several processes train as one does, only one of them writes, and they end together."""
 
 import json
 import socket
@@ -47,8 +47,8 @@ def ended(process):
 
 def test_two_processes_equal_one(tiny_data, tmp_path):
   two = several(tiny_data, tmp_path / 'two', {}, {})
-  found = [process.communicate(timeout=300) for process in two]
-  assert [process.returncode for process in two] == [0, 0], found
+  outputs = [process.communicate(timeout=300) for process in two]
+  assert [process.returncode for process in two] == [0, 0], outputs
   one = start(tiny_data, tmp_path / 'one')
   out, err = one.communicate(timeout=300)
   assert one.returncode == 0, err
@@ -58,7 +58,7 @@ def test_two_processes_equal_one(tiny_data, tmp_path):
   assert read('two', 'step') == [1, 2, 3, 4]
   assert rundir.read_starts(tmp_path / 'two')[0]['environment']['processes'] == 2
   # Process 0 alone prints the result, and its cost counts both processes' devices.
-  results = [[line for line in out.split('\n') if line.startswith('{')] for out, _ in found]
+  results = [[line for line in out.split('\n') if line.startswith('{')] for out, _ in outputs]
   assert [len(r) for r in results] == [1, 0]
   result = json.loads(results[0][0])
   assert result['tokens'] == json.loads(out.strip().split('\n')[-1])['tokens']

@@ -1,4 +1,4 @@
-"""Cached teachers: unbiased, free of order, mesh and padding, resumable, checked."""
+"""Signals: unbiased, independent of order, mesh and padding, resumable, verified."""
 
 import copy
 import dataclasses
@@ -69,13 +69,13 @@ def student(root, vocab=0):
 
 def cached(root, tiny_data, mode, vocab=0, kl='forward'):
   """Return the loss and gradient of a student under signals, and the batch."""
-  found = signals.Signals(root / mode)
+  cache = signals.Signals(root / mode)
   model, params = student(root, vocab)
-  recall = lambda *a: distill.recall(found.facts['vocab'], *a)
+  recall = lambda *a: distill.recall(cache.facts['vocab'], *a)
   objective = objectives.build(
     section('objective', {**KD, 'kl': kl}), {'student': model.forward, 'signals': recall}
   )
-  batch = batches(tiny_data, found)
+  batch = batches(tiny_data, cache)
   loss = lambda p, batch: objective(p, {}, batch)['loss'][0]
   return jax.jit(jax.value_and_grad(loss)), params, batch
 
@@ -92,9 +92,9 @@ def live(root, tiny_data, **more):
 @pytest.mark.parametrize('kl', ['forward', 'jsd'])
 def test_the_best_ids_from_disk_are_those_of_the_live_teacher(kl, made, tiny_data):
   fn, params, batch = cached(made, tiny_data, 'topk', kl=kl)
-  found, want = fn(params, batch), live(made, tiny_data, top_k=16, kl=kl)
-  assert float(found[0]) == pytest.approx(float(want[0]), rel=1e-3)  # float16 probabilities
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found[1], want[1])
+  recalled, want = fn(params, batch), live(made, tiny_data, top_k=16, kl=kl)
+  assert float(recalled[0]) == pytest.approx(float(want[0]), rel=1e-3)  # float16 probabilities
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), recalled[1], want[1])
 
 
 @pytest.mark.parametrize('mode', signals.MODES)
@@ -113,26 +113,27 @@ def test_order_and_padding_of_the_vocabulary_do_not_matter(mode, made, tiny_data
 
 
 def test_rows_are_found_in_any_order_and_empty_ones_are_nothing(made, tiny_data):
-  found = signals.Signals(made / 'topk')
+  cache = signals.Signals(made / 'topk')
   rows = loader.Split(tiny_data, 'generic', 'train').read(np.array([5, 300, -1, 0]))
-  ahead, back = found(rows), found({name: x[::-1] for name, x in rows.items()})
+  ahead, back = cache(rows), cache({name: x[::-1] for name, x in rows.items()})
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[::-1]), ahead, back)
   assert (ahead['teacher_probs'][2] == 0).all() and ahead['teacher_probs'][1, 0, 0] > 0
   rows['tokens'][0, 0] += 1
   with pytest.raises(ValueError, match='holds no signals of a training row'):
-    found(rows)
+    cache(rows)
 
 
 def test_drawn_ids_give_the_gradient_of_the_whole_divergence_on_average():
-  """The mean over 4,000 draws of eight ids lies within four standard errors of it, everywhere."""
+  """The mean over 4,000 draws of eight ids lies within four standard errors of the exact value."""
   rng, n, k, v = np.random.default_rng(0), 4000, 8, 13
-  teacher, mine = (jnp.asarray(rng.normal(0, 2, (1, 1, v)), jnp.float32) for _ in range(2))
-  exact = jax.value_and_grad(lambda q: losses.forward_kl(teacher, q).sum())(mine)
+  teacher, logits = (jnp.asarray(rng.normal(0, 2, (1, 1, v)), jnp.float32) for _ in range(2))
+  exact = jax.value_and_grad(lambda q: losses.forward_kl(teacher, q).sum())(logits)
 
   def once(uniform):
-    found = signals.drawn(teacher, uniform)
-    rows = {f'teacher_{name}': x for name, x in found.items()}
-    return jax.value_and_grad(lambda q: distill.recall(v, losses.forward_kl, q, rows).sum())(mine)
+    drawn = signals.drawn(teacher, uniform)
+    rows = {f'teacher_{name}': x for name, x in drawn.items()}
+    loss = lambda q: distill.recall(v, losses.forward_kl, q, rows).sum()
+    return jax.value_and_grad(loss)(logits)
 
   draws = jax.jit(jax.vmap(once))(jax.random.uniform(jax.random.key(1), (n, 1, 1, k)))
   for many, want in zip(draws, exact, strict=True):

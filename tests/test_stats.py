@@ -1,4 +1,4 @@
-"""The paired bootstrap against scipy, a loop, and the truth."""
+"""The paired bootstrap against scipy, an explicit loop, and known differences."""
 
 import numpy as np
 import scipy.stats
@@ -11,8 +11,8 @@ def test_bootstrap_agrees_with_scipy():
   tokens = rng.integers(20, 256, 200).astype(float)
   a = (3 + rng.normal(0, 0.4, 200)) * tokens
   b = a + rng.normal(0.02, 0.1, 200) * tokens
-  found = resample(np.stack([a, b], 1), tokens, seed=0, resamples=5000)
-  ours = np.percentile(found[:, 0] - found[:, 1], [2.5, 97.5])
+  losses = resample(np.stack([a, b], 1), tokens, seed=0, resamples=5000)
+  ours = np.percentile(losses[:, 0] - losses[:, 1], [2.5, 97.5])
   theirs = scipy.stats.bootstrap(
     (a, b, tokens),
     lambda a, b, t, axis=-1: (a - b).sum(axis) / t.sum(axis),
@@ -20,7 +20,7 @@ def test_bootstrap_agrees_with_scipy():
   ).confidence_interval  # fmt: skip
   np.testing.assert_allclose(ours, theirs, atol=0.1 * (theirs.high - theirs.low))
   # Unpaired, the difficulty of the rows would hide the difference.
-  assert ours[1] - ours[0] < 0.4 * np.diff(np.percentile(found[:, 0], [2.5, 97.5]))[0]
+  assert ours[1] - ours[0] < 0.4 * np.diff(np.percentile(losses[:, 0], [2.5, 97.5]))[0]
 
 
 def test_bootstrap_of_documents_agrees_with_a_loop():
@@ -51,7 +51,7 @@ def test_bootstrap_covers_the_truth():
 def test_bootstrap_is_seeded_and_chunking_changes_nothing_but_speed():
   tokens = np.full(5000, 10.0)
   nll = np.random.default_rng(0).normal(30, 3, (5000, 2))
-  found = resample(nll, tokens, seed=4)
-  assert found.shape == (RESAMPLES, 2)
-  np.testing.assert_array_equal(found, resample(nll, tokens, seed=4))
-  np.testing.assert_allclose(found.std(0), nll.std(0) / 10 / 5000**0.5, rtol=0.1)
+  losses = resample(nll, tokens, seed=4)
+  assert losses.shape == (RESAMPLES, 2)
+  np.testing.assert_array_equal(losses, resample(nll, tokens, seed=4))
+  np.testing.assert_allclose(losses.std(0), nll.std(0) / 10 / 5000**0.5, rtol=0.1)

@@ -44,7 +44,7 @@ def equal(a, b):
 
 
 def test_golden_first_steps(tiny_config, tmp_path):
-  """Moves only when the model's arithmetic, its initial draw or the data order change."""
+  """These values change only with the model's arithmetic, its initialisation or the data order."""
   loop.train(tiny_config.to_dict(), tmp_path / 'run')
   np.testing.assert_allclose(metrics(tmp_path / 'run'), GOLDEN_LOSS, rtol=2e-5)
   np.testing.assert_allclose(metrics(tmp_path / 'run', 'grad_norm'), GOLDEN_NORM, rtol=2e-4)
@@ -219,8 +219,8 @@ def test_mixture_equals_separate_runs(tiny_config, tmp_path):
   for _ in range(4):
     batch = next(batches)
     for e in range(2):
-      mine = jax.tree.map(lambda x, e=e: x[:, e : e + 1], batch)
-      states[e], _ = one(states[e], {}, mine)
+      part = jax.tree.map(lambda x, e=e: x[:, e : e + 1], batch)
+      states[e], _ = one(states[e], {}, part)
   # Four Adam steps divide by small second moments, so compare the weights' movement loosely
   # in relative and tightly in absolute terms.
   for e in range(2):
@@ -258,10 +258,10 @@ def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
     state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
     batch = run.global_batch(next(run.batches))
     with run.recorder(0) as record:
-      _, found = run.step('rows', state, batch, record)
-  assert int(found['bad_leaf']) >= 0
-  assert names[int(found['bad_leaf'])]
-  assert not np.isfinite(found['loss'])
+      _, values = run.step('rows', state, batch, record)
+  assert int(values['bad_leaf']) >= 0
+  assert names[int(values['bad_leaf'])]
+  assert not np.isfinite(values['loss'])
 
 
 def test_early_stopping_and_best(tiny_config, tmp_path):
@@ -311,7 +311,7 @@ def test_init_from_another_run_and_distillation(tiny_config, tmp_path, capsys):
 
 
 def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
-  """Under a schedule that does not know its end, RUN@STEP holds what a run of STEP steps does."""
+  """Under a schedule independent of its end, RUN@STEP equals a run of STEP steps."""
   c, mesh = tiny_config, sharding.make_mesh({'data': 8})
   c.schedule.name, c.steps, c.checkpoint.milestones = 'inverse_sqrt', 6, (2, 3)
   loop.train(c.to_dict(), tmp_path / 'long')
@@ -322,8 +322,8 @@ def test_a_milestone_is_the_end_of_a_shorter_run(tiny_config, tmp_path):
   short = stats.training_cost(tmp_path / 'short')
   assert stats.training_cost(Path(at)).flops == short.flops > 0
   data = tiny_config.data.path
-  found = [heldout.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
-  assert found[0] == found[1]
+  evaluated = [heldout.run(ref, data, ['court/test'], mesh, 8) for ref in (at, tmp_path / 'short')]
+  assert evaluated[0] == evaluated[1]
   assert (tmp_path / 'long' / 'eval-3.json').exists() and not (
     tmp_path / 'long' / 'eval.json'
   ).exists()
@@ -383,7 +383,7 @@ def test_other_rows_under_the_same_names_are_another_run(tiny_config, tmp_path):
 
 
 def test_a_teacher_may_be_padded_otherwise(tiny_config, tmp_path):
-  """Same tokenizer, other model.vocab: what both have is compared."""
+  """With the same tokenizer and another model.vocab, the common ids are compared."""
   loop.train(tiny_config.to_dict(), tmp_path / 'teacher')
   c = tiny_config
   c.model.vocab, c.teacher = 264, str(tmp_path / 'teacher')
@@ -446,7 +446,7 @@ def test_sigterm_saves_and_the_same_command_continues(tiny_data, tmp_path):
 
 
 def test_a_code_is_refused_on_other_clusters(tiny_config, tiny_data, tmp_path):
-  """Its histogram is over the network's own clusters; another directory's mean something else."""
+  """The histogram of a code is over the network's own clusters, not another directory's."""
   other = tmp_path / 'data'
   shutil.copytree(tiny_data, other)
   model = other / 'clusters' / 'model.safetensors'
@@ -463,7 +463,7 @@ def test_a_code_is_refused_on_other_clusters(tiny_config, tiny_data, tmp_path):
 def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
   tiny_config, tmp_path, monkeypatch
 ):
-  """The loop takes what a set-up names: rewritten batches, values, parts that are trained."""
+  """The loop uses a set-up's rewritten batches, evaluators and trained parts."""
   c, plain = tiny_config, objectives.setup
 
   def setup(cfg, model, rep, mesh):
@@ -510,7 +510,7 @@ def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
 
 
 def test_two_commands_do_not_write_one_run(tiny_config, tmp_path, monkeypatch):
-  """The second is refused before it changes anything, and the first ends as if alone."""
+  """The second fails before it changes anything, and the first ends as if alone."""
   loop.train(tiny_config.to_dict(), tmp_path / 'alone')
   script = 'import pathlib, sys; from slm.base import artifact\n'
   script += 'with artifact.hold(pathlib.Path(sys.argv[1])): print("held", flush=True); input()'
