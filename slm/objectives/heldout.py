@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm import models, reparam
-from slm.base import artifact, console, files
+from slm.base import console, files
 from slm.data import loader
 from slm.objectives import losses
-from slm.runs import load, rundir
+from slm.runs import load, processes, rundir
 from slm.runs.config import RunConfig
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
@@ -140,7 +140,7 @@ def run(
   row_losses = make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   specialist = lambda cluster: loaded.params(cluster if level else None)
   folder = rundir.evaluations(ref)
-  with artifact.hold(folder.parent, folder.name), jax.set_mesh(mesh):
+  with processes.hold(folder.parent, folder.name), jax.set_mesh(mesh):
     results = summaries(ref)
     for name in names:
       data_set, split, index = loader.parse_on(path, name)
@@ -152,11 +152,12 @@ def run(
           values = rows(row_losses, specialist, *where, advance=progress.update)
         except FloatingPointError as e:
           raise FloatingPointError(f'{ref}: {e}') from e
-      files.write_npy(_file(ref, name), values)
       num_bytes = facts['bytes'] if len(values) == facts['rows'] else 0
       origin = {'step': loaded.step, 'rows_sha256': facts['sha256']}
       results[name] = summary(values, num_bytes) | origin
-      files.write_json(folder.with_suffix('.json'), results)
+      if not jax.process_index():
+        files.write_npy(_file(ref, name), values)
+        files.write_json(folder.with_suffix('.json'), results)
   return results
 
 
