@@ -614,9 +614,7 @@ def test_a_sentencepiece_tokenizer_says_the_same_ids(tmp_path):
   text = ' '.join(toy.documents(list(toy.TOPICS), 200, 3))
   tok = tokenizer.build('sentencepiece', 400, '', [text], tmp_path / 'data' / 'tokenizer')
   out = tmp_path / 'out'
-  folder, content = tokenizer_files.of_line(
-    [{'run': str(tmp_path), 'data': str(tmp_path / 'data')}]
-  )
+  folder, content = tokenizer_files.newest([{'run': str(tmp_path), 'data': str(tmp_path / 'data')}])
   hf = tokenizer_files.token_ids(tok)
   content = tokenizer_files.exported(content, tok, [tok.ids.bos], hf)
   tokenizer_files.write(out, content)

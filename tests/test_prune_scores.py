@@ -211,7 +211,7 @@ def test_routed_experts_are_what_a_loop_says():
         h = np.array(hidden)
         u = np.stack([np.abs(h).mean(0), np.sqrt((h**2).sum(0)), h.var(0)])
         neurons[e] += np.stack([u, u**2], 1)
-  found = moe.seen(x, weights, ids, real, (w_gate, w_up, w_down), 'silu')
+  found = moe.expert_statistics(x, weights, ids, real, (w_gate, w_up, w_down), 'silu')
   np.testing.assert_allclose(found['experts'], did, rtol=1e-4)
   np.testing.assert_allclose(found['mlp'], neurons, rtol=1e-3, atol=1e-5)
   one = lambda x: np.asarray(x, np.float64)[None]

@@ -1,1 +1,1 @@
-"""Models of other software, in and out."""
+"""Import and export of models in the formats of other software."""

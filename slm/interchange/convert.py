@@ -90,7 +90,7 @@ def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> Run
   path, workdir = Path(path), Path(workdir)
   hf, shape = read_config(path)
   content = tokenizer_files.read(path)
-  tok = tokenizer.load(path) if tokenizer_files.is_there(content) else None
+  tok = tokenizer.load(path) if tokenizer_files.has_tokenizer(content) else None
   tokenizer_files.check_ids(path, shape.vocab, tok)
   source = gguf.path if gguf else path
   mesh = sharding.fit_mesh(shape.embed)
@@ -181,9 +181,9 @@ def export_model(
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
   history = lineage(run)
   _check_out(out, Path(history[0]['run']).name)
-  ancestry = line(history)
-  origin = next((entry['hf'] for entry in ancestry if 'hf' in entry), {})
-  content, hf = _settings(loaded, ancestry, bool(origin))
+  ancestors = ancestry(history)
+  origin = next((entry['hf'] for entry in ancestors if 'hf' in entry), {})
+  content, hf = _settings(loaded, ancestors, bool(origin))
   family, hf = families.find(loaded.model.cfg, hf)
   dtype = dtype or origin.get('dtype', 'float32')
   hf |= {'torch_dtype': dtype, 'dtype': dtype}
@@ -196,7 +196,7 @@ def export_model(
   tokenizer_files.write(out, content)
   sizes = weights.save(loaded.params(), loaded.model.cfg, family, out, np.dtype(dtype), shard_bytes)
   files.write_json(out / 'config.json', hf)
-  sources = ancestry if 'hf' in ancestry[0] else ancestry[1:]
+  sources = ancestors if 'hf' in ancestors[0] else ancestors[1:]
   names = [Path(x['hf']['path'] if 'hf' in x else x['run']).name for x in sources]
   names += origin.get('made_from', []) if origin else ['random weights']
   result = {'family': family, 'dtype': dtype, **sizes, 'tokenizer': [*content]}
@@ -217,29 +217,29 @@ def _check_out(out: Path, run: str) -> None:
 
 
 def _settings(
-  loaded: load.Loaded, ancestry: list[dict[str, Any]], imported: bool
+  loaded: load.Loaded, ancestors: list[dict[str, Any]], imported: bool
 ) -> tuple[tokenizer_files.Files, dict[str, Any]]:
   """Return the tokenizer files of an export, and the keys that its config.json carries over."""
-  folder, content = tokenizer_files.of_line(ancestry)
+  folder, content = tokenizer_files.newest(ancestors)
   hf = tokenizer_files.parse(content, 'config.json')
   content.pop('config.json', None)
   if not imported:  # the tokenizer's config.json, not the model's
     ids = {key: hf[key] for key in families.TOKEN_IDS if hf.get(key) is not None}
     hf = {'max_position_embeddings': loaded.cfg.context, **ids}
-  if folder and tokenizer_files.is_there(content):
+  if folder and tokenizer_files.has_tokenizer(content):
     tok, begin = load.reads(loaded, folder.parent)
     hf = hf if imported else tokenizer_files.token_ids(tok) | hf
     content = tokenizer_files.exported(content, tok, begin, hf)
   return content, hf
 
 
-def line(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Select from a lineage the runs that each was initialised from, newest first; no teachers."""
+def ancestry(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Select from a lineage its first run and the runs whose weights it started from, in turn."""
   by_run = {entry['run']: entry for entry in history}
-  ancestry = [history[0]]
-  while source := ancestry[-1].get('init'):
-    ancestry.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
-  return ancestry
+  ancestors = [history[0]]
+  while source := ancestors[-1].get('init'):
+    ancestors.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
+  return ancestors
 
 
 def lineage(run: str | Path) -> list[dict[str, Any]]:

@@ -281,11 +281,9 @@ def _layer_types(hf: Keys, attention: str) -> list[str]:
 def _nope_layers(hf: Keys) -> list[str]:
   if hf['use_sliding_window']:
     raise ValueError('use_sliding_window=True: not supported beside no_rope_layers')
-  count, step, has_rope = (
-    hf.get(key) for key in ('num_hidden_layers', 'no_rope_layer_interval', 'no_rope_layers')
-  )
+  count, has_rope = hf['num_hidden_layers'], hf.get('no_rope_layers')
   if has_rope is None:
-    has_rope = [(i + 1) % step != 0 for i in range(count)]
+    has_rope = [(i + 1) % hf['no_rope_layer_interval'] != 0 for i in range(count)]
   if len(has_rope) < count:
     raise ValueError(f'no_rope_layers: expected {count} of them, one per layer, found {has_rope}')
   return ['full' if rope else 'nope' for rope in has_rope[:count]]

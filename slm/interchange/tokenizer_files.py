@@ -33,7 +33,7 @@ def write(folder: Path, content: Mapping[str, bytes]) -> None:
       temporary.write_bytes(data)
 
 
-def is_there(content: Iterable[str]) -> bool:
+def has_tokenizer(content: Iterable[str]) -> bool:
   """Return whether files include a tokenizer, not only settings."""
   return not {'tokenizer.json', 'tokenizer.model'}.isdisjoint(content)
 
@@ -71,23 +71,24 @@ def fingerprint(content: Mapping[str, bytes]) -> str:
     return tokenizer.load(folder).fingerprint
 
 
-def of_line(line: Sequence[Mapping[str, Any]], data: str = '') -> tuple[Path | None, Files]:
-  """Return the newest tokenizer in a line of runs: its folder, and its files with config.json.
+def newest(ancestors: Sequence[Mapping[str, Any]], data: str = '') -> tuple[Path | None, Files]:
+  """Return the newest tokenizer of a run's ancestors: its folder, and its files with config.json.
 
   A tokenizer of the runs takes precedence over one of their data directories or of `data`.
 
   Raises:
     ValueError: if the vocabulary was cut and the new ids of its config.json were not recorded.
   """
-  folders = [Path(run['run']) / 'tokenizer' for run in line]
-  folders += [Path(path) / 'tokenizer' for path in (*(run['data'] for run in line), data) if path]
+  data_directories = [*(run['data'] for run in ancestors), data]
+  folders = [Path(run['run']) / 'tokenizer' for run in ancestors]
+  folders += [Path(directory) / 'tokenizer' for directory in data_directories if directory]
   folders = [folder for folder in folders if folder.is_dir()]
-  whole = (folder for folder in folders if is_there(path.name for path in folder.iterdir()))
+  whole = (folder for folder in folders if has_tokenizer(path.name for path in folder.iterdir()))
   folder = next(whole, folders[0] if folders else None)
   content = read(folder) if folder else {}
-  origin = next((run['hf']['config'] for run in line if 'hf' in run), None)
+  origin = next((run['hf']['config'] for run in ancestors if 'hf' in run), None)
   if origin and 'config.json' not in content:  # imported by an earlier version
-    for run in line:
+    for run in ancestors:
       if 'vocab' in run.get('prune', {}).get('shape', {}):
         raise ValueError(
           f'{run["run"]}: an earlier version cut it and lost its end tokens: cut it again'

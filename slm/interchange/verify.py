@@ -51,18 +51,18 @@ def prompts(vocab: int) -> list[Batch]:
   return [*batches, (draw(3, t), mask)]
 
 
-def ours(path: Path) -> tuple[Side, int, str]:
+def slm_side(path: Path) -> tuple[Side, int, str]:
   """Load a directory of transformers; return it, its vocabulary size and its tensors' type."""
   mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
   model, params, _, dtype, _ = convert.read(path, mesh, 'float32')
   encode = None
-  if tokenizer_files.is_there(tokenizer_files.read(path)):
+  if tokenizer_files.has_tokenizer(tokenizer_files.read(path)):
     tok = tokenizer.load(path)
     encode = _encoder(tok, tok.begin)
   return Side(_logits(model, params), encode), model.cfg.vocab, dtype
 
 
-def native(run: Path, dtype: str) -> Side:
+def run_side(run: Path, dtype: str) -> Side:
   """Load a run, its weights rounded to the type of the export it is compared with.
 
   Raises:
@@ -94,7 +94,7 @@ def _logits(model: models.Model, params: Params) -> Logits:
   return lambda ids, mask: np.asarray(logits(params, ids, mask))
 
 
-def theirs(path: Path) -> Side:
+def transformers_side(path: Path) -> Side:
   """Load a directory with transformers, which runs no code of the directory.
 
   Raises:
@@ -128,7 +128,7 @@ def theirs(path: Path) -> Side:
     with torch.no_grad():
       return model(ids, attention_mask=mask, position_ids=positions).logits.numpy()
 
-  if not tokenizer_files.is_there(tokenizer_files.read(path)):
+  if not tokenizer_files.has_tokenizer(tokenizer_files.read(path)):
     return Side(logits, None)
   tok = from_pretrained(transformers.AutoTokenizer)
   return Side(logits, lambda text: tok(text).input_ids)
@@ -141,16 +141,16 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   second: another directory in transformers, or a run. One model is in memory at a time.
 
   Raises:
-    ValueError: if a directory cannot be loaded, vocabularies differ, or a text becomes other ids.
+    ValueError: if a directory cannot be loaded, vocabularies differ, or a text has other ids.
   """
   first, *others = (Path(p) for p in paths)
-  side, vocab, dtype = ours(first)
+  side, vocab, dtype = slm_side(first)
   sides: dict[str, Callable[[], Side]] = {}
   for path in (first, *others):
     if rundir.of_transformers(path):
-      sides[f'transformers on {path}'] = functools.partial(theirs, path)
+      sides[f'transformers on {path}'] = functools.partial(transformers_side, path)
     else:
-      sides[f'the run {path}'] = functools.partial(native, path, dtype)
+      sides[f'the run {path}'] = functools.partial(run_side, path, dtype)
   batches, logits = prompts(vocab), []
   with console.progress(f'compute {first.name}', len(batches), 'batches') as progress:
     for batch in batches:

@@ -80,7 +80,7 @@ def names(path: tuple[str, ...], cfg: DecoderConfig, family: str) -> np.ndarray:
   return np.array([prefix + suffix for prefix in layer], object)
 
 
-def to_theirs(leaf: str, w: np.ndarray) -> np.ndarray:
+def to_huggingface(leaf: str, w: np.ndarray) -> np.ndarray:
   """Return one layer's leaf as a Hugging Face tensor: [out, in], or flat if it is no matrix."""
   if leaf not in INPUTS:
     return w if leaf in ('embedding', 'lm_head') else w.reshape(-1)
@@ -88,13 +88,13 @@ def to_theirs(leaf: str, w: np.ndarray) -> np.ndarray:
   return w.reshape(inputs, -1).T
 
 
-def their_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Return the shape that `to_theirs` gives a leaf of one layer."""
-  return to_theirs(leaf, np.broadcast_to(np.zeros((), np.int8), shape)).shape
+def huggingface_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Return the shape that `to_huggingface` gives a leaf of one layer."""
+  return to_huggingface(leaf, np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
-def to_ours(leaf: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Undo `to_theirs`: return one layer's leaf of the given shape."""
+def from_huggingface(leaf: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Undo `to_huggingface`: return one layer's leaf of the given shape."""
   if leaf not in INPUTS:
     return w.reshape(shape)
   transposed = np.empty(w.shape[::-1], w.dtype)
@@ -187,7 +187,7 @@ def plan(
   planned: Plan = {}
   for path, leaf in flatten(shapes):
     planned[path] = names(path, cfg, family)
-    expected = their_shape(path[-1], leaf.shape[planned[path].ndim :])
+    expected = huggingface_shape(path[-1], leaf.shape[planned[path].ndim :])
     for name in planned[path].ravel().tolist():
       if name not in tensors.files:
         raise ValueError(f'{name}: missing, {"/".join(path)} needs it')
@@ -245,7 +245,7 @@ def load(
       for i in np.ndindex(chosen.shape):
         uses[chosen[i]].append((key, chosen.shape, i, index[array.ndim :]))
     for name, places in uses.items():
-      whole = to_ours(path[-1], tensors.read(name), layer_shape)
+      whole = from_huggingface(path[-1], tensors.read(name), layer_shape)
       for key, lead, i, slices in places:
         part = whole[slices]
         if key not in shards:
@@ -270,9 +270,9 @@ def tensors_of(
   made = []
   for path, w in flatten(params):
     array = names(path, cfg, family)
-    shape = their_shape(path[-1], w.shape[array.ndim :])
+    shape = huggingface_shape(path[-1], w.shape[array.ndim :])
     for i in np.ndindex(array.shape):
-      make = lambda leaf=path[-1], w=w, i=i: to_theirs(leaf, np.asarray(w[i]).astype(dtype))
+      make = lambda leaf=path[-1], w=w, i=i: to_huggingface(leaf, np.asarray(w[i]).astype(dtype))
       made.append((array[i], shape, make))
   number = lambda part: int(part) if part.isdigit() else part
   return sorted(made, key=lambda tensor: [number(part) for part in tensor[0].split('.')])

@@ -196,7 +196,9 @@ class Moe(nn.Module):
     dispatch = {'einsum': moe.einsum, 'ragged': moe.ragged}[c.dispatch]
     experts = Experts(c, name='experts')()
     out = dispatch(x, weights, ids, *experts, c.activation)
-    observe.note(self, 'routed', moe.seen, x, weights, ids, real, experts, c.activation)
+    observe.note(
+      self, 'routed', moe.expert_statistics, x, weights, ids, real, experts, c.activation
+    )
     if c.shared_mlp:
       out = out + Mlp(c, c.shared_mlp, name='shared')(x, real)
     return out, moe.sums(routing, real)

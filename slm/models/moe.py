@@ -88,7 +88,7 @@ def _saved(product: jax.Array) -> jax.Array:
   return checkpoint_name(product, 'linear')
 
 
-def seen(
+def expert_statistics(
   x: jax.Array,
   weights: jax.Array,
   ids: jax.Array,

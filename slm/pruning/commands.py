@@ -334,8 +334,8 @@ def _choose(
   kept = importance.keep(mixed, widths, cfg.num_kv_heads)
   tokenizer_parts: tokenizer_files.Files = {}
   if 'vocab' in wanted:
-    line = convert.line(convert.lineage(first.run))
-    _, whole = tokenizer_files.of_line(line, first.request['data'])
+    ancestors = convert.ancestry(convert.lineage(first.run))
+    _, whole = tokenizer_files.newest(ancestors, first.request['data'])
     tokenizer_parts, kept['vocab'] = vocabulary.reduce(whole, mixed['vocab'], wanted['vocab'])
   if task:
     score = first.task_score(task, options['limit'])
