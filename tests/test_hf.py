@@ -601,7 +601,9 @@ def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
   convert.export_model(tmp_path / 'run', tmp_path / 'out')
   assert not (tmp_path / 'out' / 'README.md').exists()  # it was of the weights before
   for wrong in (load.mesh_for, lambda path: load.load(path, None), rundir.read_config):
-    with pytest.raises(ValueError, match='out: a model of transformers, not a run: python -m'):
+    with pytest.raises(
+      ValueError, match='out: a model of transformers, not a run: import it with python -m'
+    ):
       wrong(tmp_path / 'out')
   refused = run('verify', tmp_path / 'out', '--tolerance=1e-12')
   assert refused.returncode == 1 and 'is above --tolerance=1e-12' in refused.stderr

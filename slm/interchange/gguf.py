@@ -129,17 +129,15 @@ class File:
 
   def _hf_name(self, name: str) -> str:
     """Return a tensor's name in transformers; unknown names are returned unchanged."""
-    layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.(weight|bias)', name)
-    if not layer:
-      base, _, kind = name.rpartition('.')
-      return f'{_TOP[base]}.{kind}' if base in _TOP else name
-    number, base, kind = layer.groups()
-    if base not in _LAYER:
-      return name
-    module = _LAYER[base]
+    parts = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', name)
+    layer, base, kind = parts.groups() if parts else (None, name, '')
     if base == 'ffn_norm' and self.architecture.gemma:
       module = 'pre_feedforward_layernorm'
-    return f'model.layers.{number}.{module}.{kind}'
+    else:
+      module = (_LAYER if layer else _TOP).get(base)
+    if not module:
+      return name
+    return f'model.layers.{layer}.{module}.{kind}' if layer else f'{module}.{kind}'
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Return a tensor's shape."""

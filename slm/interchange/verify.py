@@ -1,6 +1,5 @@
 """Compare a model as slm computes it with transformers and with a run: logits and token ids."""
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,14 +142,10 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   Raises:
     ValueError: if a directory cannot be loaded, vocabularies differ, or a text has other ids.
   """
-  first, *others = (Path(p) for p in paths)
+  paths = [Path(path) for path in paths]
+  first = paths[0]
   side, vocab, dtype = slm_side(first)
-  sides: dict[str, Callable[[], Side]] = {}
-  for path in (first, *others):
-    if rundir.of_transformers(path):
-      sides[f'transformers on {path}'] = functools.partial(transformers_side, path)
-    else:
-      sides[f'the run {path}'] = functools.partial(run_side, path, dtype)
+  of_transformers = [rundir.of_transformers(path) for path in paths]
   batches, logits = prompts(vocab), []
   with console.progress(f'compute {first.name}', len(batches), 'batches') as progress:
     for batch in batches:
@@ -159,8 +154,9 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   encode = side.encode
   del side  # frees its weights
   largest, difference = 0.0, ''
-  for name, open_side in sides.items():
-    other = open_side()
+  for path, is_hf in zip(paths, of_transformers, strict=True):
+    name = f'transformers on {path}' if is_hf else f'the run {path}'
+    other = transformers_side(path) if is_hf else run_side(path, dtype)
     difference = difference or _compare_texts(first, encode, name, other.encode)
     largest = max(largest, _compare_logits(batches, logits, name, other.logits, tolerance))
     del other

@@ -28,22 +28,22 @@ INDEX = 'model.safetensors.index.json'
 SHARD_BYTES = 5 << 30
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
+# Leaf -> tensor, outside the blocks and within a layer.
 _TOP = {
   'embedding': 'model.embed_tokens.weight',
   'lm_head': 'lm_head.weight',
   'final_norm': 'model.norm.weight',
 }
-# Buffers that older versions of transformers saved: they are computed from the config.
-_BUFFERS = re.compile(r'rotary_emb\.\w+$|(attn|attention)\.(masked_)?bias$|\bposition_ids$')
-_ATTENTION = {
-  'wq': 'q_proj.weight', 'wk': 'k_proj.weight', 'wv': 'v_proj.weight', 'wo': 'o_proj.weight',
-  'bq': 'q_proj.bias', 'bk': 'k_proj.bias', 'bv': 'v_proj.bias', 'bo': 'o_proj.bias',
-  'q_scale': 'q_norm.weight', 'k_scale': 'k_norm.weight',
-  'q_scale_all': 'q_norm.weight', 'k_scale_all': 'k_norm.weight',
-}  # fmt: skip
-_MLP = {
-  'w_gate': 'gate_proj.weight', 'w_up': 'up_proj.weight', 'w_down': 'down_proj.weight',
-  'b_gate': 'gate_proj.bias', 'b_up': 'up_proj.bias', 'b_down': 'down_proj.bias',
+_LAYER = {
+  'attn/wq': 'self_attn.q_proj.weight', 'attn/bq': 'self_attn.q_proj.bias',
+  'attn/wk': 'self_attn.k_proj.weight', 'attn/bk': 'self_attn.k_proj.bias',
+  'attn/wv': 'self_attn.v_proj.weight', 'attn/bv': 'self_attn.v_proj.bias',
+  'attn/wo': 'self_attn.o_proj.weight', 'attn/bo': 'self_attn.o_proj.bias',
+  'attn/q_scale': 'self_attn.q_norm.weight', 'attn/q_scale_all': 'self_attn.q_norm.weight',
+  'attn/k_scale': 'self_attn.k_norm.weight', 'attn/k_scale_all': 'self_attn.k_norm.weight',
+  'mlp/w_gate': 'mlp.gate_proj.weight', 'mlp/b_gate': 'mlp.gate_proj.bias',
+  'mlp/w_up': 'mlp.up_proj.weight', 'mlp/b_up': 'mlp.up_proj.bias',
+  'mlp/w_down': 'mlp.down_proj.weight', 'mlp/b_down': 'mlp.down_proj.bias',
 }  # fmt: skip
 # post_attention_layernorm precedes the MLP in some families and follows the attention in others.
 _NORMS = {
@@ -56,28 +56,27 @@ _NORMS = {
     'mlp_norm': 'pre_feedforward_layernorm', 'mlp_post_norm': 'post_feedforward_layernorm',
   },
 }  # fmt: skip
+# Buffers that older versions of transformers saved: they are computed from the config.
+_BUFFERS = re.compile(r'rotary_emb\.\w+$|(attn|attention)\.(masked_)?bias$|\bposition_ids$')
 
 
 def names(path: tuple[str, ...], cfg: DecoderConfig, family: str) -> np.ndarray:
   """Return the tensor names of a leaf: an array [], [layers] or [layers, experts]."""
-  leaf = path[-1]
-  if path[0] != 'blocks':
-    return np.array(_TOP[path[0]], object)
-  layer = [f'model.layers.{i}.' for i in range(cfg.num_layers)]
-  if leaf == 'scale':
-    suffix = f'{_NORMS[cfg.norms][path[1]]}.weight'
-  elif path[1] == 'attn':
-    suffix = f'self_attn.{_ATTENTION[leaf]}'
-  elif leaf == 'w_router':
-    suffix = f'{FAMILIES[family].experts[0]}.gate.weight'
-  elif 'experts' in path:
+  top, *rest = path
+  if top != 'blocks':
+    return np.array(_TOP[top], object)
+  if 'experts' in path:
     module, *matrices = FAMILIES[family].experts
-    matrix = matrices[('w_gate', 'w_up', 'w_down').index(leaf)]
+    matrix = matrices[('w_gate', 'w_up', 'w_down').index(path[-1])]
     suffixes = [f'{module}.experts.{e}.{matrix}.weight' for e in range(cfg.num_experts)]
-    return np.array([[prefix + suffix for suffix in suffixes] for prefix in layer], object)
+  elif path[-1] == 'w_router':
+    suffixes = f'{FAMILIES[family].experts[0]}.gate.weight'
+  elif path[-1] == 'scale':
+    suffixes = f'{_NORMS[cfg.norms][rest[0]]}.weight'
   else:
-    suffix = f'mlp.{_MLP[leaf]}'
-  return np.array([prefix + suffix for prefix in layer], object)
+    suffixes = _LAYER['/'.join(rest)]
+  prefixes = np.array([f'model.layers.{i}.' for i in range(cfg.num_layers)], object)
+  return np.add.outer(prefixes, np.array(suffixes, object))
 
 
 def to_huggingface(leaf: str, w: np.ndarray) -> np.ndarray:

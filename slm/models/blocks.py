@@ -193,9 +193,8 @@ class Moe(nn.Module):
     c = self.cfg
     router = self.param('w_router', _init('w_router'), (c.embed, c.num_experts))
     weights, ids, routing = moe.route(x, router, c.experts_per_token, c.renormalise)
-    dispatch = {'einsum': moe.einsum, 'ragged': moe.ragged}[c.dispatch]
     experts = Experts(c, name='experts')()
-    out = dispatch(x, weights, ids, *experts, c.activation)
+    out = moe.DISPATCH[c.dispatch](x, weights, ids, *experts, c.activation)
     observe.note(
       self, 'routed', moe.expert_statistics, x, weights, ids, real, experts, c.activation
     )

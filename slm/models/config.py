@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Literal
 
-from slm.models import layers, moe
+from slm.models import layers
 from slm.weights.count import Leaf
 
 # Attention to all of the past, to a window of it, or to all of it without positions (NoPE).
@@ -22,11 +22,13 @@ class DecoderConfig:
   num_kv_heads: int = 4
   head_dim: int = 32
   mlp: int = 384
-  activation: str = 'silu'  # of the MLP: silu | gelu (tanh)
-  norms: str = 'pre'  # before attention and MLP | post: after them (OLMo 2) | sandwich (Gemma 2)
+  activation: Literal['silu', 'gelu'] = 'silu'  # of the MLP: silu | gelu (tanh)
+  # pre: before attention and MLP | post: after them (OLMo 2) | sandwich: both (Gemma 2)
+  norms: Literal['pre', 'post', 'sandwich'] = 'pre'
   norm_eps: float = 1e-5
   norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
-  qk_norm: str = ''  # norm of queries and keys: '' | head (Qwen3) | all: over all heads (OLMo 2)
+  # norm of queries and keys: '' | head: of each head (Qwen3) | all: of all heads together (OLMo 2)
+  qk_norm: Literal['', 'head', 'all'] = ''
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
@@ -34,8 +36,8 @@ class DecoderConfig:
   embed_scale: bool = False  # multiply embeddings by sqrt(embed) (Gemma)
   query_scale: float = 0.0  # divide scores by its square root; 0: head_dim
   attention_cap: float = 0.0  # scores become cap * tanh(scores / cap) (Gemma 2); 0: unchanged
-  logit_cap: float = 0.0  # the same for logits
-  rope: str = 'default'  # default | linear | llama3
+  logit_cap: float = 0.0  # logits become cap * tanh(logits / cap) (Gemma 2); 0: unchanged
+  rope: Literal['default', 'linear', 'llama3'] = 'default'  # default | linear | llama3
   rope_theta: float = 10_000.0
   rope_factor: float = 1.0  # linear, llama3: the extension of the context
   rope_low: float = 1.0  # llama3: divide frequencies with fewer turns in rope_context
@@ -49,8 +51,10 @@ class DecoderConfig:
   experts_per_token: int = 2
   renormalise: bool = True  # make the chosen experts' probabilities sum to one
   shared_mlp: int = 0  # width of an expert that processes every token
-  dispatch: str = 'einsum'  # compute all experts | ragged: the chosen ones, for TPUs
-  remat: str = 'none'  # recompute in backward: none | dots: all but products with weights | full
+  # einsum: compute all experts | ragged: the chosen ones, for TPUs
+  dispatch: Literal['einsum', 'ragged'] = 'einsum'
+  # recompute in the backward pass: none | dots: all but products with weights | full
+  remat: Literal['none', 'dots', 'full'] = 'none'
   unroll: int = 1  # layers per iteration of the scan
   name: Literal['decoder'] = 'decoder'
 
@@ -61,19 +65,6 @@ class DecoderConfig:
         raise ValueError(f'model.{name}: expected a whole number, at least 1, found {value!r}')
     if not isinstance(self.norm_eps, int | float) or not self.norm_eps > 0:
       raise ValueError(f'model.norm_eps: expected a number above 0, found {self.norm_eps!r}')
-    allowed = {
-      'activation': layers.ACTIVATIONS,
-      'norms': ('pre', 'post', 'sandwich'),
-      'qk_norm': ('', 'head', 'all'),
-      'rope': layers.ROPES,
-      'dispatch': moe.DISPATCH,
-      'remat': ('none', 'dots', 'full'),
-    }
-    for name, options in allowed.items():
-      if getattr(self, name) not in options:
-        raise ValueError(
-          f'model.{name}: expected one of {tuple(options)}, found {getattr(self, name)!r}'
-        )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}'

@@ -15,7 +15,6 @@ from slm.models import layers, observe
 from slm.weights import sharding
 
 Routing = dict[str, jax.Array]
-DISPATCH = ('einsum', 'ragged')
 
 
 def route(
@@ -81,6 +80,9 @@ def _ragged(x, weights, ids, w_gate, w_up, w_down, *, count, activation):
   hidden = layers.ACTIVATIONS[activation](gate) * up
   out = dot(hidden, w_down) * weights[order][:, None].astype(x.dtype)
   return jnp.zeros((b * t, d), x.dtype).at[tokens].add(out).reshape(b, t, d)
+
+
+DISPATCH = {'einsum': einsum, 'ragged': ragged}
 
 
 def _saved(product: jax.Array) -> jax.Array:

@@ -81,6 +81,5 @@ def materialize_flops(reparam: Reparam, theta: Params, groups: int) -> float:
     total += 2.0 * groups * w.size * in_sum
     if path[-1] == 'lora_a':
       a, b = (x.size / (x.shape[1] if in_sum else 1) for x in (w, flat[*path[:-1], 'lora_b']))
-      rank, layers = w.shape[-1], w.shape[0]
-      total += 2.0 * groups * layers * (a / layers) * (b / layers) / rank
+      total += 2.0 * groups * a * b / (w.shape[0] * w.shape[-1])  # per layer in x rank x out
   return total
