@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import math
 import pathlib
 import pydoc_data.topics
 import re
@@ -21,7 +22,7 @@ import sys
 import sysconfig
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -43,40 +44,46 @@ def read(spec: str, parallel_map: Map) -> Iterator[str]:
   """Yield the documents of a `python:` spec in a fixed order."""
   name, _, query = spec.removeprefix('python:').partition('?')
   options = dict(urllib.parse.parse_qsl(query))
-  limit = options.pop('max_mb', '0')
-  readers = {'docs': _docs, 'licences': _licences}
-  if name not in readers or options or not re.fullmatch(r'\d+(\.\d+)?', limit):
+  megabytes = options.pop('max_mb', '0')
+  known = name in ('docs', 'licences') and re.fullmatch(r'\d+(\.\d+)?', megabytes)
+  if not known or options:
     raise ValueError(
       f'{spec}: expected python:docs or python:licences, optionally with ?max_mb=NUMBER'
     )
-  yield from readers[name](int(float(limit) * 1e6), parallel_map)
+  limit = float(megabytes) * 1e6 or math.inf
+  yield from _docs(limit, parallel_map) if name == 'docs' else _up_to(limit, _licences())
 
 
-def _docs(limit: int, parallel_map: Map) -> Iterator[str]:
+def _docs(limit: float, parallel_map: Map) -> Iterator[str]:
   names = [_PYTHON, *_distributions()]
   packages = []
   with console.progress('installed packages', len(names), 'package') as bar:
     # The scan of a large package stops early, at an even share but at least a twelfth of all.
-    cap = limit // min(12, len(names))
+    cap = limit / min(12, len(names))
     for texts in parallel_map(functools.partial(_package, limit=cap), names):
       packages.append(texts)
       bar.update(1, megabytes=sum(sum(map(len, t)) for t in packages) / 1e6)
   share = _share([sum(map(len, texts)) for texts in packages], limit)
   for texts in packages:
-    used = 0
-    for text in texts:
-      used += len(text)
-      if limit and used > share:
-        break
-      yield text
+    yield from _up_to(share, texts)
 
 
-def _share(sizes: Sequence[int], limit: int) -> int:
+def _up_to(limit: float, texts: Iterable[str]) -> Iterator[str]:
+  """Yield texts until they have `limit` characters in all."""
+  used = 0
+  for text in texts:
+    used += len(text)
+    if used > limit:
+      return
+    yield text
+
+
+def _share(sizes: Sequence[int], limit: float) -> float:
   """Return the largest size per package at which all packages together have `limit`."""
   rest = limit
   for i, size in enumerate(sorted(sizes)):
     if size * (len(sizes) - i) > rest:
-      return rest // (len(sizes) - i)
+      return rest / (len(sizes) - i)
     rest -= size
   return limit
 
@@ -123,14 +130,14 @@ def closure(requirements: Sequence[str]) -> list[str]:
   return [names[key] for key in sorted(names)]
 
 
-def _package(name: str, limit: int) -> list[str]:
+def _package(name: str, limit: float) -> list[str]:
   texts, size = [], 0
   for text in _standard_library() if name == _PYTHON else _distribution(name):
     if len(text) >= _SHORTEST:
       # Lone surrogates are legal in Python literals and illegal in UTF-8.
       texts.append(text.encode('utf-8', 'replace').decode())
       size += len(text)
-    if limit and size > limit:
+    if size > limit:
       break
   return texts
 
@@ -173,16 +180,10 @@ def _module(path: pathlib.Path, relative: pathlib.Path) -> str:
   return '\n\n'.join([name, *texts]) if texts else ''
 
 
-def _licences(limit: int, parallel_map: Map) -> Iterator[str]:
-  del parallel_map  # a few hundred small files
+def _licences() -> Iterator[str]:
   seen: set[str] = set()
-  used = 0
   for path in _licence_files():
-    for text in _join(_new_paragraphs(path, seen)):
-      used += len(text)
-      if limit and used > limit:
-        return
-      yield text
+    yield from _join(_new_paragraphs(path, seen))
 
 
 def _licence_files() -> Iterator[pathlib.Path]:

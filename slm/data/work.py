@@ -17,6 +17,7 @@ from slm.base import artifact, console
 from slm.base.files import damage, read_json, replacing, stamp, write_json
 
 Path = pathlib.Path
+_CHUNK = 256  # records in memory at a time
 
 
 @contextlib.contextmanager
@@ -30,11 +31,11 @@ def record_writer(path: Path) -> Iterator[ArrayRecordWriter]:
       writer.close()
 
 
-def read_records(path: Path, chunk: int = 256) -> Iterator[bytes]:
-  """Read an ArrayRecord file in order, a chunk of records in memory at a time."""
+def read_records(path: Path) -> Iterator[bytes]:
+  """Read an ArrayRecord file in order."""
   reader = ArrayRecordReader(str(path))
-  for start in range(0, reader.num_records(), chunk):
-    yield from reader.read(start, min(start + chunk, reader.num_records()))
+  for start in range(0, reader.num_records(), _CHUNK):
+    yield from reader.read(start, min(start + _CHUNK, reader.num_records()))
   reader.close()
 
 
@@ -44,12 +45,6 @@ def sweep(folder: Path) -> None:
     pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ''
     if pid.isdecimal() and (int(pid) == os.getpid() or not artifact.alive(int(pid))):
       path.unlink(missing_ok=True)
-
-
-def _usable_cores() -> int:
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _start_worker() -> None:
@@ -67,7 +62,8 @@ class Pool:
   """Runs tasks in spawned processes, or in this one with one worker; 0 is one per usable core."""
 
   def __init__(self, workers: int):
-    self._workers = workers or _usable_cores()
+    affinity = getattr(os, 'sched_getaffinity', None)  # macOS has none
+    self._workers = workers or (len(affinity(0)) if affinity else os.cpu_count()) or 1
     self._executor: concurrent.futures.ProcessPoolExecutor | None = None
 
   def __enter__(self) -> 'Pool':
@@ -81,16 +77,18 @@ class Pool:
       self._executor.shutdown(cancel_futures=True)
 
   def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Apply a module-level function; yield the results in the order of `items`."""
+    """Apply a module-level function; yield the results in the order of `items`.
+
+    Raises:
+      OSError: if a worker was killed.
+    """
     if self._workers == 1 or len(items) < 2:
-      return map(function, items)
+      yield from map(function, items)
+      return
     if not self._executor:
       # Spawn: a forked child would inherit the locks of threads it does not have.
       spawn = multiprocessing.get_context('spawn')
       self._executor = concurrent.futures.ProcessPoolExecutor(self._workers, spawn, _start_worker)
-    return self._parallel(function, items)
-
-  def _parallel(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     try:
       yield from self._executor.map(function, items)
     except concurrent.futures.process.BrokenProcessPool:
