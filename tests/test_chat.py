@@ -74,7 +74,7 @@ def test_golden():
     ('{% for %}', 'chat template'),
     ('{{ messages.nothing.more }}', 'chat template'),
     ('{{ 1 // 0 }}', 'zero'),
-    ("{{ ''.__class__.__mro__ }}", 'unsafe'),  # the way out of a template that is not sandboxed
+    ("{{ ''.__class__.__mro__ }}", 'unsafe'),  # escapes without the sandbox
     ("{{ messages.append('x') }}", 'unsafe'),
   ],
 )

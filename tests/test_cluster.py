@@ -90,7 +90,7 @@ def test_domain_histogram_is_concentrated():
 
 @pytest.fixture(scope='module')
 def sbert(tmp_path_factory) -> str:
-  """Save a tiny random Sentence-BERT model, as no trained one is at hand."""
+  """Save a tiny random Sentence-BERT model."""
   transformers = pytest.importorskip('transformers')
   st = pytest.importorskip('sentence_transformers')
   root = tmp_path_factory.mktemp('sbert')

@@ -13,7 +13,7 @@ import toy
 from slm.data import documents, loader, prepare, rows, settings, tokenizer, work
 
 BEGIN = types.SimpleNamespace(begin=(1,), ids=tokenizer.Ids(pad=0, bos=1, eos=2))
-NONE = types.SimpleNamespace(begin=(), ids=BEGIN.ids)  # texts of many models begin with no token
+NONE = types.SimpleNamespace(begin=(), ids=BEGIN.ids)  # a tokenizer without begin tokens
 
 
 def cfg(**changes) -> loader.DataConfig:
@@ -43,7 +43,7 @@ def test_windows_without_a_begin_token_predict_all_but_the_first(n):
   windows = list(documents.windows(ids, 8, NONE))
   assert all(2 <= len(w) <= 8 and w.dtype == np.int32 for w in windows)
   assert [i for w in windows for i in w[1:]] == [*ids, 2][1:]
-  assert [w[0] for w in windows] == [*ids, 2][:-1:7]  # the last of the one before
+  assert [w[0] for w in windows] == [*ids, 2][:-1:7]  # the last token of the previous window
 
 
 def test_rows_hold_every_window_once_with_one_cluster():
@@ -63,14 +63,14 @@ def test_main_document_of_a_row():
   window = lambda n: np.zeros(n, np.int32)  # noqa: E731
   assert rows.main_document([(4, window(5)), (2, window(9)), (4, window(6))]) == 4
   assert rows.main_document([(7, window(5)), (2, window(5))]) == 7
-  # 4 predicted tokens in one window against 3 in two windows of as many tokens in all
+  # 4 predicted tokens in one window of 5 tokens, 3 in two windows of 2 and 3
   assert rows.main_document([(2, window(2)), (2, window(3)), (9, window(5))]) == 9
 
 
 def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, '_SHARD', 400)
   monkeypatch.setattr(prepare, '_SHARDS_PER_ROWS', 2)
-  # One letter per document, so that a row shows whose tokens it holds.
+  # One letter per document, so that a row shows which documents it holds.
   texts = [chr(ord('a') + i) * (30 + 17 * i) for i in range(20)]
   generic = toy.write_jsonl(tmp_path / 'generic.jsonl', texts[:12])
   law = toy.write_jsonl(tmp_path / 'law.jsonl', texts[12:])
@@ -86,7 +86,7 @@ def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
     owners = loader.Split(str(path), set, 'train').documents
     facts = manifest['sets'][set]['train']
     assert owners.dtype == np.int32 and len(owners) == facts['rows']
-    assert len(facts['shards']) > 1  # documents are numbered through them
+    assert len(facts['shards']) > 1  # documents are numbered across shards
     assert owners.min() >= 0 and owners.max() < facts['documents'] and len(np.unique(owners)) > 3
     for _, ids, batch in loader.evaluation_batches(path, set, 'train', 4):
       for id, inputs, targets, weights in zip(
@@ -109,7 +109,7 @@ def test_a_record_holds_the_columns_that_are_declared():
   for name, values in row.items():
     np.testing.assert_array_equal(read[name], np.stack([values] * 2))
   batch = rows.batch(read)
-  assert batch['weights'].tolist() == [[0.5, 0.25, 0, 0]] * 2  # of the token that is predicted
+  assert batch['weights'].tolist() == [[0.5, 0.25, 0, 0]] * 2  # of the predicted token
   assert batch['crops'].shape == (2, 2, 3) and batch['inputs'].shape == (2, 4)
   for wrong in ({'tokens': row['tokens']}, row | {'other': row['tokens']},
                 row | {'crops': np.zeros(3)}):  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_record_holds_the_columns_that_are_declared():
 
 
 def test_further_columns_reach_the_batches(tmp_path):
-  """Rows written with a column of weights: batches hold them, wherever rows come from."""
+  """A column of weights in the records scales the weights of the batches."""
   shutil.copytree(toy.prepared(), path := tmp_path / 'data')
   manifest = json.loads((path / 'manifest.json').read_text())
   manifest['columns'].append({'name': 'weights', 'dtype': 'float32', 'shape': [64]})
@@ -260,10 +260,10 @@ def test_mixing_puts_an_exact_share_of_another_sets_rows_between():
       where.append(row in own)
       if where[-1]:
         seen.append(row)
-      else:  # the generic stream is the one without mixing, in its order
+      else:  # the generic rows keep their order
         np.testing.assert_array_equal(tokens, next(generic))
   assert sum(where) == 24 and np.flatnonzero(where)[:4].tolist() == [3, 6, 9, 13]
-  assert set(seen[: len(own)]) == own  # an epoch of the domain's rows has each once
+  assert set(seen[: len(own)]) == own  # every row of the domain once per epoch
 
 
 def test_state_is_one_integer_and_resumes_anywhere():
@@ -313,7 +313,7 @@ def test_text_comes_back():
 
 
 def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path):
-  """Prepared from a folder of transformers whose tokenizer puts nothing before a text."""
+  """Rows of a transformers tokenizer that puts nothing before a text."""
   words = sorted({w for t in toy.TOPICS.values() for w in t.split()})
   vocab = {w: i for i, w in enumerate(['<s>', '</s>', '<unk>', *words])}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '<unk>'))
@@ -339,7 +339,7 @@ def test_rows_begin_as_the_tokenizer_begins_texts(tmp_path):
   )
   facts = made['sets']['generic']['train']
   assert facts['tokens'] == sum(len(w) - 1 for w in expected)
-  # Rows of before that was recorded begin with a token.
+  # Rows without this entry were made by a version that always put a begin token.
   path = pathlib.Path(cfg.out) / 'manifest.json'
   manifest = json.loads(path.read_text())
   del manifest['tokenizer']['begins']

@@ -21,7 +21,7 @@ from slm.data import documents, installed, loader, prepare, rows, settings, sour
 
 
 def state(out: str) -> dict[str, str]:
-  """Hash everything that training reads, without how long it took to make."""
+  """Hash everything that training reads; the cost of making it differs between runs."""
   root = pathlib.Path(out)
   kept = ('.array_record', '.npy', '.npz', '.safetensors', '.md')
   hashes = {
@@ -112,7 +112,7 @@ def test_changed_config_and_sources_are_refused(cfg, tmp_path):
   (tmp_path / 'generic-2.jsonl').unlink()
   plain = tmp_path / 'generic-1.jsonl'
   text = plain.read_bytes()
-  os.utime(plain, ns=(0, 0))  # another time alone is no change
+  os.utime(plain, ns=(0, 0))  # a new time of change alone is no change
   prepare.prepare(cfg)
   plain.write_bytes(text.replace(b'ship', b'boat'))
   expect('out: .*generic-1.jsonl has other content since', tmp_path, cfg.sets)
@@ -138,7 +138,7 @@ def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
 
 
 def test_what_an_earlier_version_prepared_goes_by_sizes(cfg, tmp_path):
-  """Its record has no hashes, and its manifest and summaries no stamps of files."""
+  """Its record has no hashes of inputs, its manifest and summaries have no hashes of files."""
   prepare.prepare(cfg)
   before, out = state(cfg.out), tmp_path / 'out'
   record = files.read_json(out / 'prepare.json')
@@ -177,7 +177,7 @@ def test_damaged_rows_are_named_and_made_again(cfg, name, capsys):
   flipped[len(whole) // 2] ^= 1
   path.write_bytes(flipped)
   prepare.prepare(cfg)
-  assert path.read_bytes() == flipped  # of the same size
+  assert path.read_bytes() == flipped  # undetected: the size is the same
   capsys.readouterr()
   prepare.prepare(cfg, verify=True)
   assert f'{path}: is not as it was written: it is made again' in capsys.readouterr().err
@@ -269,7 +269,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 
 
 def test_zstd_frames_of_the_longest_window_are_read(tmp_path):
-  """As `zstd --long=31` writes them from a pipe, where the size is not known."""
+  """`zstd --long=31` writes such frames from a pipe, whose size is unknown."""
   settings = zstandard.ZstdCompressionParameters(window_log=31, compression_level=1)
   frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
   content = frame.compress(b'{"text": "one"}\n') + frame.flush()
@@ -359,7 +359,9 @@ def test_installed_docstrings(monkeypatch):
 
 def test_installed_text_is_of_what_slm_requires(monkeypatch):
   packages = installed._distributions()
-  assert {'jax', 'numpy', 'grain', 'packaging'} <= set(packages)  # packaging: of a requirement
+  assert {'jax', 'numpy', 'grain', 'packaging'} <= set(
+    packages
+  )  # packaging is an indirect requirement
   assert not {'slm', 'torch', 'transformers', 'pre_commit', 'ruff', 'pip'} & set(packages)
   assert packages == installed.closure(installed._requirements()[::-1])
 

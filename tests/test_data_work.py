@@ -1,4 +1,4 @@
-"""The pool: workers end with their parent, a killed one is one line, leftovers are swept."""
+"""The pool: workers end with their parent, killed workers are reported, leftovers deleted."""
 
 import os
 import pathlib
@@ -46,7 +46,7 @@ def running(pid: int) -> bool:
     text = pathlib.Path(f'/proc/{pid}/stat').read_text()
   except (FileNotFoundError, ProcessLookupError):
     return False
-  return text.rpartition(')')[2].split()[0] not in 'ZX'  # a zombie waits for its new parent only
+  return text.rpartition(')')[2].split()[0] not in 'ZX'  # a zombie only waits for its new parent
 
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='needs /proc')

@@ -65,7 +65,7 @@ def test_command_selects_the_domains_rows(tmp_path):
   split = loader.Split(path, 'generic', 'train', 'law-dsir')
   assert len(np.unique(split.ids)) == len(split.ids)
   assert 4000 <= split.counts[split.ids, 1].sum() < 4200
-  # Rows of the clusters that the domain lies in.
+  # The rows are from clusters that are frequent in the domain.
   clusters = loader.Split(path, 'generic', 'train', level=8).clusters
   law = loader.histogram(path, 'law', 'train', 8)
   assert law[clusters[split.ids]].mean() > 1.5 * law[clusters].mean()

@@ -126,7 +126,9 @@ def test_entry_point_writes_an_index_the_loader_reads():
   generic = loader.Split(path, 'generic', 'train', 'law-is', 8)
   p = loader.histogram(path, 'law', 'train', 8, 'law-2000')
   q = loader.histogram(path, 'generic', 'train', 8, 'law-is')
-  np.testing.assert_allclose(q, p, atol=0.003)  # by windows; many passes even out which rows
+  np.testing.assert_allclose(
+    q, p, atol=0.003
+  )  # in windows; many passes even out the choice of rows
   drawn, rows = (
     np.bincount(c, minlength=8) for c in (generic.clusters[generic.ids], generic.clusters)
   )

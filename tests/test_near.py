@@ -1,4 +1,4 @@
-"""Near-duplicates: the estimate against exact sets, what goes and what stays, restarts."""
+"""Near-duplicates: the estimate against exact sets, dropped and kept documents, restarts."""
 
 import random
 
@@ -40,8 +40,8 @@ def test_case_and_punctuation_do_not_matter_and_short_texts_have_a_signature():
 
 def corpus(tmp_path):
   generic = [text(s) for s in range(30)]
-  near_own = [text(s, 4) for s in range(5)]  # of the generic set's own training
-  near_test = [text(100 + s, 4) for s in range(3)]  # of the domain's test documents
+  near_own = [text(s, 4) for s in range(5)]  # near the generic set's own training documents
+  near_test = [text(100 + s, 4) for s in range(3)]  # near the domain's test documents
   far = [text(200 + s, 120) for s in range(3)] + [text(200 + s) for s in range(3)]
   path = lambda name, texts: str(toy.write_jsonl(tmp_path / f'{name}.jsonl', texts))
   return {
@@ -66,7 +66,7 @@ def test_training_documents_near_others_go_and_held_out_ones_stay(tmp_path):
       for s, splits in manifest['sets'].items()
       for split, facts in splits.items()
     }
-  # text(100, 4) is held out and so gone from training in both, as an exact copy.
+  # text(100, 4) is held out, so its exact copy is dropped from training in both.
   assert counts['exact'] == {('generic', 'train'): 43, ('law', 'train'): 9, ('law', 'test'): 4}
   assert counts['near'] == {('generic', 'train'): 36, ('law', 'train'): 9, ('law', 'test'): 4}
 

@@ -13,7 +13,7 @@ from slm.data import loader, prepare, sources
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-  """Build the set in another process, so that no code of it is known here: only its files."""
+  """Build the set in another process, so that its files are read without its code."""
   root = tmp_path_factory.mktemp('tfds')
   script = pathlib.Path(__file__).with_name('toy_tfds.py')
   env = os.environ | {'PYTHONPATH': str(script.parent.parent)}
@@ -49,7 +49,7 @@ def test_prepared_like_a_file_of_the_same_documents(built, tmp_path):
       for i in range(1, segments.max() + 1)
     ]
     counts = [[facts[s][key] for key in ('documents', 'windows', 'tokens', 'bytes')] for s in facts]
-    prepared.append((counts, sorted(windows)))  # rows differ: documents come in another order
+    prepared.append((counts, sorted(windows)))  # not the rows: the order of documents differs
   assert prepared[0] == prepared[1]
 
 

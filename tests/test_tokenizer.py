@@ -188,7 +188,7 @@ BESIDE = {
 @pytest.mark.parametrize('kind', BESIDE)
 @pytest.mark.parametrize('form', ['tokenizer.model', 'tokenizer.json', 'both'])
 def test_files_beside_a_tokenizer_are_read_as_transformers_reads_them(tmp_path, kind, form):
-  """Added tokens, how texts begin and end: from a model, from a tokenizer.json, from both."""
+  """Added tokens, begin and end tokens: from a model, from a tokenizer.json, from both."""
   transformers = pytest.importorskip('transformers')
   n = llama(tmp_path, eos_token='</s>', bos_token='<s>', add_bos_token=True)
   BESIDE[kind](tmp_path, n)
@@ -260,7 +260,7 @@ def test_the_end_of_a_text_is_a_set_from_all_files(tmp_path):
   for tok in (tokenizer.load(path), built):
     assert (tok.ids.eos, tok.ends, tok.ids.bos, tok.ids.pad) == (2, {0, 2}, None, None)
     assert tok.decode([*tok.encode('ship'), 2, 0]) == 'ship'
-  # Without settings of the tokenizer the model's configs say which token ends, before usual names.
+  # Without settings of the tokenizer, the configs of the model name the end token.
   (path / tokenizer.SETTINGS).unlink()
   tok = tokenizer.load(path)
   assert (tok.ids.eos, tok.ends, tok.ids.bos) == (2, {0, 2}, 1)
@@ -290,7 +290,7 @@ def test_a_continuation_keeps_its_first_space_and_whole_characters(tmp_path, sen
 
 
 def test_files_that_are_not_of_one_tokenizer(tmp_path):
-  """Another kind of tokenizer.model beside a good tokenizer.json is let be, a stale one is not."""
+  """A tokenizer.model of another format beside a tokenizer.json is ignored, a stale one refused."""
   alone = tokenizer.load(chatml(tmp_path))
   for content in (b'IQ== 0\nIg== 1\n', b''):  # as tiktoken writes it
     (tmp_path / 'tokenizer.model').write_bytes(content)
@@ -298,7 +298,7 @@ def test_files_that_are_not_of_one_tokenizer(tmp_path):
   llama(tmp_path)
   with pytest.raises(ValueError, match='tokenizer.json and tokenizer.model are of different'):
     tokenizer.load(tmp_path)
-  assert tokenizer.load(tmp_path / 'tokenizer.model').vocab == 400  # it is named
+  assert tokenizer.load(tmp_path / 'tokenizer.model').vocab == 400  # loaded by name
   (tmp_path / 'tokenizer.model').unlink()
   write(tmp_path, 'added_tokens.json', **{'<|im_end|>': 7})
   assert tokenizer.load(tmp_path).encode('<|im_end|>') == [2]

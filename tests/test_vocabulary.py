@@ -1,4 +1,4 @@
-"""Smaller tokenizers: the same cuts of what stays, and every text still comes back."""
+"""Reduced tokenizers: encodings of kept tokens, lossless round trips, renumbered files."""
 
 import io
 import json
@@ -17,7 +17,7 @@ DOMAIN = toy.documents(['law'], 30, 1)
 
 
 def unigram_file(path):
-  """Train a SentencePiece Unigram with bytes; newlines and all are text."""
+  """Train a SentencePiece Unigram model with byte fallback, which keeps newlines."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(toy.documents(list(toy.TOPICS), 100, 0)), model_writer=model,
@@ -29,7 +29,7 @@ def unigram_file(path):
 
 
 def made(kind, folder):
-  """Make a tokenizer of a kind, with what any text needs: 256 bytes or so, and words."""
+  """Make a tokenizer of a kind, with 256 bytes and words."""
   folder.mkdir()
   if kind == 'sentencepiece-bpe':
     sample = toy.documents(list(toy.TOPICS), 200, 0)
@@ -82,7 +82,7 @@ def test_what_stays_is_cut_as_before_and_all_comes_back(kind, tmp_path):
   words = [w for topic in toy.TOPICS.values() for w in topic.split()]
   texts = words + [f' {w}' for w in words] + [f'{a} {b}' for a in words for b in words] + DOMAIN
   same = [t for t in texts if set(old.encode(t)) <= place.keys()]
-  # Enough of them, and enough that have more than one token, to say something.
+  # Enough texts for the test to mean something, some of them with several tokens.
   assert len(same) > 20 and max(len(old.encode(t)) for t in same) > 1 and len(same) < len(texts)
   for text in same:
     assert new.encode(text) == [place[i] for i in old.encode(text)], text
@@ -123,7 +123,7 @@ SPECIAL = ['<s>', '</s>', '<|turn|>', '<pad>']
 
 
 def test_ids_that_files_beside_a_tokenizer_name_stay_and_are_renumbered(tmp_path):
-  """End tokens of the model alone, tokens that settings and chat templates name, added tokens."""
+  """End tokens that only the model has, tokens in settings and chat templates, added tokens."""
   huggingface_file(tmp_path / 'tokenizer.json', SPECIAL[:2])
   model = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
   model.add_special_tokens(SPECIAL[2:])
@@ -131,7 +131,7 @@ def test_ids_that_files_beside_a_tokenizer_name_stay_and_are_renumbered(tmp_path
   model.save(str(tmp_path / 'tokenizer.json'))
   ids = model.get_vocab()
   word, other = sorted((t for t in ids if len(t) > 4 and t not in SPECIAL), key=ids.get)[-2:]
-  rows = len(ids) + 9  # the model has more: 3 of them are named
+  rows = len(ids) + 9  # the model has 9 more; the files name 3 of them
   reserved = [rows - 1, rows - 4, rows - 2]
   beside = {
     'config.json': {'eos_token_id': [ids['</s>'], reserved[0]], 'pad_token_id': -1,
@@ -179,7 +179,7 @@ def test_ids_that_files_beside_a_tokenizer_name_stay_and_are_renumbered(tmp_path
 
 
 def test_tokens_that_only_a_chat_template_names_stay(tmp_path):
-  """They need not be special: a role's mark may be an ordinary token."""
+  """The mark of a role may be an ordinary token."""
   files = {'tokenizer.json': made_with_mark(tmp_path)}
   ids = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode()).get_vocab()
   counts = np.zeros(len(ids))
@@ -191,7 +191,7 @@ def test_tokens_that_only_a_chat_template_names_stay(tmp_path):
 
 
 def made_with_mark(folder):
-  """Make a Unigram with bytes that has `<u>` as an ordinary token, and return its file."""
+  """Return the file of a Unigram model with bytes and `<u>` as an ordinary token."""
   byte = [(f'<0x{b:02X}>', -20.0) for b in range(256)]
   vocab = [('<unk>', -30.0), *byte, ('<u>', -4.0), ('law', -4.0)]
   model = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0, byte_fallback=True))
@@ -201,7 +201,7 @@ def made_with_mark(folder):
 
 @pytest.mark.parametrize('old', ['none', 'ByteLevel', 'template', 'sequence'])
 def test_another_beginning_of_texts(old, tmp_path):
-  """Offsets are trimmed as before, and what ended texts still does."""
+  """Offsets are trimmed as before, and texts end as before."""
   huggingface_file(tmp_path / 'tokenizer.json', ['<s>', '</s>'])
   model = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
   begin, end = (model.token_to_id(t) for t in ('<s>', '</s>'))
