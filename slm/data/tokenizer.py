@@ -104,7 +104,7 @@ class Tokenizer(abc.ABC):
   def _set_special(
     self,
     path: pathlib.Path,
-    beside: sidecars.Sidecars,
+    sidecar: sidecars.Sidecars,
     find: Callable[[str], int | None],
     **own: int,
   ) -> None:
@@ -120,16 +120,16 @@ class Tokenizer(abc.ABC):
     """
 
     def choose(role: str) -> int | None:
-      if text := beside.named.get(role):
+      if text := sidecar.named.get(role):
         if (i := find(text)) is None and role != 'pad':
           settings = path.parent / SETTINGS
           raise ValueError(f'{settings}: {role}_token is {text!r}, which is not in the vocabulary')
         return i
-      if role in beside.named and role != 'eos':
+      if role in sidecar.named and role != 'eos':
         return None
-      if role in own or beside.named.get('eos'):
+      if role in own or sidecar.named.get('eos'):
         return own.get(role)
-      configured = [i for i in beside.ids[role] if i < self.vocab and self.known[i]]
+      configured = [i for i in sidecar.ids[role] if i < self.vocab and self.known[i]]
       usual = (find(text) for text in _USUAL[role])
       return next((i for i in (*configured, *usual) if i is not None), None)
 
@@ -139,8 +139,8 @@ class Tokenizer(abc.ABC):
       raise ValueError(
         f'{path}: no file names an end token, and the vocabulary has none of {usual}'
       )
-    self.ids, self.ends = Ids(pad, bos, eos), frozenset([eos, *beside.ids['eos']])
-    self.chat_template = beside.chat_template
+    self.ids, self.ends = Ids(pad, bos, eos), frozenset([eos, *sidecar.ids['eos']])
+    self.chat_template = sidecar.chat_template
 
   def _hide_special(self, special: Iterable[int] = ()) -> None:
     """Keep `decode` from printing begin, end and other `special` tokens."""
@@ -193,19 +193,19 @@ class SentencePiece(Tokenizer):
   name = 'sentencepiece'
 
   def __init__(self, path: pathlib.Path):
-    content, beside = path.read_bytes(), sidecars.read(path.parent)
-    settings = beside.settings
+    content, sidecar = path.read_bytes(), sidecars.read(path.parent)
+    settings = sidecar.settings
     with files.reading(path, 'a SentencePiece model'):
       self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
       model_prefix = model.encode('a', out_type=str)[0].startswith(_SPACE)
     self._unk = model.unk_id()
     self._token = lambda i: added.text.get(i) or model.id_to_piece(i)
     self._escape = [model.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
-    self._added = added = _AddedTokens(beside, model)
+    self._added = added = _AddedTokens(sidecar, model)
     self.known = _mask([*range(model.get_piece_size()), *added.text])
     own = {'bos': model.bos_id(), 'eos': model.eos_id(), 'pad': model.pad_id()}
     find = lambda text: added.ids.get(text, _piece_id(model, text))
-    self._set_special(path, beside, find, **{role: i for role, i in own.items() if i >= 0})
+    self._set_special(path, sidecar, find, **{role: i for role, i in own.items() if i >= 0})
     self.begins = bool(settings.get('add_bos_token', not settings)) and self.ids.bos is not None
     prefix = settings.get('add_prefix_space')
     self.prefix_space = model_prefix if prefix is None else bool(prefix)
@@ -260,16 +260,16 @@ class _AddedTokens:
   flags for surrounding white space.
   """
 
-  def __init__(self, beside: sidecars.Sidecars, model: sentencepiece.SentencePieceProcessor):
+  def __init__(self, sidecar: sidecars.Sidecars, model: sentencepiece.SentencePieceProcessor):
     self.ids: dict[str, int] = {}
-    size, tokens = model.get_piece_size(), [token for _, token in beside.added]
-    free = itertools.count(max([size - 1, *(i for i, _ in beside.added if i is not None)]) + 1)
-    for i, token in beside.added:
+    size, tokens = model.get_piece_size(), [token for _, token in sidecar.added]
+    free = itertools.count(max([size - 1, *(i for i, _ in sidecar.added if i is not None)]) + 1)
+    for i, token in sidecar.added:
       own = _piece_id(model, token.content) if i is None else i
       self.ids[token.content] = next(free) if own is None else own
     # Control pieces are split off as transformers does; a model alone reads them as characters.
-    control = [i for i in range(size) if model.is_control(i)] if beside.settings else []
-    for text in filter(None, [*map(model.id_to_piece, control), *beside.named.values()]):
+    control = [i for i in range(size) if model.is_control(i)] if sidecar.settings else []
+    for text in filter(None, [*map(model.id_to_piece, control), *sidecar.named.values()]):
       if text not in self.ids and (i := _piece_id(model, text)) is not None:
         self.ids[text] = i
         tokens.append(tokenizers.AddedToken(text, special=True))
@@ -308,18 +308,18 @@ class HuggingFace(Tokenizer):
   name = 'huggingface'
 
   def __init__(self, path: pathlib.Path):
-    beside = sidecars.read(path.parent)
+    sidecar = sidecars.read(path.parent)
     with files.reading(path, 'a tokenizer.json'):
       text = path.read_text()
       self._model = model = parse(text)
       self._token = model.id_to_token
       own = model.get_vocab()
-      model.add_tokens([token for _, token in beside.added])
+      model.add_tokens([token for _, token in sidecar.added])
       vocab = model.get_vocab()
-      model.add_special_tokens([token for token in beside.named.values() if token in vocab])
+      model.add_special_tokens([token for token in sidecar.named.values() if token in vocab])
       # The post-processor decides; transformers reads `add_bos_token` only where there is none.
       prefix, _ = affixes(model)
-    for i, token in beside.added:  # the ids of tokens in both files are those of tokenizer.json
+    for i, token in sidecar.added:  # the ids of tokens in both files are those of tokenizer.json
       if token.content not in own and i not in (None, actual := vocab.get(token.content)):
         raise ValueError(
           f'{path}: {token.content!r} would get the id {actual}, the files beside it give it {i}'
@@ -327,7 +327,7 @@ class HuggingFace(Tokenizer):
     if len(prefix) > 1:
       raise ValueError(f'{path}: puts {len(prefix)} tokens before a text, expected one or none')
     self.known = _mask([*vocab.values()])
-    self._set_special(path, beside, vocab.get)
+    self._set_special(path, sidecar, vocab.get)
     self.begins = bool(prefix)
     if prefix:
       self.ids = dataclasses.replace(self.ids, bos=prefix[0])
