@@ -350,6 +350,11 @@ def test_the_chat_template_is_kept_as_text(tmp_path):
     ('tokenizer_config.json', '[' * 99999, 'config.json: truncated or damaged .nested too deeply'),
     ('tokenizer_config.json', '[]', r'tokenizer_config.json: expected an object, found \[\]'),
     ('tokenizer_config.json', '{"eos_token": {}}', 'not the settings of a tokenizer .lacks .cont'),
+    (
+      'tokenizer_config.json',
+      '{"additional_special_tokens": [null]}',
+      'not the settings of a tokenizer',
+    ),
     ('tokenizer_config.json', '{"added_tokens_decoder": {"x": {"content": "y"}}}', 'invalid lit'),
     ('added_tokens.json', '{"<x>": null}', 'added_tokens.json: not a table of tokens and ids'),
     ('config.json', '{"eos_token_id": "2"}', 'config.json: eos_token_id: expected an id'),
