@@ -65,18 +65,14 @@ def sections(kind: type, values: Mapping[str, Any]) -> dict[str, type]:
   return kinds
 
 
-def plain(config: Any) -> dict[str, Any]:
-  """Return a config as nested dicts and lists, as in JSON, without keys that are None."""
-  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  return {key: _plain(value) for key, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """Return a config as nested dicts and lists, as in JSON, without fields that are None."""
   if dataclasses.is_dataclass(value):
-    return plain(value)
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    value = {name: x for name, x in fields.items() if x is not None}
   if isinstance(value, Mapping):
-    return {key: _plain(x) for key, x in value.items()}
-  return [_plain(x) for x in value] if isinstance(value, tuple | list) else value
+    return {key: plain(x) for key, x in value.items()}
+  return [plain(x) for x in value] if isinstance(value, tuple | list) else value
 
 
 def _members(hint: Any) -> list[type]:

@@ -75,8 +75,7 @@ class Checkpoints:
   @property
   def latest(self) -> int | None:
     """Return the newest step, None if there is none."""
-    metadata = self._checkpointer.latest
-    return None if metadata is None else metadata.step
+    return max(self.steps, default=None)
 
   @property
   def steps(self) -> list[int]:

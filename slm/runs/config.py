@@ -50,10 +50,7 @@ class DistributedConfig:
 class ObjectiveConfig:
   """What the loop needs from every objective's config."""
 
-  @property
-  def counts_to_the_end(self) -> bool:
-    """Return whether a step depends on the total number of steps."""
-    return False
+  counts_to_the_end = False  # whether a step depends on the total number of steps
 
 
 @dataclasses.dataclass(frozen=True)

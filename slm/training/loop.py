@@ -174,8 +174,9 @@ class _Run:
       sums = make_sums(self.setup.objectives[kind], self.reparam, self.cfg.dtype)
       step = make_train_step(sums, self.tx, self.reparam.independent)
       jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
-      with record.paused():  # compiling is no training time
-        self.compiled[key] = jitted.lower(state, self.frozen, batch).compile()
+      record.flush()  # compiling is no training time
+      self.compiled[key] = jitted.lower(state, self.frozen, batch).compile()
+      record.dispatch()
     return self.compiled[key](state, self.frozen, batch)
 
   def loop(self) -> dict[str, Any]:

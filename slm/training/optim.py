@@ -12,36 +12,31 @@ from slm.weights.axes import INPUTS, Params
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def constant(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
+def constant(c: ScheduleConfig, steps: int) -> Schedule:
   """Warm up linearly, then hold the peak (the paper's schedule)."""
-  del steps, final, decay  # all schedules take the same arguments
-  return optax.schedules.warmup_constant_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.schedules.warmup_constant_schedule(c.peak / (c.warmup + 1), c.peak, c.warmup)
 
 
-def cosine(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
+def cosine(c: ScheduleConfig, steps: int) -> Schedule:
   """Warm up linearly, then decay along a cosine to final x peak."""
-  del decay
-  start = peak / (warmup + 1)  # not 0, so that the first step counts
-  return optax.schedules.warmup_cosine_decay_schedule(start, peak, warmup, steps, final * peak)
+  start, end = c.peak / (c.warmup + 1), c.final * c.peak  # not from 0: the first step counts
+  return optax.schedules.warmup_cosine_decay_schedule(start, c.peak, c.warmup, steps, end)
 
 
-def inverse_sqrt(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
+def inverse_sqrt(c: ScheduleConfig, steps: int) -> Schedule:
   """Warm up linearly, then decay as 1 / sqrt(step) (Vaswani et al. 2017, §5.3).
 
   It does not depend on the number of steps: every checkpoint is the end of a shorter run.
   """
-  del steps, final, decay
-  return lambda step: (
-    peak * jnp.minimum((step + 1) / (warmup + 1), ((warmup + 1) / (step + 1)) ** 0.5)
-  )
+  warmup = c.warmup + 1
+  return lambda step: c.peak * jnp.minimum((step + 1) / warmup, (warmup / (step + 1)) ** 0.5)
 
 
-def wsd(peak: float, warmup: int, steps: int, final: float, decay: float) -> Schedule:
+def wsd(c: ScheduleConfig, steps: int) -> Schedule:
   """Warm up, hold, then decay linearly over the last `decay` share of the steps."""
-  length = max(int(decay * steps), 1)
-  hold = constant(peak, warmup, steps, final, decay)
-  fall = optax.schedules.linear_schedule(peak, final * peak, length)
-  return optax.schedules.join_schedules([hold, fall], [steps - length])
+  length = max(int(c.decay * steps), 1)
+  fall = optax.schedules.linear_schedule(c.peak, c.final * c.peak, length)
+  return optax.schedules.join_schedules([constant(c, steps), fall], [steps - length])
 
 
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqrt, 'wsd': wsd}
@@ -53,7 +48,7 @@ def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:
     raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {cfg.name!r}')
   if not 0 <= cfg.warmup < steps:
     raise ValueError(f'schedule.warmup={cfg.warmup}: expected less than steps={steps}')
-  return SCHEDULES[cfg.name](cfg.peak, cfg.warmup, steps, cfg.final, cfg.decay)
+  return SCHEDULES[cfg.name](cfg, steps)
 
 
 def build(

@@ -1,10 +1,9 @@
 """Record a training run as it goes: metrics, TensorBoard, progress, the cost ledger."""
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,6 @@ class Recorder:
       self._finish(*self._pending.pop(0))
     self._tick()
     self._clock = None
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Stop the clock of training time in a context."""
-    self.flush()
-    yield
-    self.dispatch()
 
   def _tick(self) -> None:
     if self._clock is not None:
