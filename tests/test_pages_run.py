@@ -30,7 +30,7 @@ from experiments.specialise import scales
 from slm.interchange import convert
 
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: already imported
-LANGUAGES = {'sh', 'text', 'json', 'jinja'}  # of the blocks of a page; `sh` holds commands
+LANGUAGES = {'sh', 'text', 'json'}  # of the blocks of a page; `sh` holds commands
 
 # Flags that are added to a command, so that it takes seconds; the longest matching beginning.
 SMALLER = {
