@@ -1,5 +1,7 @@
 """Synthetic studies: run directories with known losses and costs, and the study.json over them."""
 
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -57,13 +59,7 @@ def write_run(
   ledger = {'phases': [{'phase': phase, **entry}, held_out], 'ancestors': []}
   write(path / 'ledger.json', ledger)
   write(path / 'result.json', {'steps': 100})
-  rng = np.random.default_rng(0)
-  with (path / 'metrics.jsonl').open('w') as f:
-    for step in range(1, 101):
-      loss = end + 3 * step**-0.5
-      line = {'step': step, 'tokens': tokens * step // 100, 'loss': loss + rng.normal(0, 0.05)}
-      line |= {'eval_loss': loss + 0.03} if step % 20 == 0 else {}
-      f.write(json.dumps(line) + '\n')
+  (path / 'metrics.jsonl').write_text(metrics(tokens, end))
   results = {}
   for name, rows in losses.items():
     file = path / 'eval' / f'{name.replace("/", "-")}.npy'
@@ -74,15 +70,48 @@ def write_run(
   write(path / 'eval.json', results)
 
 
-class Maker:
-  """Makes synthetic studies: rows share a difficulty, so that differences are paired."""
+@functools.cache
+def metrics(tokens: int, end: float) -> str:
+  """Make the metrics.jsonl of 100 steps whose loss ends at 0.3 above `end`."""
+  rng, lines = np.random.default_rng(0), []
+  for step in range(1, 101):
+    loss = end + 3 * step**-0.5
+    line = {'step': step, 'tokens': tokens * step // 100, 'loss': loss + rng.normal(0, 0.05)}
+    line |= {'eval_loss': loss + 0.03} if step % 20 == 0 else {}
+    lines.append(json.dumps(line) + '\n')
+  return ''.join(lines)
 
-  def __init__(self, path: Path, domains=('law',), sizes=(20_000,), seeds=(0,), rows=300):
+
+class Maker:
+  """Makes synthetic studies: rows share a difficulty, so that differences are paired.
+
+  With a `store`, runs that are alike are written there once, for all studies, and linked.
+  """
+
+  def __init__(
+    self, path: Path, domains=('law',), sizes=(20_000,), seeds=(0,), rows=300, store=None
+  ):
     self.path, self.domains, self.sizes, self.seeds = path, domains, sizes, seeds
+    self.store = store
     rng = np.random.default_rng(1)
     self.hard = {d: rng.normal(0, 0.4, rows) for d in domains}
     self.tokens = {d: rng.integers(20, 256, rows) for d in domains}
     self.runs: list[dict] = []
+
+  def write_run(
+    self, name: str, phase: str, flops: float, losses: dict[str, np.ndarray], end: float = 3.0
+  ) -> None:
+    path = self.path / name
+    if not self.store:
+      write_run(path, phase, flops, losses, end)
+      return
+    what = repr((phase, flops, end, {n: rows.tobytes() for n, rows in losses.items()}))
+    made = self.store / hashlib.sha256(what.encode()).hexdigest()
+    if not made.exists():
+      write_run(made, phase, flops, losses, end)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(made)
 
   def rows(self, domain: str, loss: float, seed: int) -> np.ndarray:
     rng = np.random.default_rng(abs(hash((round(loss, 6), seed))))
@@ -102,7 +131,7 @@ class Maker:
       shared = [f'runs/{m}-{seed}{tag}' for m in shared if method not in ('importance', 'slm_nopt')]
       for name in shared:
         if not (self.path / name).exists():
-          write_run(self.path / name, 'pretrain', costly * budget, {})
+          self.write_run(name, 'pretrain', costly * budget, {})
       for (i, size), (j, domain) in itertools.product(
         enumerate(self.sizes), enumerate(self.domains)
       ):
@@ -110,11 +139,11 @@ class Maker:
         above = offset[domain] if isinstance(offset, dict) else offset
         loss = 3.0 + 0.1 * j - 0.15 * i + above * shrink**i + 0.002 * seed
         rows = {f'{domain}/test': self.rows(domain, loss, seed)}
-        write_run(self.path / own, 'finetune', TUNE_FLOPS * (i + 1), rows)
+        self.write_run(own, 'finetune', TUNE_FLOPS * (i + 1), rows)
         paid = [own] if method != 'slm_noft' else []
         if method == 'importance':
           paid.append(f'runs/importance-{domain}-{seed}{tag}')
-          write_run(self.path / paid[-1], 'pretrain', GENERIC_FLOPS * budget, {}, end=2.6)
+          self.write_run(paid[-1], 'pretrain', GENERIC_FLOPS * budget, {}, end=2.6)
         self.runs.append({
           'method': method, 'domain': domain, 'size': size, 'seed': seed, 'run': own,
           'kind': kind, 'generic_runs': shared, 'specialise_runs': paid, 'budget': budget,
@@ -127,7 +156,7 @@ class Maker:
     for seed in self.seeds:
       run = f'runs/{method}-{seed}'
       rows = np.stack([(3 + offset + 0.002 * seed + hard) * tokens, tokens], axis=1)
-      write_run(self.path / run, 'pretrain', GENERIC_FLOPS, {'generic/test': rows})
+      self.write_run(run, 'pretrain', GENERIC_FLOPS, {'generic/test': rows})
       self.runs.append({
         'method': method, 'domain': None, 'size': None, 'seed': seed, 'run': run, 'kind': 'small',
         'generic_runs': [run], 'specialise_runs': [], 'budget': 1,

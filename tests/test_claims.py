@@ -1,6 +1,9 @@
 """Verdicts on the paper's claims, and methods compared as pretraining goes on."""
 
+import functools
+import pathlib
 import re
+import tempfile
 
 import pytest
 import studies
@@ -32,8 +35,15 @@ METHODS = [
 PARAMS = {n['name']: 3472 for n in METHODS}
 
 
+@functools.cache
+def store():
+  return tempfile.TemporaryDirectory(prefix='slm-claims-')
+
+
 def maker(path, offsets=PAPER, generic=GENERIC, earlier=EARLIER, further=FURTHER, shrink=None):
-  m = studies.Maker(path, ('law', 'news'), (10_000, 80_000), (0, 1, 2))
+  m = studies.Maker(
+    path, ('law', 'news'), (10_000, 80_000), (0, 1, 2), store=pathlib.Path(store().name)
+  )
   for method, offset in {**offsets, **further}.items():
     m.add(method, offset, shrink=(shrink or SHRINK).get(method, 0.6))
   for budget, changes in earlier.items():
