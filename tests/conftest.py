@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import tempfile
 
 # Runs of the same shapes recur in many tests: compile each program once. By environment, so that
@@ -34,6 +35,7 @@ from configs import base  # noqa: E402
 from configs import data as data_config  # noqa: E402
 from slm.base import schema  # noqa: E402
 from slm.data import prepare, settings  # noqa: E402
+from slm.training import loop  # noqa: E402
 
 TOPICS = {
   'river': 'water flows past the old mill and the boats drift slowly under grey willow trees',
@@ -91,6 +93,21 @@ def tiny_config_of(tiny_data):
     c = _tiny_config(tiny_data)
     c.update_from_flattened_dict(changes)
     return c.to_dict()
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def train_once(tmp_path_factory):
+  """Return a function that puts a config's run at a path; a config is trained once and copied."""
+  runs = {}
+
+  def make(config, path):
+    key = json.dumps(config, sort_keys=True)
+    if key not in runs:
+      runs[key] = tmp_path_factory.mktemp('trained') / 'run'
+      loop.train(config, runs[key])
+    shutil.copytree(runs[key], path)
 
   return make
 

@@ -17,7 +17,6 @@ import studies
 from slm.objectives import heldout
 from slm.reporting import comparison, page, report, stats
 from slm.runs import config, load
-from slm.training import loop
 from slm.weights import sharding
 
 RNG = np.random.default_rng(1)
@@ -165,11 +164,11 @@ def test_a_run_and_its_ancestors_are_counted_once(tmp_path):
 MESH = lambda: sharding.make_mesh({'data': 8})
 
 
-def test_runs_are_evaluated_once_and_compared(tiny_config, tiny_data, tmp_path):
+def test_runs_are_evaluated_once_and_compared(tiny_config, train_once, tiny_data, tmp_path):
   refs = [tmp_path / name for name in ('a', 'b')]
   for seed, ref in enumerate(refs):
     tiny_config.seed = seed
-    loop.train(tiny_config.to_dict(), ref)
+    train_once(tiny_config.to_dict(), ref)
   heldout.run(refs[0], tiny_data, ['court/test'], MESH(), 8)
   kept = refs[0] / 'eval/court-test.npy'
   before = kept.stat().st_mtime_ns
@@ -187,10 +186,10 @@ def test_runs_are_evaluated_once_and_compared(tiny_config, tiny_data, tmp_path):
 
 
 def test_an_evaluation_is_kept_until_weights_or_rows_change(
-  tiny_config, tiny_data, tmp_path, monkeypatch
+  tiny_config, train_once, tiny_data, tmp_path, monkeypatch
 ):
   run = tmp_path / 'run'
-  loop.train(tiny_config.to_dict(), run)
+  train_once(tiny_config.to_dict(), run)
   first = heldout.run(run, tiny_data, ['court/test'], MESH(), 8)
   assert heldout.missing(run, tiny_data, ['court/test', 'generic/test']) == ['generic/test']
   assert heldout.missing(f'{run}@2', tiny_data, ['court/test']) == ['court/test']

@@ -144,10 +144,12 @@ class Stop:
     pass
 
 
-def test_a_run_trains_its_teacher_and_serves_its_student(tiny_config, tmp_path, monkeypatch):
+def test_a_run_trains_its_teacher_and_serves_its_student(
+  tiny_config, train_once, tmp_path, monkeypatch
+):
   c, mesh = tiny_config, sharding.make_mesh({'data': -1})
   c.data.batch_size = 8
-  loop.train(c.to_dict(), tmp_path / 'teacher')
+  train_once(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
   c.model.update(embed=8, num_heads=1, num_kv_heads=1)
   c.objective = {**KD, 'chunk': 64, 'states': ('-2:-2', 'embed'), 'correct': 1.0}

@@ -579,9 +579,9 @@ def run(*arguments):
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_from_training_to_transformers_and_back(tiny_config, tmp_path):
+def test_from_training_to_transformers_and_back(tiny_config, train_once, tmp_path):
   """A model trained here: exported, verified, described; its tokenizer says the same ids."""
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   done = run('export', tmp_path / 'run', tmp_path / 'out')
   assert done.returncode == 0 and 'llama' in done.stdout, done.stderr
   done = run('verify', tmp_path / 'out')

@@ -24,7 +24,7 @@ from slm.reporting import verdicts
 from slm.reporting.stats import Loss
 from slm.runs import rundir
 from slm.runs.config import RunConfig, section
-from slm.training import loop, optim
+from slm.training import optim
 from slm.weights.count import num_params
 
 total = lambda cfg: sum(num_params(cfg).values())
@@ -308,9 +308,9 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('steps', 'worth'), [(2, -1.0), (0, -1.0), (2, 9.0)])
-def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, tmp_path):
+def test_one_command_from_a_teacher_to_an_export(steps, worth, tiny_config, train_once, tmp_path):
   """With a teacher corrected before, meanwhile, or not at all, as its probe says."""
-  loop.train(tiny_config.to_dict(), tmp_path / 'whole')
+  train_once(tiny_config.to_dict(), tmp_path / 'whole')
   c = config_of_recipe.get_config()
   c.teacher, c.data, c.sizes = str(tmp_path / 'whole'), tiny_config.data.path, 'mlp=16'
   c.calibrate.update(rows=16, batch_size=8)

@@ -136,9 +136,9 @@ def test_errors(trained, tmp_path, tiny_config):
   assert not (tmp_path / 'tuned').exists()
 
 
-def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
+def test_evaluation_equals_a_loop_over_tokens(tiny_config, train_once, tmp_path, tiny_data):
   """Loss, perplexity and bits per byte against an explicit softmax over every position."""
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   found = heldout.run(tmp_path / 'run', tiny_data, ['court/test'], MESH(), 5)['court/test']
   loaded = load.load(tmp_path / 'run', MESH())
   nll, tokens = 0.0, 0
@@ -158,8 +158,8 @@ def test_evaluation_equals_a_loop_over_tokens(tiny_config, tmp_path, tiny_data):
   assert rows.shape == (facts['rows'], 2)
 
 
-def test_an_index_is_evaluated_as_its_rows(tiny_config, tmp_path, tiny_data):
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+def test_an_index_is_evaluated_as_its_rows(tiny_config, train_once, tmp_path, tiny_data):
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   names = ['court/train', 'court/train@court-2000']
   found = heldout.run(tmp_path / 'run', tiny_data, names, MESH(), 8)
   every, some = (np.load(tmp_path / f'run/eval/{n.replace("/", "-")}.npy') for n in names)
@@ -170,8 +170,8 @@ def test_an_index_is_evaluated_as_its_rows(tiny_config, tmp_path, tiny_data):
     heldout.run(tmp_path / 'run', tiny_data, ['court/train@none'], MESH(), 8)
 
 
-def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+def test_evaluate_entry_point_prints_a_table(tiny_config, train_once, tmp_path):
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   command = [sys.executable, '-m', 'slm.evaluate', f'--run={tmp_path / "run"}', '--on=court/test']
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert 'court/test' in done.stdout
@@ -180,8 +180,8 @@ def test_evaluate_entry_point_prints_a_table(tiny_config, tmp_path):
   assert '/nowhere/config.json: no such file' in bad.stderr
 
 
-def test_ledger_counts_tokens_and_flops(tiny_config, tmp_path, tiny_data):
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+def test_ledger_counts_tokens_and_flops(tiny_config, train_once, tmp_path, tiny_data):
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   phases = {p['phase']: p for p in ledger.read_ledger(tmp_path / 'run')['phases']}
   cfg = resolve(tiny_config.to_dict())
   model, _ = load.build(cfg)

@@ -278,9 +278,9 @@ def test_early_stopping_and_best(tiny_config, tmp_path):
   assert load.load(tmp_path / 'run', sharding.make_mesh({'data': 8})).step == result['best_step']
 
 
-def test_init_from_another_run_and_distillation(tiny_config, tmp_path, capsys):
+def test_init_from_another_run_and_distillation(tiny_config, train_once, tmp_path, capsys):
   c = tiny_config
-  loop.train(c.to_dict(), tmp_path / 'slm')
+  train_once(c.to_dict(), tmp_path / 'slm')
   c.init, c.phase = str(tmp_path / 'slm'), 'finetune'
   c.model.update(mlp=99, remat='full')  # the weights decide the shape, not how it is computed
   c.data.update(set='court', index='court-2000')
@@ -382,9 +382,9 @@ def test_other_rows_under_the_same_names_are_another_run(tiny_config, tmp_path):
     loop.train(tiny_config.to_dict(), tmp_path / 'run')
 
 
-def test_a_teacher_may_be_padded_otherwise(tiny_config, tmp_path):
+def test_a_teacher_may_be_padded_otherwise(tiny_config, train_once, tmp_path):
   """With the same tokenizer and another model.vocab, the common ids are compared."""
-  loop.train(tiny_config.to_dict(), tmp_path / 'teacher')
+  train_once(tiny_config.to_dict(), tmp_path / 'teacher')
   c = tiny_config
   c.model.vocab, c.teacher = 264, str(tmp_path / 'teacher')
   c.objective = {
@@ -410,8 +410,8 @@ def test_a_run_records_every_change_of_code_or_machine(tiny_config, tmp_path, mo
   assert starts[1]['environment'] == starts[0]['environment']
 
 
-def test_tokenizer_mismatch_is_refused(tiny_config, tmp_path):
-  loop.train(tiny_config.to_dict(), tmp_path / 'slm')
+def test_tokenizer_mismatch_is_refused(tiny_config, train_once, tmp_path):
+  train_once(tiny_config.to_dict(), tmp_path / 'slm')
   path = tmp_path / 'slm' / 'config.json'
   path.write_text(json.dumps({**files.read_json(path), 'tokenizer': 'f' * 64}))
   tiny_config.init = str(tmp_path / 'slm')
