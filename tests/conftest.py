@@ -50,6 +50,20 @@ def document(rng: random.Random, topic: str, words: int = 60) -> str:
   return ' '.join(rng.choice(TOPICS[topic].split()) for _ in range(words))
 
 
+# Files that take longest, in order: begun first, they leave no worker alone at the end.
+SLOWEST = (
+  'test_train', 'test_hf', 'test_minitron', 'test_prune_commands', 'test_continuations',
+  'test_prune', 'test_reparam', 'test_specialise', 'test_plan', 'test_moe', 'test_models',
+  'test_conversation', 'test_distill', 'test_signals', 'test_prune_scores', 'test_data_prepare',
+  'test_search', 'test_objectives', 'test_harness', 'test_advise', 'test_processes',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(SLOWEST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(SLOWEST)))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forget_what_was_compiled():
   """Free programs after a file if there are many: a process has 65,530 memory maps on Linux."""
