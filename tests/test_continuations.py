@@ -41,7 +41,7 @@ def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   c, prompt, tok = tiny_config, 5, tokenizer.load(f'{tiny_config.data.path}/tokenizer')
   c.model.vocab = 264  # padded
   model, rep = load.build(without_data(c.to_dict(), 32))
-  params, key = rep.init(jax.random.key(0)), jax.random.key(1)
+  params, key = jax.jit(rep.init)(jax.random.key(0)), jax.random.key(1)
   rows = next(loader.evaluation_batches(c.data.path, 'generic', 'test', 8))[2]
   rows['segments'][0, 3:], rows['segments'][1, 3:] = 2, 0  # a window that has just begun; padding
   rows = {name: jnp.asarray(x) for name, x in rows.items()}
@@ -56,7 +56,7 @@ def test_rewritten_rows_are_what_the_model_drew(tiny_config):
   drawn = decode.generate(model, params, ids, mask, key, max_tokens=28, **how)
   assert int(drawn.tokens.max()) < 259
   np.testing.assert_array_equal(made['inputs'][:, :prompt], ids)
-  logits = jax.nn.log_softmax(unembed(params, model.forward(params, made)))
+  logits = jax.jit(lambda p: jax.nn.log_softmax(unembed(p, model.forward(p, made))))(params)
   picked = jnp.take_along_axis(logits, made['targets'][..., None], axis=-1)[..., 0]
   for row in range(8):
     n = int(drawn.lengths[row]) * bool(mask[row].any())
@@ -78,9 +78,9 @@ class Stop:
 
 
 @pytest.mark.parametrize('share', [{'on_policy': 0.5}, {'on_policy': 1.0, 'on_policy_from': 0.5}])
-def test_half_of_the_steps_are_the_students(share, tiny_config, tmp_path, monkeypatch):
+def test_half_of_the_steps_are_the_students(share, tiny_config, train_once, tmp_path, monkeypatch):
   c = tiny_config
-  loop.train(c.to_dict(), tmp_path / 'teacher')
+  train_once(c.to_dict(), tmp_path / 'teacher')
   c.phase, c.teacher = 'distill', str(tmp_path / 'teacher')
   c.objective = {**KD, **share, 'prompt': 4}
   loop.train(c.to_dict(), tmp_path / 'whole')
@@ -126,9 +126,9 @@ def test_impossible_settings_are_refused(change, message, tiny_config):
     rollout.make_rewrite(*load.build(cfg), cfg, sharding.make_mesh({'data': -1}))
 
 
-def test_a_corpus_of_continuations(tiny_config, tmp_path):
+def test_a_corpus_of_continuations(tiny_config, train_once, tmp_path):
   c = tiny_config
-  loop.train(c.to_dict(), tmp_path / 'run')
+  train_once(c.to_dict(), tmp_path / 'run')
   how = {
     'count': 40, 'prompt': 6, 'max_tokens': 9, 'temperature': 1.0, 'seed': 0, 'batch_size': 16
   }  # fmt: skip

@@ -74,14 +74,14 @@ def test_reading_in_pieces_equals_reading_at_once():
     layer_types=('window', 'full'),
   )  # fmt: skip
   model = models.build(shape)
-  params = model.init(jax.random.key(1))
+  params = jax.jit(model.init)(jax.random.key(1))
   ids = np.random.default_rng(0).integers(0, 29, 20)
   batch = {
     'inputs': ids[None],
     'positions': jnp.arange(20)[None],
     'segments': np.ones((1, 20), int),
   }
-  whole = unembed(params, model.forward(params, batch))[0, :, :27]
+  whole = jax.jit(lambda p: unembed(p, model.forward(p, batch)))(params)[0, :, :27]
   cache = init_cache(model.cfg, 1, 32, jnp.float32)
   for start, stop, size in ((0, 7, 8), (7, 8, 1), (8, 11, 8), (5, 13, 8), (13, 20, 8)):
     piece = np.pad(ids[start:stop], (0, size - stop + start))[None]

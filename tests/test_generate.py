@@ -13,7 +13,6 @@ from slm import models
 from slm.models import decode
 from slm.models.decoder import unembed
 from slm.runs.config import section
-from slm.training import loop
 
 MODEL = models.build(
   section('model', {
@@ -22,17 +21,22 @@ MODEL = models.build(
   })
 )  # fmt: skip
 KEY = jax.random.key(1)
-PARAMS = MODEL.init(KEY)
+PARAMS = jax.jit(MODEL.init)(KEY)
+
+
+@jax.jit
+def logits_of(ids):
+  batch = {'inputs': ids, 'positions': jnp.arange(ids.shape[1])[None], 'segments': ids * 0 + 1}
+  return unembed(PARAMS, MODEL.forward(PARAMS, batch))
 
 
 def slow_greedy(prompt, n):
-  """Recompute the whole prefix for every token."""
-  ids = list(prompt)
-  for _ in range(n):
-    row = jnp.array([ids])
-    batch = {'inputs': row, 'positions': jnp.arange(len(ids))[None], 'segments': row * 0 + 1}
-    ids.append(int(unembed(PARAMS, MODEL.forward(PARAMS, batch))[0, -1].argmax()))
-  return ids[len(prompt) :]
+  """Recompute the whole prefix for every token; what comes after a prefix does not change it."""
+  ids = np.zeros(len(prompt) + n, int)
+  ids[: len(prompt)] = prompt
+  for i in range(len(prompt), len(ids)):
+    ids[i] = logits_of(ids[None])[0, i - 1].argmax()
+  return ids[len(prompt) :].tolist()
 
 
 def test_cached_greedy_equals_recomputing_even_when_padded():
@@ -49,8 +53,7 @@ def test_logprobs_are_the_models():
   prompt = jnp.array([[3, 1, 4]])
   out = decode.generate(MODEL, PARAMS, prompt, prompt * 0 + 1, KEY, max_tokens=4)
   ids = jnp.concatenate([prompt, out.tokens], axis=1)
-  batch = {'inputs': ids, 'positions': jnp.arange(7)[None], 'segments': ids * 0 + 1}
-  logits = unembed(PARAMS, MODEL.forward(PARAMS, batch))
+  logits = logits_of(ids)
   want = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, 2:6], out.tokens[..., None], -1)[..., 0]
   np.testing.assert_allclose(out.logprobs, want, atol=1e-5)
 
@@ -111,8 +114,8 @@ def test_samples_follow_the_softmax():
   np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.04)  # 5 standard errors
 
 
-def test_entry_point_shows_every_run(tiny_config, tmp_path):
-  loop.train(tiny_config.to_dict(), tmp_path / 'run')
+def test_entry_point_shows_every_run(tiny_config, train_once, tmp_path):
+  train_once(tiny_config.to_dict(), tmp_path / 'run')
   command = [sys.executable, '-m', 'slm.generate', f'--run={tmp_path / "run"}']
   done = subprocess.run(
     [*command, '--prompt=the party', '--max_tokens=5'], capture_output=True, text=True, check=True

@@ -64,11 +64,15 @@ def make(**changes):
 @functools.cache
 def _make(changes):
   model = models.build(section('model', {**SMALL, **dict(changes)}))
-  params = jax.jit(model.init)(jax.random.key(0))
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return model, jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+  def draw():
+    params = model.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+  return model, jax.jit(draw)()
 
 
 def make_batch(rows=2, t=12, vocab=96, seed=0):
@@ -182,9 +186,9 @@ def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):
 def test_prefill_and_decoding_from_a_cache_equal_the_full_pass(variant):
   model, params = make(**EVERY[variant])
   batch = make_batch(t=10)
-  full = jax.jit(model.forward)(params, batch).hidden
-  cache = init_cache(model.cfg, 2, 16, jnp.float32)  # longer than the row
   forward = jax.jit(model.forward)
+  full = forward(params, batch).hidden
+  cache = init_cache(model.cfg, 2, 16, jnp.float32)  # longer than the row
   part = lambda start, end: {name: x[:, start:end] for name, x in batch.items()}
   out = forward(params, part(0, 6), cache)
   pieces = [out.hidden]

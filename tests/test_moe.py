@@ -19,6 +19,18 @@ SMALL = {
 KEY = jax.random.key(0)
 
 
+def make(**changes):
+  """Return a model, its pass and its weights as drawn, each compiled."""
+  model, forward, params = _make(tuple(changes.items()))
+  return model, forward, jax.tree.map(lambda w: w, params)
+
+
+@functools.cache
+def _make(changes):
+  model = models.build(section('model', {**SMALL, **dict(changes)}))
+  return model, jax.jit(model.forward), jax.jit(model.init)(KEY)
+
+
 def batch(rows=8, t=10, padding=3):
   ids = np.asarray(jax.random.randint(KEY, (rows, t), 0, 37))
   real = np.broadcast_to(np.arange(t) < t - padding, (rows, t))
@@ -37,12 +49,10 @@ def loss(model, **weights):
 @pytest.mark.parametrize('devices', [1, 8])
 def test_dispatches_agree_in_value_and_gradient(devices):
   mesh = sharding.make_mesh({'data': devices}, jax.devices()[:devices])
-  params = models.build(section('model', SMALL)).init(KEY)
   rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
   results = []
   for dispatch in moe.DISPATCH:
-    model = models.build(section('model', {**SMALL, 'shared_mlp': 6, 'dispatch': dispatch}))
-    params = model.init(KEY)
+    model, _, params = make(shared_mlp=6, dispatch=dispatch)
     fn = lambda p, r, m=model: loss(m, balance=0.1, z=0.1)(p, r)['loss'][0]
     with jax.set_mesh(mesh):
       results.append(jax.jit(jax.value_and_grad(fn))(params, rows))
@@ -52,29 +62,28 @@ def test_dispatches_agree_in_value_and_gradient(devices):
 
 
 def test_equal_experts_are_one_dense_mlp():
-  model = models.build(section('model', SMALL))
-  params = model.init(KEY)
+  _, forward, params = make()
   experts = params['blocks']['mlp'].pop('experts')
   first = {n: w[:, 0] for n, w in experts.items()}
   mlp = params['blocks']['mlp']
   same = {n: jnp.broadcast_to(w[:, None], experts[n].shape) for n, w in first.items()}
   routed = {**params, 'blocks': {**params['blocks'], 'mlp': {**mlp, 'experts': same}}}
   dense = {**params, 'blocks': {**params['blocks'], 'mlp': first}}
-  plain = models.build(section('model', {**SMALL, 'num_experts': 0}))
-  got, want = model.forward(routed, batch()).hidden, plain.forward(dense, batch()).hidden
+  plain = jax.jit(models.build(section('model', {**SMALL, 'num_experts': 0})).forward)
+  got, want = forward(routed, batch()).hidden, plain(dense, batch()).hidden
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_routing_statistics_leave_out_padding_and_add_up():
-  model = models.build(section('model', SMALL))
+  _, forward, params = make()
   rows = batch()
-  routing = model.forward(model.init(KEY), rows).routing
+  routing = forward(params, rows).routing
   real = rows['segments'].sum(1)
   np.testing.assert_array_equal(routing['tokens'], np.stack([real, real], 1))
   np.testing.assert_allclose(routing['chosen'].sum(-1), 2 * routing['tokens'])
   np.testing.assert_allclose(routing['probability'].sum(-1), routing['tokens'], rtol=1e-5)
   halves = [{n: x[i : i + 4] for n, x in rows.items()} for i in (0, 4)]
-  parts = [model.forward(model.init(KEY), h).routing for h in halves]
+  parts = [forward(params, h).routing for h in halves]
   joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   assert moe.balance(joined) == pytest.approx(float(moe.balance(routing)), rel=1e-5)
 
@@ -88,13 +97,13 @@ def test_balance_is_one_when_even_and_the_number_of_experts_at_worst():
 
 def test_auxiliary_losses_are_their_formulas_and_are_minimised():
   """On two layers: Fedus et al. eq. 4 and Zoph et al. eq. 5, from the routers' logits."""
-  model = models.build(section('model', SMALL))
-  params, rows = model.init(KEY), batch(rows=1, t=6, padding=0)
+  model, forward, params = make()
+  rows = batch(rows=1, t=6, padding=0)
   seen = {}
 
   def logits_of(w_router):  # the layers' inputs, by a router that shows them
     mlp = {**params['blocks']['mlp'], 'w_router': w_router}
-    return model.forward({**params, 'blocks': {**params['blocks'], 'mlp': mlp}}, rows).routing
+    return forward({**params, 'blocks': {**params['blocks'], 'mlp': mlp}}, rows).routing
 
   routing = logits_of(params['blocks']['mlp']['w_router'])
   share = np.asarray(routing['chosen'][0]) / 12  # [layers, experts], two of six tokens' choices
@@ -108,19 +117,20 @@ def test_auxiliary_losses_are_their_formulas_and_are_minimised():
 
   z, logits = z_of(jax.random.normal(KEY, (16, 4)))
   np.testing.assert_allclose(z, np.log(np.exp(logits).sum(-1)) ** 2, rtol=1e-5)
-  sums = loss(model, balance=0.3, z=0.7)(params, rows)
+  sums = jax.jit(loss(model, balance=0.3, z=0.7))(params, rows)
   value = {name: float(total / weight) for name, (total, weight) in sums.items()}
   seen['z'] = float(routing['z'].sum() / routing['tokens'].sum())
   assert value['balance'] == pytest.approx(balance, rel=1e-5)
   assert value['router_z'] == pytest.approx(seen['z'], rel=1e-5)
   whole = value['nll'] + 0.3 * value['balance'] + 0.7 * value['router_z']
   assert value['loss'] == pytest.approx(whole, rel=1e-6) and value['loss'] > value['nll']
-  gradient = lambda name: jax.grad(lambda p: loss(model, balance=1.0, z=1.0)(p, rows)[name][0])
+  each = jax.jit(loss(model, balance=1.0, z=1.0))
+  gradient = lambda name: jax.jit(jax.grad(lambda p: each(p, rows)[name][0]))
   for name in ('balance', 'router_z'):
     g = gradient(name)(params)['blocks']['mlp']['w_router']
     step = jax.tree.map(lambda x: x, params)
     step['blocks']['mlp']['w_router'] = params['blocks']['mlp']['w_router'] - 1e-2 * g
-    after = loss(model, balance=1.0, z=1.0)(step, rows)[name][0]
+    after = each(step, rows)[name][0]
     assert np.abs(g).max() > 0 and after < sums[name][0]
 
 
@@ -160,10 +170,8 @@ def test_equals_mixtral():
   transformers = pytest.importorskip('transformers')
   from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-  model = models.build(
-    section('model', {**SMALL, 'num_layers': 1, 'rope_theta': 1e4, 'tied': False})
-  )
-  c, params = model.cfg, model.init(KEY)
+  model, forward, params = make(num_layers=1, rope_theta=1e4, tied=False)
+  c = model.cfg
   config = transformers.MixtralConfig(
     vocab_size=c.vocab, hidden_size=c.embed, intermediate_size=c.mlp, num_hidden_layers=1,
     num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
@@ -194,7 +202,7 @@ def test_equals_mixtral():
   data = batch(padding=0)
   with torch.no_grad():
     theirs = hf(torch.tensor(data['inputs']).long(), output_router_logits=True)
-  ours = model.forward(params, data)
+  ours = forward(params, data)
   logits = decoder.unembed(params, ours)
   np.testing.assert_allclose(logits, theirs.logits.numpy(), rtol=2e-4, atol=2e-4)
   uneven = load_balancing_loss_func(theirs.router_logits, 4, 2)  # theirs adds the k choices up
@@ -203,8 +211,9 @@ def test_equals_mixtral():
 
 def test_a_distilled_router_is_kept_balanced():
   """What distillation adds up is the divergence and what the next-token loss adds for a router."""
-  teacher, student = models.build(section('model', SMALL)), models.build(section('model', SMALL))
-  weights, params, rows = teacher.init(jax.random.key(7)), student.init(KEY), batch()
+  teacher = models.build(section('model', SMALL))
+  student, _, params = make()
+  weights, rows = jax.jit(teacher.init)(jax.random.key(7)), batch()
   passes = {'student': student.forward, 'teacher': teacher.forward}
   kd = {'name': 'distill', 'chunk': 8, 'temperature': 1.0, 'mixing': 1.0, 'kl': 'forward'}
   taught = lambda **more: jax.jit(objectives.build(section('objective', {**kd, **more}), passes))(
@@ -220,8 +229,7 @@ def test_a_distilled_router_is_kept_balanced():
 
 
 def test_counts_and_axes():
-  model = models.build(section('model', {**SMALL, 'shared_mlp': 6}))
-  params = model.init(KEY)
+  model, _, params = make(shared_mlp=6)
   assert sum(count.num_params(model.cfg).values()) == sum(x.size for x in jax.tree.leaves(params))
   idle = 2 * 2 * 3 * 16 * 12  # two layers, two experts not taken
   total, active = (f(model.cfg)['mlp'] for f in (count.num_params, count.active_params))
@@ -235,13 +243,13 @@ def test_counts_and_axes():
 
 
 def test_cached_decoding_equals_the_whole_pass():
-  model = models.build(section('model', SMALL))
-  params, rows = model.init(KEY), batch(rows=2, padding=0)
-  whole = model.forward(params, rows).hidden
+  model, forward, params = make()
+  rows = batch(rows=2, padding=0)
+  whole = forward(params, rows).hidden
   cache, parts = decoder.init_cache(model.cfg, 2, 10, jnp.float32), []
   for i in range(10):
     step = {n: jnp.asarray(x[:, i : i + 1]) for n, x in rows.items()}
-    out = model.forward(params, step, cache)
+    out = forward(params, step, cache)
     cache = out.cache
     parts.append(out.hidden)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)

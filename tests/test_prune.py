@@ -1,6 +1,7 @@
 """Cutting models: masked and cut are the same model, for every shape and axis there is."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,34 @@ SHAPES = {
 
 def make(name):
   """Return a model and weights in which nothing is at its start."""
+  model, params = _make(name)
+  return model, jax.tree.map(lambda w: w, params)
+
+
+@functools.cache
+def _make(name):
   model = models.build(section('model', {**SMALL, **SHAPES[name]}))
-  params = model.init(jax.random.key(0))
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return model, jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+  def draw():
+    params = model.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+  return model, jax.jit(draw)()
+
+
+def cut(params, cfg, kept, gain='none'):
+  """Cut in one program."""
+  shapes = []
+
+  def run(params):
+    small, shape = slicing.cut(params, cfg, kept, gain)
+    shapes.append(shape)
+    return small
+
+  return jax.jit(run)(params), shapes[0]
 
 
 def choose(rng, count, size, *lead):
@@ -96,17 +119,22 @@ def masked(params, cfg, kept):
       leaf = leaf * stays.reshape(dims)
     return leaf
 
-  return jax.tree_util.tree_map_with_path(mask, params)
+  return jax.jit(lambda p: jax.tree_util.tree_map_with_path(mask, p))(params)
+
+
+@functools.cache
+def forward(cfg):
+  model = models.build(section('model', {'name': 'decoder', **dataclasses.asdict(cfg)}))
+  return jax.jit(lambda params, batch: unembed(params, model.forward(params, batch)))
 
 
 def logits_of(cfg, params, ids=None):
-  model = models.build(section('model', {'name': 'decoder', **dataclasses.asdict(cfg)}))
   if ids is None:
     ids = np.random.default_rng(5).integers(0, cfg.vocab, (2, 11))
   ids = np.asarray(ids, np.int32)
   t = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
   batch = {'inputs': ids, 'positions': t, 'segments': np.ones_like(ids)}
-  return np.asarray(jax.jit(lambda p: unembed(p, model.forward(p, batch)))(params))
+  return np.asarray(forward(cfg)(params, batch))
 
 
 @pytest.mark.parametrize('name', SHAPES)
@@ -114,13 +142,13 @@ def logits_of(cfg, params, ids=None):
 def test_cut_is_masked(name, axes):
   model, params = make(name)
   kept = sets(model.cfg, *axes)
-  small, cfg = slicing.cut(params, model.cfg, kept, 'sqrt')
+  small, cfg = cut(params, model.cfg, kept, 'sqrt')
   whole = logits_of(model.cfg, masked(params, model.cfg, kept))
   np.testing.assert_allclose(logits_of(cfg, small), whole, rtol=1e-4, atol=1e-4)
   assert np.abs(whole - logits_of(model.cfg, params)).max() > 0.05
   assert sum(num_params(cfg).values()) == sum(x.size for x in jax.tree.leaves(small))
   if 'embed' in axes:  # without the gain it is another model
-    plain, cfg = slicing.cut(params, model.cfg, kept)
+    plain, cfg = cut(params, model.cfg, kept)
     assert np.abs(logits_of(cfg, plain) - whole).max() > 1e-3
 
 
@@ -128,7 +156,7 @@ def test_cut_is_masked(name, axes):
 def test_layers_that_add_nothing_can_go(name):
   model, params = make(name)
   kept = sets(model.cfg, 'layers')
-  small, cfg = slicing.cut(params, model.cfg, kept)
+  small, cfg = cut(params, model.cfg, kept)
   idle = lambda path, w: w.at[1].set(0.0) if path[-1].key in ('wo', 'w_down', 'bo', 'b_down') else w
   silent = jax.tree_util.tree_map_with_path(idle, params)
   np.testing.assert_allclose(
@@ -144,7 +172,7 @@ def test_layers_that_add_nothing_can_go(name):
 def test_rows_of_the_vocabulary(name):
   model, params = make(name)
   kept = sets(model.cfg, 'vocab')
-  small, cfg = slicing.cut(params, model.cfg, kept)
+  small, cfg = cut(params, model.cfg, kept)
   ids = np.random.default_rng(3).integers(0, 40, (2, 9))
   whole = logits_of(model.cfg, params, kept['vocab'][ids])[..., kept['vocab']]
   np.testing.assert_allclose(logits_of(cfg, small, ids), whole, rtol=1e-5, atol=1e-5)
@@ -154,7 +182,7 @@ def test_experts_go_as_if_the_router_never_chose_them(monkeypatch):
   """Every layer loses another expert: its logits are -inf, marked by a NaN in its column."""
   model, params = make('mixtral')
   kept = sets(model.cfg, 'mlp') | {'experts': np.array([[0, 1, 3], [1, 2, 3], [0, 1, 2]])}
-  small, cfg = slicing.cut(params, model.cfg, kept)
+  small, cfg = cut(params, model.cfg, kept)
   assert cfg.num_experts == 3 and small['blocks']['mlp']['experts']['w_up'].shape == (3, 3, 24, 13)
   ours = logits_of(cfg, small)
 
@@ -167,17 +195,19 @@ def test_experts_go_as_if_the_router_never_chose_them(monkeypatch):
     return weights / weights.sum(-1, keepdims=True), ids, found
 
   monkeypatch.setattr(moe, 'route', route)
+  forward.cache_clear()
   whole = masked(params, model.cfg, {'mlp': kept['mlp']})
   router = whole['blocks']['mlp']['w_router']
   gone = [6 - sum(k) for k in kept['experts'].tolist()]
   whole['blocks']['mlp']['w_router'] = router.at[jnp.arange(3), :, jnp.array(gone)].set(jnp.nan)
   np.testing.assert_allclose(ours, logits_of(model.cfg, whole), rtol=1e-4, atol=1e-4)
+  forward.cache_clear()
 
 
 def test_key_value_heads_go_with_their_queries():
   model, params = make('llama')
   kept = {'kv_heads': np.array([[0], [1], [0]]), 'heads': np.array([[0, 1], [2, 3], [0, 1]])}
-  small, cfg = slicing.cut(params, model.cfg, kept)
+  small, cfg = cut(params, model.cfg, kept)
   assert (cfg.num_heads, cfg.num_kv_heads) == (2, 1)
   whole = logits_of(model.cfg, masked(params, model.cfg, kept))
   np.testing.assert_allclose(logits_of(cfg, small), whole, rtol=1e-4, atol=1e-4)
@@ -192,14 +222,14 @@ def test_keeping_everything_is_the_identity_and_cutting_twice_is_cutting_once(na
   }
   every['heads'] = np.tile(np.arange(c.num_heads), (c.num_layers, 1))
   for gain in ('none', 'sqrt'):
-    same, cfg = slicing.cut(params, c, every, gain)
+    same, cfg = cut(params, c, every, gain)
     assert cfg == c
     jax.tree.map(np.testing.assert_array_equal, same, params)
   first = sets(c, 'embed', 'mlp')
-  once, cfg = slicing.cut(params, c, first)
+  once, cfg = cut(params, c, first)
   fewer = {'embed': np.arange(0, 16, 2)}
-  twice, small = slicing.cut(once, cfg, fewer)
-  direct, also = slicing.cut(params, c, {**first, 'embed': first['embed'][::2]})
+  twice, small = cut(once, cfg, fewer)
+  direct, also = cut(params, c, {**first, 'embed': first['embed'][::2]})
   assert small == also
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), twice, direct)
 

@@ -95,7 +95,7 @@ def test_sites_are_what_the_notes_say():
   """What norms give, what the output projections take, and how far each layer turns the stream."""
   model, params = make('llama')
   batch, c = rows(), model.cfg
-  found, real = model.observe(params, batch)[1]['blocks'], batch['segments'] > 0
+  found, real = jax.jit(model.observe)(params, batch)[1]['blocks'], batch['segments'] > 0
   sites = {'attn_in': found['attn_in'], 'mlp_in': found['mlp_in']}
   sites |= {'heads': found['attn']['heads'], 'mlp': found['mlp']['mlp']}
   for i, want in enumerate(by_hand(params, c, batch)):

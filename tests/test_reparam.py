@@ -1,5 +1,6 @@
 """Materialise: closed forms of the projected network, the mixture, what depends on what."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,7 @@ MODEL = models.build(
     'num_kv_heads': 1, 'head_dim': 4, 'mlp': 20,
   })
 )  # fmt: skip
+MODEL = dataclasses.replace(MODEL, init=jax.jit(MODEL.init))
 KEY = jax.random.key(0)
 
 

@@ -97,7 +97,7 @@ def random_model(root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0) -
     ),
     eval=EvalConfig(batch_size=8), data=DataConfig(path=str(root / 'data')),
   )  # fmt: skip
-  params = models.build(cfg.model).init(jax.random.key(5))
+  params = jax.jit(models.build(cfg.model).init)(jax.random.key(5))
   params['embedding'] = params['embedding'] * 12  # confident, so that what it writes varies
   load.write_dense(root / 'run', cfg, params, [])
   return root / 'run'
