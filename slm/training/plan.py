@@ -5,6 +5,7 @@ or an accelerator.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -184,7 +185,7 @@ def _memory(cfg, model, rep, theta, shardings, mesh, teacher) -> dict[str, float
     copy = _count(dense, sharding.shardings(dense, mesh), times)
   recomputed = 0.0
   if decoder.remat != 'none':
-    whole = _kept(dataclasses.replace(decoder, remat='none'), cfg, tensor)
+    whole = _kept(dataclasses.replace(decoder, remat='none'), cfg.context, cfg.dtype, tensor)
     recomputed = whole / decoder.num_layers
   memory = {
     'weights': 4.0 * trained,
@@ -192,7 +193,7 @@ def _memory(cfg, model, rep, theta, shardings, mesh, teacher) -> dict[str, float
     'optimiser moments': 8.0 * trained,
     'compute copy of weights': 0.0,
     'logits of a chunk': 8.0 * cfg.objective.chunk * decoder.vocab,  # and their gradient
-    'kept for the backward pass': rows * _kept(decoder, cfg, tensor),
+    'kept for the backward pass': rows * _kept(decoder, cfg.context, cfg.dtype, tensor),
     'one layer, recomputed': rows * recomputed,
   }
   width = jnp.dtype(cfg.dtype).itemsize
@@ -239,16 +240,17 @@ def _frozen(cfg, model, rep, theta, mesh) -> dict[str, float]:
   }
 
 
-def _kept(model: DecoderConfig, cfg: RunConfig, tensor: int) -> float:
+@functools.cache
+def _kept(model: DecoderConfig, context: int, dtype: str, tensor: int) -> float:
   """Return the bytes that one row's forward pass keeps, from the residuals that JAX traces."""
   share = {n: getattr(model, n) // tensor for n in ('num_heads', 'num_kv_heads', 'mlp')}
   decoder = Decoder(dataclasses.replace(model, **share))
 
   def kept(rows: int) -> int:
-    tokens = jax.ShapeDtypeStruct((rows, cfg.context), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, context), jnp.int32)
     batch = {name: tokens for name in ('inputs', 'positions', 'segments')}
     params = jax.eval_shape(decoder.init, jax.random.key(0), batch)['params']
-    params = jax.eval_shape(lambda p: tree.cast(p, jnp.dtype(cfg.dtype)), params)
+    params = jax.eval_shape(lambda p: tree.cast(p, jnp.dtype(dtype)), params)
 
     def residuals(params, batch):
       return jax.vjp(lambda p: decoder.apply({'params': p}, batch).hidden, params)[1]
