@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 py=${1:-python3}
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
+# Commands that follow one another compile the same programs.
+export JAX_COMPILATION_CACHE_DIR=$root/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 data=$root/data
 
 "$py" - "$root" <<'EOF'
