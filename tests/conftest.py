@@ -36,6 +36,7 @@ from configs import data as data_config  # noqa: E402
 from slm.base import schema  # noqa: E402
 from slm.data import prepare, settings  # noqa: E402
 from slm.training import loop  # noqa: E402
+from slm.weights import sharding  # noqa: E402
 
 TOPICS = {
   'river': 'water flows past the old mill and the boats drift slowly under grey willow trees',
@@ -117,7 +118,8 @@ def train_once(tmp_path_factory):
   runs = {}
 
   def make(config, path):
-    key = json.dumps(config, sort_keys=True)
+    devices = sharding.make_mesh(config['mesh']).size  # tests make meshes of fewer than there are
+    key = json.dumps([config, devices], sort_keys=True)
     if key not in runs:
       runs[key] = tmp_path_factory.mktemp('trained') / 'run'
       loop.train(config, runs[key])

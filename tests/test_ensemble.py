@@ -14,7 +14,6 @@ from slm.data.tokenizer import load as load_tokenizer
 from slm.models.decoder import unembed
 from slm.objectives import heldout
 from slm.runs import ledger, load
-from slm.training import loop
 from slm.weights import sharding
 
 MAKE = sharding.make_mesh
@@ -22,14 +21,14 @@ ONE = lambda: MAKE({'data': 1}, jax.devices()[:1])
 
 
 @pytest.fixture
-def trained(tiny_config, tmp_path, monkeypatch):
+def trained(tiny_config, train_once, tmp_path, monkeypatch):
   # Two clusters do not divide over eight devices.
   monkeypatch.setattr(sharding, 'make_mesh', lambda sizes: ONE())
   c = tiny_config
   c.reparam = {'name': 'mixture', 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4, order='every')
   c.mesh.data = 1
-  loop.train(c.to_dict(), tmp_path / 'run')
+  train_once(c.to_dict(), tmp_path / 'run')
   return tmp_path / 'run'
 
 

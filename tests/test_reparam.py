@@ -27,9 +27,13 @@ KEY = jax.random.key(0)
 
 def project(k=3, h=4, m=5, leaves=MLP, shared_mix=True):
   cfg = {'name': 'project', 'clusters': k, 'capacity': h, 'code': m}
-  return reparam.build(
-    section('reparam', {**cfg, 'leaves': leaves, 'shared_mix': shared_mix}), MODEL.init
-  )
+  return jitted(section('reparam', {**cfg, 'leaves': leaves, 'shared_mix': shared_mix}))
+
+
+def jitted(cfg):
+  """Build a reparameterisation of MODEL that draws its theta in one program."""
+  rep = reparam.build(cfg, MODEL.init)
+  return dataclasses.replace(rep, init=jax.jit(rep.init))
 
 
 def batch(rows=2, t=6, groups=0):
@@ -74,7 +78,7 @@ def test_last_layers_projects_those_alone():
   """The layers before keep one matrix for all clusters; the last ones follow the same sum."""
   k, h, m = 3, 4, 5
   cfg = {'name': 'project', 'clusters': k, 'capacity': h, 'code': m, 'leaves': MLP}
-  rep = reparam.build(section('reparam', {**cfg, 'shared_mix': True, 'last_layers': 1}), MODEL.init)
+  rep = jitted(section('reparam', {**cfg, 'shared_mix': True, 'last_layers': 1}))
   with jax.enable_x64(True):  # in float32 the two orders of one sum differ by more than 1e-6
     theta = jax.tree.map(lambda x: x.astype(jnp.float64), rep.init(KEY))
     grouped = rep.materialize(theta, {}, jnp.arange(k))['blocks']['mlp']
@@ -99,7 +103,7 @@ def test_last_layers_projects_those_alone():
 def test_identity_codes_make_the_projected_leaves_a_mixture():
   """With h = k = m and E = M = I, cluster i's projected leaves are slice i (paper, 2.5)."""
   k = 3
-  mixed = reparam.build(section('reparam', {'name': 'mixture', 'clusters': k}), MODEL.init)
+  mixed = jitted(section('reparam', {'name': 'mixture', 'clusters': k}))
   experts = mixed.init(KEY)
   rep = project(k, k, k)
   theta = rep.init(KEY)
@@ -119,9 +123,7 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
   """The mapped forward pass equals each cluster's dense model on its own rows."""
   k = 4
   rep = (
-    project(k)
-    if name == 'project'
-    else reparam.build(section('reparam', {'name': name, 'clusters': k}), MODEL.init)
+    project(k) if name == 'project' else jitted(section('reparam', {'name': name, 'clusters': k}))
   )
   theta, rows = rep.init(KEY), batch(groups=4)
   condition = jnp.array([2, 0, 2, 3]) if name == 'project' else jnp.arange(4)
@@ -129,11 +131,11 @@ def test_a_group_of_rows_sees_its_own_clusters_model(name):
     NextTokenConfig(chunk=5), {'student': reparam.map_groups(rep, MODEL.forward)}
   )
   sums = make_sums(objective, rep, 'float32')
-  got, weight = sums(theta, {}, {**rows, 'condition': condition})['loss']
-  want = []
+  got, weight = jax.jit(sums)(theta, {}, {**rows, 'condition': condition})['loss']
+  alone, want = jax.jit(objective), []
   for g in range(4):
     dense = rep.materialize(theta, {}, int(condition[g]))
-    want.append(objective(dense, {}, jax.tree.map(lambda x, g=g: x[g], rows))['loss'])
+    want.append(alone(dense, {}, jax.tree.map(lambda x, g=g: x[g], rows))['loss'])
   sums, tokens = zip(*want, strict=True)
   if rep.independent:  # every model has its own loss
     np.testing.assert_allclose(got, sums, rtol=1e-5)
@@ -150,7 +152,7 @@ def test_clusters_not_in_the_batch_get_no_gradient():
   )
   sums = make_sums(objective, rep, 'float32')
   rows = {**batch(groups=2), 'condition': jnp.array([1, 3])}
-  grads = jax.grad(lambda t: sums(t, {}, rows)['loss'][0].sum())(rep.init(KEY))
+  grads = jax.jit(jax.grad(lambda t: sums(t, {}, rows)['loss'][0].sum()))(rep.init(KEY))
   moved = np.abs(np.asarray(grads['expert_code'])).sum(1) > 0
   assert moved.tolist() == [False, True, False, True]
   assert all(np.abs(g).sum() > 0 for g in jax.tree.leaves(grads['shared']['embedding']))
@@ -208,9 +210,7 @@ SECTIONS = {
 
 
 def build(name):
-  return reparam.build(
-    section('reparam', {'name': name.partition('_')[0], **SECTIONS[name]}), MODEL.init
-  )
+  return jitted(section('reparam', {'name': name.partition('_')[0], **SECTIONS[name]}))
 
 
 def moved(theta):

@@ -61,7 +61,7 @@ def student(root, vocab=0):
   """Build a student, its vocabulary padded to a size, and draw its weights."""
   cfg = config_of(root / 'teacher').model
   build = lambda **more: models.build(dataclasses.replace(cfg, **more))
-  params = build().init(jax.random.key(7))
+  params = jax.jit(build().init)(jax.random.key(7))
   pad = max(vocab - cfg.vocab, 0)
   params['embedding'] = jnp.pad(params['embedding'], ((0, pad), (0, 0)), constant_values=0.3)
   return build(vocab=cfg.vocab + pad), params
@@ -106,7 +106,7 @@ def test_order_and_padding_of_the_vocabulary_do_not_matter(mode, made, tiny_data
   # A wider student pays for what it gives to ids that no tokenizer has, and for nothing else.
   padded, wide, _ = cached(made, tiny_data, mode, vocab=272)
   model, _ = student(made, 272)
-  scores = unembed(wide, model.forward(wide, batch))
+  scores = jax.jit(lambda p: unembed(p, model.forward(p, batch)))(wide)
   beyond = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(scores[..., :259], axis=-1)
   want = float(value) + float((beyond * batch['weights']).sum())
   assert float(padded(wide, batch)[0]) == pytest.approx(want, rel=1e-5)

@@ -33,7 +33,7 @@ def one_device():
 
 
 @pytest.fixture(params=['mixture', 'project', 'soup'])
-def trained(request, tiny_config, tmp_path, one_device):
+def trained(request, tiny_config, train_once, tmp_path, one_device):
   c = tiny_config
   c.reparam = {'name': request.param, 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4)
@@ -46,7 +46,7 @@ def trained(request, tiny_config, tmp_path, one_device):
     c.reparam.update(experts=2, leaves=leaves, router='linear', hidden=0)
   else:
     c.reparam.update(capacity=2, code=2, leaves=leaves, shared_mix=True)
-  loop.train(c.to_dict(), tmp_path / 'run')
+  train_once(c.to_dict(), tmp_path / 'run')
   return tmp_path / 'run'
 
 
@@ -141,9 +141,10 @@ def test_evaluation_equals_a_loop_over_tokens(tiny_config, train_once, tmp_path,
   train_once(tiny_config.to_dict(), tmp_path / 'run')
   found = heldout.run(tmp_path / 'run', tiny_data, ['court/test'], MESH(), 5)['court/test']
   loaded = load.load(tmp_path / 'run', MESH())
+  logits_of = jax.jit(lambda p, batch: unembed(p, loaded.model.forward(p, batch)))
   nll, tokens = 0.0, 0
   for _, ids, batch in loader.evaluation_batches(tiny_data, 'court', 'test', 3):
-    logits = unembed(loaded.theta, loaded.model.forward(loaded.theta, batch))
+    logits = logits_of(loaded.theta, batch)
     p = jax.nn.softmax(logits.astype(jnp.float32))
     picked = jnp.take_along_axis(p, batch['targets'][..., None], -1)[..., 0]
     nll += float(-(jnp.log(picked) * batch['weights']).sum())
@@ -206,13 +207,13 @@ def test_objective_is_the_one_evaluated(tiny_config, tmp_path, tiny_data):
   """The training loss at the first step is the held-out measure on that batch."""
   cfg = resolve(tiny_config.to_dict())
   model, rep = load.build(cfg)
-  params = rep.init(jax.random.key(0))
+  params = jax.jit(rep.init)(jax.random.key(0))
   batch = next(loader.build(cfg.data))
   rows = jax.tree.map(
     lambda x: x[0].reshape(-1, x.shape[-1]), {**batch, 'condition': batch['weights']}
   )
   objective = next_token.next_token(NextTokenConfig(chunk=64), {'student': model.forward})
-  value, weight = objective(params, {}, rows)['loss']
+  value, weight = jax.jit(objective)(params, {}, rows)['loss']
   per_row = heldout.make_row_losses(model.forward, 'float32', 64, MESH())(params, rows)
   np.testing.assert_allclose(per_row.sum(0), [value, weight], rtol=1e-5)
 
