@@ -115,7 +115,7 @@ def test_memory_of_a_tuned_frozen_model_beside_xlas(name):
 def test_what_training_refuses_is_not_planned():
   for changes, message in (
     ({'data.level': 8}, 'needs rows grouped by as many clusters'),
-    ({'data.accum': 0}, 'accum must be at least 1'),
+    ({'data.accum': 0}, 'batch_size and accum of at least 1'),
   ):
     cfg = config(SMALL, project(32), **{'data.level': 32, 'data.batch_size': 32} | changes)
     with pytest.raises(ValueError, match=message):
