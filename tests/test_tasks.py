@@ -371,7 +371,13 @@ def toy_copy(run):
     ({'gold': 2}, ':1: gold: expected 0 to 1, found 2'),
     ({'gold': 'A'}, ":1: gold: expected int of text, found 'A'"),
     ({'choices': ['a', 3]}, ':1: choices: expected list of text'),
-    ({'choices': ['a', ' ']}, ':1: an answer is empty'),
+    ({'choices': ['a', ' ']}, ':1: an answer is empty or no text'),
+    ({'type': ['mc']}, r":1: type: expected one of .* found \['mc'\]"),
+    (
+      {'type': 'lm', 'context': 'x', 'continuation': 'y', 'gold': 'Paris'},
+      ":1: gold: expected 0 to 0, found 'Paris'",
+    ),
+    ({'type': 'numeric', 'question': 'x', 'final': '42', 'answer': 42}, ':1: an answer is .* text'),
     ({'type': 'essay'}, ":1: type: expected one of .* found 'essay'"),
     ({'id': 7}, ':1: expected an object with an id'),
     ({'id': 'x-1'}, ":2: id 'x-1' was used before"),
@@ -381,6 +387,13 @@ def test_items_that_are_not_whole_are_refused(change, message, tmp_path):
   path = write(tmp_path / 'bad.jsonl', [{**MC, **change}, MC])
   with pytest.raises(ValueError, match=message):
     tasks.read(path)
+
+
+def test_blank_lines_are_skipped(tmp_path):
+  path = tmp_path / 'good.jsonl'
+  write(path, [MC, MC])
+  path.write_text(path.read_text().replace('\n', '\n\n') + ' \n')
+  assert [item['id'] for item in tasks.read(path)] == ['x-0', 'x-1']
 
 
 def test_files_and_options_that_do_not_fit_are_refused(run, tmp_path):

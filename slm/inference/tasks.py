@@ -146,12 +146,14 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   """
   items: dict[str, dict[str, Any]] = {}
   for number, line in enumerate(sources.lines(str(path)), 1):
+    if not line.strip():
+      continue
     where = f'{path}:{number}'
     with files.reading(where, 'valid JSON'):
       item = json.loads(line)
     if not isinstance(item, dict) or not isinstance(item.get('id'), str):
       raise ValueError(f'{where}: expected an object with an id')
-    if item.get('type') not in KINDS and {'question', 'final'} <= set(item):
+    if item.get('type') not in list(KINDS) and {'question', 'final'} <= set(item):
       item['type'] = 'numeric'
     _check(where, item)
     if item['id'] in items:
@@ -165,7 +167,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _check(where: str, item: dict[str, Any]) -> None:
-  if item.get('type') not in KINDS:
+  if item.get('type') not in list(KINDS):
     raise ValueError(f'{where}: type: expected one of {list(KINDS)}, found {item.get("type")!r}')
   for name, kind in KINDS[item['type']].fields.items():
     value = item.get(name)
@@ -173,10 +175,11 @@ def _check(where: str, item: dict[str, Any]) -> None:
     if not isinstance(value, kind) or not all(isinstance(x, str) for x in texts):
       raise ValueError(f'{where}: {name}: expected {kind.__name__} of text, found {value!r}')
   pairs = KINDS[item['type']].pairs(item)
-  if not all(continuation.strip() for _, continuation in pairs):
-    raise ValueError(f'{where}: an answer is empty')
-  if not 0 <= item.get('gold', 0) < len(pairs):
-    raise ValueError(f'{where}: gold: expected 0 to {len(pairs) - 1}, found {item["gold"]}')
+  if not all(isinstance(text, str) and text.strip() for _, text in pairs):
+    raise ValueError(f'{where}: an answer is empty or no text')
+  gold = item.get('gold', 0)
+  if not isinstance(gold, int) or not 0 <= gold < len(pairs):
+    raise ValueError(f'{where}: gold: expected 0 to {len(pairs) - 1}, found {gold!r}')
 
 
 def joined(pair: Pair) -> Pair:
