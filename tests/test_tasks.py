@@ -396,6 +396,14 @@ def test_blank_lines_are_skipped(tmp_path):
   assert [item['id'] for item in tasks.read(path)] == ['x-0', 'x-1']
 
 
+def test_a_kind_names_its_main_score(scorer, monkeypatch):
+  kind = tasks.KINDS['lm']._replace(score=lambda item, answers: {'rank': 2.0}, main='rank')
+  monkeypatch.setitem(tasks.KINDS, 'ranked', kind)
+  items = [{'id': 'x', 'type': 'ranked', 'context': 'the', 'continuation': 'ship'}]
+  result = tasks.evaluate(scorer, items)
+  assert result['score'] == 2.0 and tasks.line(result) == 'rank 2 ± nan'
+
+
 def test_files_and_options_that_do_not_fit_are_refused(run, tmp_path):
   good = write(tmp_path / 'good.jsonl', [MC, MC])
   mixed = write(tmp_path / 'mixed.jsonl', [MC, {'question': 'x', 'final': '1'}])

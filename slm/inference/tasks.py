@@ -37,13 +37,14 @@ class Kind(NamedTuple):
   """A kind of item: its fields, its (context, continuation) pairs, and the scores of an answer.
 
   `score` takes the item and the (log-probability, greedy) of each pair or, where max_tokens is set,
-  the text generated after the context. Few-shot examples show the gold pair: item['gold'], or the
-  first.
+  the text generated after the context; `main` names the score that models are compared by.
+  Few-shot examples show the gold pair: item['gold'], or the first.
   """
 
   fields: Mapping[str, type]
   pairs: Callable[[Item], list[Pair]]
   score: Callable[[Item, Any], dict[str, float]]
+  main: str = 'acc'
   max_tokens: int = 0
   until: tuple[str, ...] = ()
 
@@ -127,12 +128,12 @@ KINDS = {
   'qa': Kind(
     {'query': str, 'answer': str, 'aliases': list},
     lambda x: [(_with_answer(x['query']), x['answer'])],
-    short_answer, 32, ('\n',),
+    short_answer, 'exact_match', 32, ('\n',),
   ),
   'numeric': Kind(
     {'question': str, 'final': str},
     lambda x: [(f'Question: {x["question"]}\nAnswer:', x.get('answer') or x['final'])],
-    final_number, 256, ('\n\n', 'Question:'),
+    final_number, 'exact_match', 256, ('\n\n', 'Question:'),
   ),
 }  # fmt: skip
 
@@ -265,11 +266,11 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def evaluate(scorer: scoring.Scorer, items: Sequence[Item]) -> dict[str, float]:
-  """Return the summary of items; its 'score' is acc, or exact_match where text is generated."""
+  """Return the summary of items; its 'score' is the main one of their kind."""
   kind = KINDS[items[0]['type']]
   max_tokens = min(kind.max_tokens, scorer.context // 2)
   result = summary(answer(scorer, items, [''] * len(items), max_tokens))
-  return result | {'score': result['exact_match' if kind.max_tokens else 'acc']}
+  return result | {'score': result[kind.main]}
 
 
 def run(
@@ -360,7 +361,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def line(result: Mapping[str, Any]) -> str:
   """Format the scores of a summary with their standard errors."""
-  shown = [k for k in ('acc', 'acc_norm', 'exact_match', 'ppl', 'bpb') if k in result]
+  names = dict.fromkeys([*(kind.main for kind in KINDS.values()), 'acc_norm', 'ppl', 'bpb'])
   return '  '.join(
-    f'{k} {result[k]:.4g} ± {result.get(f"{k}_stderr", math.nan):.2g}' for k in shown
+    f'{k} {result[k]:.4g} ± {result.get(f"{k}_stderr", math.nan):.2g}' for k in names if k in result
   )
