@@ -1,5 +1,6 @@
 """The pool: workers end with their parent, killed workers are reported, leftovers deleted."""
 
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -72,6 +73,19 @@ def test_killed_worker_is_one_line():
   with work.Pool(2) as pool, pytest.raises(OSError, match='a worker process was killed') as e:
     list(pool.map(die, [0, 1, 2]))
   assert '\n' not in str(e.value)
+
+
+def test_an_error_ends_the_workers_of_the_pool_alone():
+  other = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
+  other.start()
+  try:
+    with pytest.raises(KeyError), work.Pool(2) as pool:
+      assert list(pool.map(abs, [-1, 2])) == [1, 2]
+      raise KeyError
+    assert other.is_alive() and multiprocessing.active_children() == [other]
+  finally:
+    other.kill()
+    other.join()
 
 
 def test_sweep_takes_what_dead_processes_left(tmp_path):

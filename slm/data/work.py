@@ -72,7 +72,7 @@ class Pool:
   def __exit__(self, kind: type | None, *_: object) -> None:
     if self._executor:
       if kind:  # after an error the results are not needed
-        for process in multiprocessing.active_children():
+        for process in list(self._executor._processes.values()):  # Python 3.14: kill_workers()
           process.kill()
       self._executor.shutdown(cancel_futures=True)
 
