@@ -91,6 +91,29 @@ def test_lost_and_cut_files_are_made_again(cfg):
   assert state(cfg.out) == before
 
 
+def test_unreadable_summaries_and_lost_outputs_are_made_again(cfg, capsys):
+  prepare.prepare(cfg)
+  before, out = state(cfg.out), pathlib.Path(cfg.out)
+  summary = next((out / 'windows/tokens/law').glob('*.clusters.json'))
+  rows_summary = out / 'law/test/rows-00000-of-00001.json'
+
+  def damage():
+    for path in (out / 'manifest.json', summary, rows_summary, out / 'index/law-500.json'):
+      path.write_text(path.read_text()[:-9])
+    for name in ('index/law-2000.npy', 'clusters/histograms.md', 'clusters/histograms.png'):
+      (out / name).unlink()
+
+  for verify in (False, True):
+    damage()
+    capsys.readouterr()
+    prepare.prepare(cfg, verify)
+    assert state(cfg.out) == before and (out / 'clusters/histograms.png').exists()
+    loader.Split(cfg.out, 'law', 'train', 'law-500')
+  errors = capsys.readouterr().err
+  for path in (out / 'manifest.json', summary, rows_summary):
+    assert f'{path}: truncated or damaged' in errors and files.read_json(path)
+
+
 def test_complete_directory_is_left_alone(cfg, monkeypatch):
   prepare.prepare(cfg)
   monkeypatch.setattr(work, 'run', None)  # no stage may run

@@ -10,6 +10,7 @@ from slm.data import cluster, documents, importance, loader, sources, tokenizer
 
 Path = pathlib.Path
 Levels = dict[str, dict[str, dict[str, Any]]]  # level -> set -> its histogram and statistics
+FILES = ('histograms.md', 'histograms.png', 'histograms.json')  # below clusters/, as written
 _COLUMNS = ('entropy', 'effective_clusters', 'ess_fraction', 'top_cluster')
 
 
@@ -24,10 +25,10 @@ def write(path: Path) -> None:
       values = importance.diagnostics(windows, counts['generic'])
       sets[name] = {key: values[key] for key in _COLUMNS}
       sets[name]['windows'] = windows.astype(int).tolist()
-  out = path / 'clusters'
-  files.write_text(out / 'histograms.md', _table(levels))
-  _plot(levels, out / 'histograms.png')
-  files.write_json(out / 'histograms.json', levels)
+  table, plot, record = (path / 'clusters' / name for name in FILES)
+  files.write_text(table, _table(levels))
+  _plot(levels, plot)
+  files.write_json(record, levels)
 
 
 def _table(levels: Levels) -> str:

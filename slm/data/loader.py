@@ -135,7 +135,7 @@ class Split:
     self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.record = rows.layout(self.manifest['columns'])
-    for problem in work.damages(folder / 'rows', self.facts.get('files', {}), content=False):
+    for _, problem in work.damages(folder / 'rows', self.facts.get('files', {}), content=False):
       raise ValueError(f'{problem}: slm.data.prepare makes it again')
     with _reading_records(folder):
       self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])

@@ -66,7 +66,7 @@ def prepare(cfg: PrepareConfig, verify: bool = False) -> dict[str, Any]:
     if not _complete(out, previous):
       with work.Pool(cfg.workers) as pool:
         _Preparation(cfg, pool).run(paths, previous)
-    if not (out / 'clusters' / 'histograms.json').exists():
+    if not all((out / 'clusters' / name).exists() for name in histograms.FILES):
       histograms.write(out)
     print((out / 'clusters' / 'histograms.md').read_text())
     _nested(cfg)
@@ -99,12 +99,20 @@ def _complete(out: Path, manifest: dict[str, Any]) -> bool:
 
 def _remove_damaged(out: Path) -> None:
   """Remove and name the files that are not as they were written, so that they are made again."""
-  stamps = _stamps(out, _readable_manifest(out))
-  summaries = ((path, files.read_json(path)) for path in out.rglob('*.json'))
-  stamps += [(p, s['files']) for p, s in summaries if isinstance(s, dict) and 'seconds' in s]
-  for problem in sorted({p for path, known in stamps for p in work.damages(path, known)}):
+  stamps, damaged = _stamps(out, _readable_manifest(out)), {}
+  for path in set(out.rglob('*.json')) - set((out / 'index').glob('*.json')):
+    try:
+      summary = files.read_json(path)
+    except ValueError as e:
+      damaged[path] = str(e)
+    else:
+      if isinstance(summary, dict) and 'seconds' in summary:
+        stamps.append((path, summary['files']))
+  for path, recorded in stamps:
+    damaged |= work.damages(path, recorded)
+  for path, problem in sorted(damaged.items()):
     print(f'{problem}: it is made again', file=sys.stderr)
-    Path(problem.partition(': ')[0]).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _sources(cfg: PrepareConfig, out: Path) -> Sources:
@@ -364,7 +372,7 @@ def _nested(cfg: PrepareConfig) -> None:
       continue
     data = loader.Split(cfg.out, name, 'train')
     for size in sorted(cfg.sizes):
-      if (data.path / 'index' / f'{name}-{size}.json').exists():
+      if _intact(data.path / 'index' / f'{name}-{size}.json'):
         continue
       if size > data.facts['tokens']:
         print(f'{name}-{size}: not made, {name}/train has {data.facts["tokens"]:,} tokens')
@@ -373,6 +381,18 @@ def _nested(cfg: PrepareConfig) -> None:
       made = {'how': 'prefix of one seeded permutation', 'size': size, 'seed': cfg.seed}
       index = importance.write_index(data, f'{name}-{size}', ids, made)
       print(f'index {name}-{size}: {index["rows"]:,} rows, {index["tokens"]:,} tokens')
+
+
+def _intact(record: Path) -> bool:
+  """Return whether an index matches the hash in its record; delete a record that is damaged."""
+  array = record.with_suffix('.npy')
+  try:
+    return files.read_json(record)['sha256'] == files.sha256(array)
+  except FileNotFoundError:
+    return False
+  except ValueError:
+    record.unlink()
+    return False
 
 
 def _main(_: list[str]) -> None:

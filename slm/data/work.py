@@ -126,14 +126,21 @@ def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
 
 
 def complete(path: Path) -> bool:
-  """Return whether a task's summary and all its files exist with their recorded sizes."""
-  return path.exists() and not any(damages(path, read_json(path)['files'], content=False))
+  """Return whether a task's summary is readable and all its files have their recorded sizes."""
+  try:
+    summary = read_json(path)
+  except (FileNotFoundError, ValueError):
+    return False
+  return not any(damages(path, summary['files'], content=False))
 
 
-def damages(sibling: Path, stamps: dict[str, Any], content: bool = True) -> Iterator[str]:
-  """Yield what is wrong with each of the files in a path's folder, as `files.damage` does."""
+def damages(
+  sibling: Path, stamps: dict[str, Any], content: bool = True
+) -> Iterator[tuple[Path, str]]:
+  """Yield each damaged file in the folder of `sibling` and its damage, as `files.damage` does."""
   for name, recorded in stamps.items():
     if not isinstance(recorded, list):  # earlier versions recorded the size alone
       recorded = [recorded]
-    if problem := damage(sibling.parent / name, recorded, content and len(recorded) > 1):
-      yield problem
+    path = sibling.parent / name
+    if problem := damage(path, recorded, content and len(recorded) > 1):
+      yield path, problem
