@@ -80,9 +80,11 @@ def test_a_derived_run_is_dense_and_has_no_start():
   parent = RunConfig(
     model=DecoderConfig(vocab=5), data=config.loader.DataConfig(level=2, batch_size=8),
     reparam=ProjectConfig(clusters=2), init='before', teacher='guide', hf={'path': 'x'},
+    source_steps={'init': 3},
   )  # fmt: skip
   made = config.derive(parent, 'select', specialist={'of': 'run'})
   assert made.reparam == FullConfig() and not (made.init or made.teacher or made.hf)
+  assert made.source_steps is None
   assert made.data == dataclasses.replace(parent.data, level=0)
   assert made.specialist == {'of': 'run'} and made.phase == 'select' and made.model == parent.model
 

@@ -550,6 +550,32 @@ def test_a_finished_run_goes_on_where_its_schedule_does_not_depend_on_its_end(
     loop.train(c.to_dict(), tmp_path / 'run')
 
 
+def test_a_run_keeps_the_weights_it_began_with_when_their_run_is_extended(tiny_config, tmp_path):
+  c, start = copy.deepcopy(tiny_config), tiny_config
+  start.schedule.name, start.eval.every, start.checkpoint.milestones = 'constant', 0, (4,)
+  loop.train(start.to_dict(), tmp_path / 'start')
+  c.init, c.steps = str(tmp_path / 'start'), 2
+  loop.train(specialists(c, 'lora').to_dict(), tmp_path / 'tuned')
+  served = lambda run: load.load(tmp_path / run, sharding.make_mesh({'data': -1})).params()
+  before = served('tuned')
+  older = shutil.copytree(tmp_path / 'tuned', tmp_path / 'older')
+  values = files.read_json(older / 'config.json')
+  assert values.pop('source_steps') == {'init': 4}
+  files.write_json(older / 'config.json', values)  # as earlier versions wrote it
+  start.steps = 6
+  loop.train(start.to_dict(), tmp_path / 'start')
+  assert equal(served('tuned'), before) and not equal(served('older'), before)
+  c.steps = 3
+  shutil.rmtree(tmp_path / 'start/checkpoints/4')
+  message = 'init: the run began with step 4 of .*start, which now serves 6: restore that'
+  for resumed in (lambda: served('tuned'), lambda: loop.train(c.to_dict(), tmp_path / 'tuned')):
+    with pytest.raises(ValueError, match=message):
+      resumed()
+  student = dataclasses.replace(load.config.of(older), teacher=c.init, source_steps={'teacher': 4})
+  with pytest.raises(ValueError, match='teacher: the run began with step 4 of .*start'):
+    load.source(student, 'teacher', sharding.make_mesh({'data': -1}))
+
+
 def test_wsd_is_extended_before_it_decays(tiny_config, tmp_path, monkeypatch):
   c = tiny_config
   c.schedule.name, c.schedule.decay, c.steps = 'wsd', 0.5, 4

@@ -37,8 +37,7 @@ def setup(
     forward = {'student': reparam.map_groups(rep, student.forward), 'signals': recall}
     objectives = {ROWS: distill.distill(cfg.objective, forward)}
     return Setup(objectives, evaluators, ancestors=(str(cache.path),), look_up=cache)
-  loaded = load.load(cfg.teacher, mesh, finished=True)
-  load.same_tokenizer(loaded, cfg.tokenizer)
+  loaded = load.source(cfg, 'teacher', mesh)
   objectives, rewrite = _live(cfg, student, rep, mesh, loaded)
   frozen, beside = _weights(cfg, student, rep, mesh, loaded)
   return Setup(

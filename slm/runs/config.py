@@ -209,6 +209,8 @@ class RunConfig:
   tokenizer: str = _derived('')  # fingerprint
   rows: str = _derived('')  # hash of the training rows
   clustering: str = _derived('')  # hash of the clusters that rows are grouped by
+  # Steps of `init` and `teacher` when the run began: the weights that every restart reads again.
+  source_steps: dict[str, int] | None = _derived(None)
   specialist: dict[str, Any] | None = _derived(None)  # its run, cluster and rule of choice
   prune: dict[str, Any] | None = _derived(None)  # what was cut, and how it was scored
   hf: dict[str, Any] | None = _derived(None)  # the imported model of transformers
@@ -349,7 +351,7 @@ def derive(parent: RunConfig, phase: str, **changes: Any) -> RunConfig:
     'reparam': FullConfig(),
     'data': dataclasses.replace(parent.data, level=0, order='proportional', rows_per_group=1),
     **dict.fromkeys(('init', 'teacher', 'teacher_cache'), ''),
-    **dict.fromkeys(('specialist', 'prune', 'hf')),
+    **dict.fromkeys(('source_steps', 'specialist', 'prune', 'hf')),
   }
   return dataclasses.replace(parent, **dense | changes)
 

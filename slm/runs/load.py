@@ -154,12 +154,43 @@ def write_dense(
   files.write_json(workdir / 'result.json', {'steps': 0, **result})
 
 
+def pin(workdir: Path, cfg: RunConfig) -> RunConfig:
+  """Record the steps that `init` and `teacher` serve now, or those of the run in the directory."""
+  if (workdir / 'config.json').exists():
+    return dataclasses.replace(cfg, source_steps=config.of(workdir).source_steps)
+  refs = {key: getattr(cfg, key) for key in ('init', 'teacher')}
+  served = {key: served_step(ref) for key, ref in refs.items() if ref}
+  steps = {key: step for key, step in served.items() if step is not None}
+  return dataclasses.replace(cfg, source_steps=steps or None)
+
+
+def source(cfg: RunConfig, key: str, mesh: Mesh) -> Loaded:
+  """Load the run that `init` or `teacher` names, at the step that it served when `cfg`'s run began.
+
+  Runs of earlier versions recorded no step: the one served now is loaded.
+
+  Raises:
+    ValueError: if the run has not finished, no longer has that step, or has another tokenizer.
+  """
+  ref, step = getattr(cfg, key), (cfg.source_steps or {}).get(key)
+  if step is not None:
+    path, _ = rundir.split_ref(ref)
+    ref = f'{path}@{step}'
+    if served_step(ref) is None:
+      raise ValueError(
+        f'{key}: the run began with step {step} of {path}, which now serves '
+        f'{served_step(path)}: restore that checkpoint, or train again in another directory'
+      )
+  loaded = load(ref, mesh, finished=True)
+  same_tokenizer(loaded, cfg.tokenizer)
+  return loaded
+
+
 def base(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
   """Load the frozen weights that theta changes, those of `init`; raise ValueError if none fits."""
   if not cfg.init:
     raise ValueError(f'init: reparam {cfg.reparam.name!r} needs the run whose weights it changes')
-  start = load(cfg.init, mesh, finished=True)
-  same_tokenizer(start, cfg.tokenizer)
+  start = source(cfg, 'init', mesh)
   same_clusters(start, cfg.data.path)  # a code starts from the set's histogram over them
   return start.params() if rep.base == 'params' else start.theta
 

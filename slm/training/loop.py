@@ -35,7 +35,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   name, main = f'{given["phase"]} {workdir.name}', jax.process_index() == 0
   progress = console.progress(name, 0, 'tokens', show=main)
   progress.say('reading data')
-  cfg = processes.together(lambda: config.resolve(given))
+  cfg = processes.together(lambda: load.pin(workdir, config.resolve(given)))
   processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})
   longer = processes.together(lambda: _extends(workdir, cfg))
   if (workdir / 'result.json').exists() and not longer:
@@ -125,8 +125,7 @@ class _Run:
     """Draw theta, or start from the weights of cfg.init, laid out on the mesh."""
     cfg = self.cfg
     if cfg.init and not self.reparam.base:
-      loaded = load.load(cfg.init, self.mesh, finished=True)
-      load.same_tokenizer(loaded, cfg.tokenizer)
+      loaded = load.source(cfg, 'init', self.mesh)
       if not self.reparam.start:
         raise ValueError(
           f'init: reparam {cfg.reparam.name!r} cannot start from the weights of another run'
