@@ -39,8 +39,8 @@ def test_a_signal_ends_a_command_in_one_line(number, folder, tmp_path):
   process.send_signal(number)
   out, err = process.communicate(timeout=60)
   assert process.returncode == 128 + number
-  assert out == ('interrupted; the same command continues out\n' if folder else 'interrupted\n')
-  assert not err and not list(tmp_path.iterdir())
+  assert err == ('interrupted; the same command continues out\n' if folder else 'interrupted\n')
+  assert not out and not list(tmp_path.iterdir())
 
 
 def test_progress_leaves_out_what_comes_before_the_first_unit(monkeypatch, capsys):

@@ -430,14 +430,14 @@ def test_sigterm_saves_and_the_same_command_continues(tiny_data, tmp_path):
     '--config.log_every=1', '--config.eval.max_rows=8', '--config.tensorboard=False',
     '--config.checkpoint.every=1000', *(f'--config.model.{k}={v}' for k, v in sizes.items()),
   ]  # fmt: skip
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
   while not (run / 'metrics.jsonl').exists() or len(rundir.read_metrics(run)) < 3:
     assert process.poll() is None
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
-  assert 'the same command continues' in out
+  assert 'the same command continues' in err
   stopped = rundir.read_metrics(run)[-1]['step']
   assert 3 <= stopped < 200
   done = subprocess.run(command, capture_output=True, text=True, check=True)

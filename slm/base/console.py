@@ -81,13 +81,14 @@ def _parse(argv: list[str]) -> list[str]:
 def one_line_errors() -> Iterator[None]:
   """Turn errors of bad input into one line on stderr and exit status 1.
 
-  SIGINT becomes one line and exit status 130, SIGTERM 143.
+  So do SIGINT, with exit status 130, and SIGTERM, with 143.
   """
   try:
     yield
   except (Interrupted, KeyboardInterrupt) as e:
     number = getattr(e, 'number', signal.SIGINT)
-    print(str(e) or '; '.join(['interrupted', *getattr(e, '__notes__', ())[-1:]]))
+    text = str(e) or '; '.join(['interrupted', *getattr(e, '__notes__', ())[-1:]])
+    print(text, file=sys.stderr)
     raise SystemExit(128 + number) from None
   except (ValueError, OSError, FloatingPointError, flags.Error) as e:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
