@@ -19,7 +19,7 @@ from slm.training.loop import train
 def main(_: list[str]) -> None:
   """Train and print the result."""
   f = flags.FLAGS
-  given = f.config.to_dict()
+  given = config.complete(f.config.to_dict())
   if f.dry_run:
     data = given['data']['path']
     cfg = config.resolve(given) if data else config.without_data(given, f.context)

@@ -13,6 +13,7 @@ from slm.reparam.dense import FullConfig, LoraConfig
 from slm.reparam.projection import CodeConfig, ProjectConfig
 from slm.runs import config, load
 from slm.runs.config import DistillConfig, NextTokenConfig, RunConfig
+from slm.training import loop
 
 NAMES = sorted(
   p.stem
@@ -40,6 +41,17 @@ def test_defaults_are_those_of_the_dataclasses():
   values['model']['vocab'] = 7
   assert config.read(values) == cfg
   assert 'rows' not in values and 'tokenizer' not in values  # they are found out
+
+
+def test_keys_that_a_config_lacks_take_their_defaults():
+  few = {'model': {'vocab': 7}, 'objective': {'name': 'distill'}, 'mesh': {'fsdp': 2}}
+  cfg = RunConfig(
+    model=DecoderConfig(vocab=7), data=config.loader.DataConfig(), objective=DistillConfig(),
+    mesh=config.MeshConfig(fsdp=2), context=64,
+  )  # fmt: skip
+  assert config.without_data(few, 64) == cfg
+  with pytest.raises(ValueError, match='data.path: expected the directory'):
+    loop.train({}, 'run')
 
 
 @pytest.mark.parametrize(

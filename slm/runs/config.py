@@ -230,6 +230,15 @@ def defaults() -> dict[str, Any]:
   return schema.defaults(RunConfig)
 
 
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return a config as plain values, with the defaults of keys that it or a section lacks."""
+  values = defaults() | artifact.plain(config)
+  for key, kind in schema.sections(RunConfig, values).items():
+    if isinstance(values[key], dict):
+      values[key] = schema.defaults(kind) | values[key]
+  return values
+
+
 def read(values: Mapping[str, Any]) -> RunConfig:
   """Make a RunConfig from plain values; missing keys take their defaults."""
   return schema.read(RunConfig, values)
@@ -250,7 +259,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   Raises:
     ValueError: if a value is impossible or two do not fit together.
   """
-  given = artifact.plain(config)
+  given = complete(config)
   path = given['data']['path']
   if not path:
     raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
@@ -288,7 +297,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
 
 def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
   """Read a config without data; raise ValueError unless it has the vocabulary and the context."""
-  given = inherit(artifact.plain(config))
+  given = inherit(complete(config))
   context = given.get('context', context)
   if not (given['model']['vocab'] and context):
     raise ValueError('--dry_run without data.path: expected model.vocab and --context')

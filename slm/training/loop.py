@@ -31,7 +31,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
     console.Interrupted: on SIGTERM or SIGINT, once the state is saved.
   """
-  workdir = Path(workdir)
+  workdir, given = Path(workdir), config.complete(given)
   name, main = f'{given["phase"]} {workdir.name}', jax.process_index() == 0
   progress = console.progress(name, 0, 'tokens', show=main)
   progress.say('reading data')
