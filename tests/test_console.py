@@ -13,6 +13,8 @@ SCRIPT = """
 import os, pathlib, signal, sys
 from slm.base import artifact, console
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 def main(_):
   print('started', flush=True)
   if os.environ.get('FOLDER'):
