@@ -164,6 +164,17 @@ def test_distillation_pays_for_the_teacher(tmp_path):
   assert half['bytes per device']['teacher'] == pytest.approx(6 * 771e6, rel=4e-3)
 
 
+def test_a_teacher_is_split_over_every_axis_of_the_mesh(tmp_path):
+  model = section('model', {**SMALL, 'num_experts': 8})
+  write_run(tmp_path, RunConfig(model=model, data=loader.DataConfig()))
+  cfg = config(SMALL | {'mlp': 2732}, **{'data.batch_size': 8})
+  cfg |= {'objective': {'name': 'distill'}, 'teacher': str(tmp_path)}
+  alone = planned(cfg)['bytes per device']['teacher']
+  split = planned(cfg | {'mesh': {'data': 1, 'expert': 4}}, 4)['bytes per device']['teacher']
+  experts = 4 * 7 * 8 * 1024 * (3 * 2731 + 1)  # three matrices and a column of the router each
+  assert split == alone - experts * 3 / 4
+
+
 def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
   command = [sys.executable, '-m', 'slm.train', '--config=configs/project.py', '--dry_run']
   command += ['--config.model.vocab=32000', f'--workdir={tmp_path / "run"}']

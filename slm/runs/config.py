@@ -18,22 +18,13 @@ from slm.reparam import Config as ReparamConfig
 from slm.reparam.dense import FullConfig
 from slm.reparam.projection import CodeConfig, ProjectConfig
 from slm.runs import rundir
+from slm.weights.sharding import MeshConfig
 
 DTYPES = ('float32', 'bfloat16')
 # Keys that do not change what is computed: they may change between restarts.
 OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
 # Keys of a model that change how it is computed, not its weights.
 COMPUTED = ('dispatch', 'remat', 'unroll')
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Devices along each axis of the mesh; -1: all that remain."""
-
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-  expert: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

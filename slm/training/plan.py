@@ -208,9 +208,10 @@ def _memory(cfg, model, rep, theta, shardings, mesh, teacher) -> dict[str, float
   return memory
 
 
-def _share(model: DecoderConfig, mesh: Any) -> float:
+def _share(model: DecoderConfig, mesh: Any) -> int:
   """Return how many of a dense model's parameters are on one device."""
-  return sum(num_params(model).values()) / (mesh.shape['fsdp'] * mesh.shape['tensor'])
+  shapes = jax.eval_shape(models.build(model).init, jax.random.key(0))
+  return _count(shapes, sharding.shardings(shapes, mesh))
 
 
 def _frozen(cfg, model, rep, theta, mesh) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Meshes, and the sharding of weights and activations by their logical axes."""
 
 import contextvars
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,18 @@ RULES: dict[str, tuple[str, ...]] = {
   'experts': ('expert',),
 }
 
-MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh; -1: all that remain."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  expert: int = 1
+
+
+MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
