@@ -1,8 +1,8 @@
 """Objectives: pure functions from (forward passes, weights, batch) to sums and their weights.
 
 An objective returns {name: (sum, weight)}; 'loss' is differentiated. Sums are added over
-microbatches, groups and hosts before they are divided: never a mean of means. Its set-up (setup.py)
-is all that the train loop knows of it.
+microbatches, groups and hosts before they are divided: never a mean of means. The train loop sees
+its set-up (setup.py) and the keys that every objective's config has (ObjectiveConfig).
 """
 
 from collections.abc import Callable, Mapping

@@ -39,8 +39,10 @@ class DistributedConfig:
 
 
 class ObjectiveConfig:
-  """What the loop needs from every objective's config."""
+  """What every objective's config has."""
 
+  chunk: int  # tokens whose logits exist at once on a device
+  name: str
   counts_to_the_end = False  # whether a step depends on the total number of steps
 
 
