@@ -1,1 +1,1 @@
-"""Training configs: base.py holds every key; each other file changes a few."""
+"""Training configs: base.py returns the defaults; each other file changes a few keys."""

@@ -186,8 +186,8 @@ BYTES = {'name': 'bytes', 'offset': 3}
 class SentencePiece(Tokenizer):
   """A SentencePiece model with the tokens and settings of the files beside it.
 
-  With byte pieces, decode(encode(text)) == text. Texts begin with the begin token unless the
-  settings say otherwise.
+  With byte pieces, decode(encode(text)) == text. Texts begin with the begin token where
+  `add_bos_token` is true or, as in transformers 5, where there are no settings at all.
   """
 
   name = 'sentencepiece'

@@ -53,7 +53,10 @@ def of_transformers(path: Path) -> bool:
 
 
 def evaluations(ref: str | Path, kind: str = 'eval') -> Path:
-  """Return the directory of RUN's or RUN@STEP's held-out losses or `tasks`; .json has summaries."""
+  """Return the directory of an evaluation of RUN or RUN@STEP; its summaries are in DIRECTORY.json.
+
+  `kind` is 'eval' (held-out losses) or 'tasks'.
+  """
   run, step = split_ref(ref)
   return run / (kind if step is None else f'{kind}-{step}')
 

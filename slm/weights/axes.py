@@ -32,7 +32,7 @@ AXES: dict[str, tuple[str, ...]] = {
   'b_up': ('mlp',),
   'b_down': ('embed',),
   'w_router': ('embed', 'experts'),
-  # slm/objectives/setup.py: the map from the student's states to the teacher's width.
+  # slm/objectives/teacher.py: the map from the student's states to the teacher's width.
   'w_teacher': ('embed', 'teacher_embed'),
   # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network; routers and hypernetworks.
   'expert_code': ('clusters', 'code'),
