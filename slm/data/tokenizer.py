@@ -162,7 +162,6 @@ class Bytes(Tokenizer):
   ends = frozenset([2])
   _offset = 3
   known = np.ones(256 + _offset, bool)
-  special = dict
 
   def __init__(self, path: pathlib.Path):
     content = files.read_json(path)
@@ -178,6 +177,10 @@ class Bytes(Tokenizer):
     """Decode; an incomplete character becomes U+FFFD."""
     data = bytes(int(i) - self._offset for i in ids if self._offset <= i < self.vocab)
     return data.decode('utf-8', errors='replace')
+
+  def special(self) -> dict[str, str]:
+    """Return an empty table: begin, end and padding have no text."""
+    return {}
 
 
 BYTES = {'name': 'bytes', 'offset': 3}

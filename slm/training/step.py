@@ -30,11 +30,11 @@ def trained(theta: Params, beside: Params) -> Params:
   return {'student': theta, **beside} if beside else theta
 
 
-def apart(tree: Params, beside: Params) -> tuple[Params, Params]:
-  """Split a tree like that of `trained` into theta's part and the parts beside it."""
+def apart(weights: Params, beside: Params) -> tuple[Params, Params]:
+  """Split weights as `trained` joins them into theta and those beside it."""
   if not beside:
-    return tree, {}
-  return tree['student'], {name: x for name, x in tree.items() if name != 'student'}
+    return weights, {}
+  return weights['student'], {name: x for name, x in weights.items() if name != 'student'}
 
 
 def init_state(theta: Params, tx: optax.GradientTransformation, beside: Params) -> State:
