@@ -316,6 +316,18 @@ def test_layers_can_be_chosen_by_a_task(trained, tmp_path, monkeypatch):
   assert spent('again')['tokens'] == spent('asked')['tokens']
   with pytest.raises(ValueError, match='plain holds another run: prune.limit was 0, now 4'):
     cut('plain', **how)
+  older = files.read_json(tmp_path / 'again/config.json')
+  del older['prune']['task_sha256']
+  files.write_json(tmp_path / 'again/config.json', older)
+  (tmp_path / 'quiz.jsonl').write_text(json.dumps(items[0]) + '\n')
+  cut('again', **how)  # of an earlier version, which recorded the task by name
+  with pytest.raises(ValueError, match='asked holds another run: prune.task_sha256 was'):
+    cut('asked', **how)
+  (tmp_path / 'foreign').mkdir()
+  (tmp_path / 'foreign/notes.txt').write_text('of somebody')
+  monkeypatch.setattr(commands, '_choose', lambda *a: pytest.fail('computed before it was refused'))
+  with pytest.raises(ValueError, match='foreign is not empty and holds no config.json'):
+    cut('foreign')
 
 
 def test_sizes_are_multiples_unless_told_otherwise():

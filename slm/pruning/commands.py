@@ -297,6 +297,8 @@ def cut(
     'norm_gain': norm_gain, 'mix': mix, 'task': task and Path(task).name, 'limit': limit,
     'shape': wanted, 'stats': [digest(c.request) for c in calibrations],
   }  # fmt: skip
+  if task:
+    options['task_sha256'] = files.sha256(Path(task))
   new = _finished(folder, run, options)
   if not new:
     kept, tokenizer_parts = _choose(calibrations, wanted, options, task)
@@ -312,13 +314,18 @@ def cut(
 
 def _finished(folder: Path, run: str, options: Record) -> DecoderConfig | None:
   """Return the shape of the finished cut that a directory holds, None if there is none."""
-  if not (folder / 'config.json').exists():
-    return None
-  cfg = config.of(folder)
-  pruned = {key: value for key, value in (cfg.prune or {}).items() if key != 'sha256'}
-  asked = artifact.plain({'init': run, 'prune': options})
-  artifact.check_same(folder, {'init': cfg.init, 'prune': pruned}, asked, 'another run')
-  return cfg.model if (folder / 'result.json').exists() else None
+  finished = (folder / 'result.json').exists()
+
+  def recorded(file: Path) -> Record:
+    cfg = config.of(file.parent)
+    pruned = {key: value for key, value in (cfg.prune or {}).items() if key != 'sha256'}
+    if finished and pruned.get('task') and 'task_sha256' not in pruned:  # by an earlier version
+      pruned['task_sha256'] = options.get('task_sha256')
+    return {'init': cfg.init, 'prune': pruned}
+
+  request = {'init': run, 'prune': options}
+  artifact.check(folder / 'config.json', request, 'another run', recorded)
+  return config.of(folder).model if finished else None
 
 
 def _choose(
