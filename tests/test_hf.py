@@ -548,6 +548,10 @@ def test_an_export_cut_short_is_begun_again(directories, tmp_path, monkeypatch):
   convert.import_model(directories('llama2'), tmp_path / 'other' / 'another')
   with pytest.raises(ValueError, match='out: holds the export of run, not of another'):
     convert.export_model(tmp_path / 'other' / 'another', out)
+  convert.import_model(directories('llama3'), tmp_path / 'other' / 'run')
+  for other, message in (('other/run', 'with config_sha256 .*, not '), ('run@0', 'with step None')):
+    with pytest.raises(ValueError, match=f'out: holds the export of run {message}'):
+      convert.export_model(tmp_path / other, out)
   (out / 'model.safetensors.99.tmp').write_text('of a process that was killed')
   (out / 'tokenizer.json').write_text('{}')  # of what stood there before
   convert.export_model(tmp_path / 'run', out)
@@ -777,6 +781,7 @@ def test_a_teachers_type_and_files_do_not_come_along(directories, tmp_path):
   live = {'teacher': str(tmp_path / 'big')}
   for more, ancestors in ((live, []), ({'teacher_cache': str(signals)}, [str(signals)])):
     shutil.rmtree(taught, ignore_errors=True)
+    shutil.rmtree(tmp_path / 'out', ignore_errors=True)
     cfg = dataclasses.replace(loaded.cfg, hf=None, init=str(base), phase='distill', **more)
     load.write_dense(taught, cfg, loaded.params(), [str(base), *ancestors], loss=1.5)
     made = convert.export_model(taught, tmp_path / 'out')

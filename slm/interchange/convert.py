@@ -180,7 +180,7 @@ def export_model(
   if loaded.reparam.clusters:
     raise ValueError(f'{run} holds several specialists: take one out with slm.specialise first')
   history = lineage(run)
-  _check_out(out, Path(history[0]['run']).name)
+  _check_out(out, _public(history[0]))
   ancestors = ancestry(history)
   origin = next((entry['hf'] for entry in ancestors if 'hf' in entry), {})
   content, hf = _settings(loaded, ancestors, bool(origin))
@@ -205,15 +205,22 @@ def export_model(
   return result
 
 
-def _check_out(out: Path, run: str) -> None:
-  """Refuse a directory that holds anything but a complete or partial export of `run`."""
+def _check_out(out: Path, entry: Mapping[str, Any]) -> None:
+  """Refuse a directory that holds anything but a complete or partial export of a lineage's run."""
   if not (out / LINEAGE).exists():
     if artifact.occupied(out):
       raise ValueError(f'{out}: is not empty and was not exported here: choose another directory')
     return
-  exported = files.read_json(out / LINEAGE).get('history', [{'run': run}])[0]['run']
-  if exported != run:
-    raise ValueError(f'{out}: holds the export of {exported}, not of {run}: choose another one')
+  exported, run = files.read_json(out / LINEAGE).get('history', [entry])[0], entry['run']
+  if exported['run'] != run:
+    raise ValueError(
+      f'{out}: holds the export of {exported["run"]}, not of {run}: choose another one'
+    )
+  for key in ('step', 'config_sha256'):  # runs of one name
+    if (was := exported.get(key, entry[key])) != entry[key]:
+      raise ValueError(
+        f'{out}: holds the export of {run} with {key} {was}, not {entry[key]}: choose another one'
+      )
 
 
 def _settings(
