@@ -156,7 +156,8 @@ def test_a_corpus_of_continuations(tiny_config, train_once, tmp_path):
   assert write(tmp_path / 'text') == count and path.read_text() == before
   with pytest.raises(ValueError, match='other continuations: seed was 0, now 1'):
     write(tmp_path / 'text', seed=1)
-  with pytest.raises(ValueError, match='expected --prompt of 1 to 32'):
-    write(tmp_path / 'none', prompt=33)
+  for wrong in ({'prompt': 33}, {'batch_size': 0}, {'batch_size': -3}):
+    with pytest.raises(ValueError, match='expected --prompt of 1 to 32'):
+      write(tmp_path / 'none', **wrong)
   assert not (tmp_path / 'none').exists()
   assert files.read_json(tmp_path / 'text' / 'continuations.json')['rows'] == 40

@@ -172,6 +172,10 @@ def test_writing_continues_and_refuses_another_command(made, tmp_path):
   assert [a == b for a, b in zip(before, after, strict=True)] == [i != 1 for i in range(len(paths))]
   with pytest.raises(ValueError, match='other signals: k was 4, now 5'):
     write(made, tmp_path, mode='topk', k=5)
+  for size in (0, -3):
+    with pytest.raises(ValueError, match=f'batch_size={size}, shard_rows=.*: expected at least 1'):
+      write(made, tmp_path / 'none', batch_size=size)
+  assert not (tmp_path / 'none').exists()
 
 
 @pytest.mark.parametrize('mode', signals.MODES)

@@ -40,11 +40,11 @@ def write(
   path = load.data_path(run, path)
   facts = loader.manifest(path)
   load.same_tokenizer(loaded, facts['tokenizer']['fingerprint'])
-  valid = 1 <= prompt <= facts['context'] and min(count, max_tokens) >= 1
+  valid = 1 <= prompt <= facts['context'] and min(count, max_tokens, batch_size) >= 1
   if not valid or not 0 < temperature < math.inf:
     raise ValueError(
-      f'expected --prompt of 1 to {facts["context"]} tokens, --rows and --max_tokens of at least '
-      '1 and --temperature above 0'
+      f'expected --prompt of 1 to {facts["context"]} tokens, --rows, --max_tokens and --batch_size '
+      'of at least 1 and --temperature above 0'
     )
   split = loader.Split(path, *loader.parse_on(path, on))
   about = {

@@ -170,8 +170,10 @@ def write(
   manifest, params = loader.manifest(path), loaded.params()
   vocab, fingerprint = (manifest['tokenizer'][key] for key in ('vocab', 'fingerprint'))
   load.same_tokenizer(loaded, fingerprint)
-  if not 1 <= k <= vocab or mode not in MODES or shard_rows < 1:
+  if not 1 <= k <= vocab or mode not in MODES:
     raise ValueError(f'--k={k}, --mode={mode}: expected 1 to {vocab}, one of {", ".join(MODES)}')
+  if min(batch_size, shard_rows) < 1:
+    raise ValueError(f'batch_size={batch_size}, shard_rows={shard_rows}: expected at least 1')
   data_set, part, index = loader.parse_on(path, on)
   split = loader.Split(path, data_set, part, index)
   facts = {
