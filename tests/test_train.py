@@ -362,6 +362,7 @@ def test_finished_run_returns_at_once_and_other_config_is_refused(tiny_config, t
     ({'init': '/nowhere'}, '/nowhere/config.json: no such file'),
     ({'eval.split': 'later'}, 'generic/later: expected SET/SPLIT'),
     ({'eval.batch_size': 0}, 'eval.batch_size: expected at least 1, found 0'),
+    ({'checkpoint.keep': 0}, 'checkpoint.keep: expected at least 1, found 0'),
     ({'optim.clip': -1.0}, 'optim.clip: expected a norm, or 0 for none, found -1.0'),
   ],
 )

@@ -333,6 +333,8 @@ def check(cfg: RunConfig) -> None:
   """Raise ValueError if keys of a training run do not fit together."""
   if cfg.steps < 1:
     raise ValueError(f'steps: expected at least 1, found {cfg.steps}')
+  if cfg.checkpoint.keep < 1:  # Checkpoints opens a directory to read with keep=0
+    raise ValueError(f'checkpoint.keep: expected at least 1, found {cfg.checkpoint.keep}')
   teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
   distils = isinstance(cfg.objective, DistillConfig)
   if len(teachers) != distils:
