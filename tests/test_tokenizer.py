@@ -269,6 +269,16 @@ def test_the_end_of_a_text_is_a_set_from_all_files(tmp_path):
     tokenizer.load(path)
 
 
+def test_a_model_that_puts_a_space_before_a_text_round_trips(tmp_path):
+  llama(tmp_path)
+  tok = tokenizer.load(tmp_path)
+  model = spm.SentencePieceProcessor(model_file=str(tmp_path / 'tokenizer.model'))
+  assert tok.prefix_space
+  for text in (*TEXTS, 'the▁cat', '▁cat▁ sat▁'):
+    assert tok.decode(tok.encode(text)) == text
+    assert '▁' in text or tok.encode(text) == model.encode(text)
+
+
 def test_special_tokens_are_not_printed(tmp_path):
   tok = tokenizer.load(chatml(tmp_path, eos_token='<|endoftext|>'))
   ids = tok.encode('<|im_start|>ship sail<|im_end|>')

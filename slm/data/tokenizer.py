@@ -214,10 +214,10 @@ class SentencePiece(Tokenizer):
     self.prefix_space = model_prefix if prefix is None else bool(prefix)
     if self.prefix_space != model_prefix:
       self._model = _with_prefix(content, self.prefix_space)
-    # Text after an added token gets no space before it, except under the `legacy` setting.
-    differs = self.prefix_space and bool(added.ids)
-    self._inner = _with_prefix(content, False) if differs else self._model
-    self._legacy = differs and bool(settings.get('legacy'))
+    # Text after U+2581 or an added token gets no space before it, except under the `legacy` setting
+    # after an added token.
+    self._inner = _with_prefix(content, False) if self.prefix_space else self._model
+    self._legacy = self.prefix_space and bool(settings.get('legacy'))
     self._hide_special(added.special)
     changes: dict[str, Any] = {
       'added': {t: i for t, i in sorted(added.ids.items()) if _piece_id(model, t) != i},
@@ -242,8 +242,9 @@ class SentencePiece(Tokenizer):
   def _encode(self, model: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     if _SPACE not in text or self._unk in self._escape:
       return model.encode(text)
-    first, *others = model.encode(text.split(_SPACE))
-    return first + [i for part in others for i in self._escape + part]
+    first, *others = text.split(_SPACE)
+    others = self._inner.encode(others)
+    return model.encode(first) + [i for part in others for i in self._escape + part]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decode, skipping special tokens and ids without a token."""
