@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.data import loader
+from slm.data import importance, loader
 from slm.inference import specialist
 from slm.models.decoder import unembed
 from slm.objectives import heldout, next_token
@@ -167,6 +167,17 @@ def test_an_index_is_evaluated_as_its_rows(tiny_config, train_once, tmp_path, ti
   ids = loader.Split(tiny_data, 'court', 'train', 'court-2000').ids
   np.testing.assert_allclose(some, every[np.sort(ids)], rtol=1e-6)
   assert 'bpb' in found[names[0]] and 'bpb' not in found[names[1]]
+  repeats, name = np.array([3, 0, 3, 5, 3]), 'court/train@court-repeats'
+  data = loader.Split(tiny_data, 'court', 'train')
+  importance.write_index(data, 'court-repeats', repeats, {})
+  try:
+    found = heldout.run(tmp_path / 'run', tiny_data, [name], MESH(), 2)
+    assert not heldout.missing(tmp_path / 'run', tiny_data, [name])
+  finally:
+    for path in data.path.glob('index/court-repeats.*'):
+      path.unlink()
+  assert found[name]['nll'] == pytest.approx(every[repeats, 0].sum(), rel=1e-6)
+  assert found[name]['rows'] == 5 and found[name]['tokens'] == data.counts[repeats, 1].sum()
   with pytest.raises(FileNotFoundError, match='no such index; there are: court-2000, court-8000'):
     heldout.run(tmp_path / 'run', tiny_data, ['court/train@none'], MESH(), 8)
 

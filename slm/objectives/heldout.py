@@ -52,13 +52,14 @@ def rows(
 ) -> np.ndarray:
   """Evaluate every row of a split with its cluster's specialist: [rows,2] NLL and tokens.
 
-  Rows are in file order, so that arrays of different models align. With level 0, `specialist` is
-  called once, for cluster 0. `advance` is called with the number of rows of each batch. A split
-  without rows raises ValueError, a loss that is not finite FloatingPointError.
+  Rows are in file order, so that arrays of different models align; a row that an index repeats
+  counts each time. With level 0, `specialist` is called once, for cluster 0. `advance` is called
+  with the number of rows of each batch. A split without rows raises ValueError, a loss that is not
+  finite FloatingPointError.
   """
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
-  by_row: dict[int, np.ndarray] = {}
+  evaluated, losses_by_batch = [], []
   cluster, params = None, None
   batches = loader.evaluation_batches(
     path, data_set, split, batch_size, level=level, index=index, max_rows=max_rows
@@ -68,11 +69,13 @@ def rows(
       cluster, params = condition, specialist(condition)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     values = np.asarray(row_losses(params, batch), np.float64)
-    by_row.update((i, x) for i, x in zip(ids.tolist(), values, strict=True) if i >= 0)
-    advance(int((ids >= 0).sum()))
-  if not by_row:
+    real = ids >= 0
+    evaluated.append(ids[real])
+    losses_by_batch.append(values[real])
+    advance(int(real.sum()))
+  if not evaluated:
     raise ValueError(f'{path}: {data_set}/{split} has no rows to evaluate on')
-  values = np.stack([by_row[i] for i in sorted(by_row)])
+  values = np.concatenate(losses_by_batch)[np.argsort(np.concatenate(evaluated), kind='stable')]
   if bad := int((~np.isfinite(values)).any(1).sum()):
     raise FloatingPointError(
       f'the loss on {data_set}/{split} is not finite in {bad} of {len(values)} rows: the weights '
