@@ -99,7 +99,10 @@ def manifest(path: str | Path) -> dict[str, Any]:
       f'{path.parent}: its rows begin with a token that its tokenizer does not put before texts; '
       'prepare it again'
     )
-  return {'columns': rows.columns(content['context'])} | content  # fixed in version 2
+  # Version 2 records no columns: they are always these.
+  shape = [content['context']]
+  columns = [{'name': name, 'dtype': 'int32', 'shape': shape} for name in ('tokens', 'segments')]
+  return {'columns': columns} | content
 
 
 def parse_on(path: str | Path, on: str, split: str = '') -> tuple[str, str, str]:
