@@ -56,6 +56,23 @@ def test_gumbel_noise_draws_in_proportion_to_the_weights():
     dsir.choose(np.log(w), np.array([4, 4, 4]), 13, 0)
 
 
+def test_counts_are_kept_for_the_same_rows(monkeypatch):
+  split = loader.Split(toy.prepared(), 'law', 'test')
+  matrix = dsir.features(split)
+  with monkeypatch.context() as patch:
+    patch.setattr(dsir, 'count', None)  # read, not counted again
+    assert (dsir.features(split) != matrix).nnz == 0
+  (path,) = (split.path / split.name).glob('ngrams*.npz')
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+  with pytest.raises(ValueError, match=f'{path}: truncated or damaged'):
+    dsir.features(split)
+  split.facts['sha256'] = 'of other rows of the same number'
+  assert (dsir.features(split) != matrix).nnz == 0
+  for path in (split.path / split.name).glob('ngrams*.npz'):
+    path.unlink()
+
+
 def test_command_selects_the_domains_rows(tmp_path):
   path = toy.prepared()
   command = [sys.executable, '-m', 'slm.data.dsir', f'--data={path}', '--on=law/train@law-2000']

@@ -67,11 +67,16 @@ def choose(weights: np.ndarray, tokens: np.ndarray, size: int, seed: int) -> np.
 
 
 def features(split: loader.Split) -> scipy.sparse.csr_matrix:
-  """Count the n-grams of every row of a split; the counts are computed once and kept as a file."""
-  path = split.path / split.name / 'ngrams.npz'
+  """Count the n-grams of every row of a split; kept in a file named by the hash of the rows.
+
+  Raises:
+    ValueError: if that file is damaged.
+  """
+  path = split.path / split.name / f'ngrams-{split.facts["sha256"][:16]}.npz'
+  if path.exists():
+    with files.reading(path):
+      return scipy.sparse.load_npz(path)
   total = split.facts['rows']
-  if path.exists() and (matrix := scipy.sparse.load_npz(path)).shape[0] == total:
-    return matrix
   tok, parts = tokenizer.load(split.path / 'tokenizer'), []
   with console.progress(f'n-grams of {split.name}', total, 'rows') as progress:
     for start in range(0, total, _CHUNK):
