@@ -160,6 +160,27 @@ def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
   prepare._sources(cfg, tmp_path / 'out')
 
 
+def test_only_the_files_of_a_tokenizer_are_inputs(tmp_path):
+  (folder := tmp_path / 'model').mkdir()
+  model = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<unk>': 0}, '<unk>'))
+  model.save(str(folder / 'tokenizer.json'))
+  (folder / 'config.json').write_text('{}')
+  huggingface = settings.TokenizerConfig('huggingface', 0, str(folder))
+  cfg, out = toy.config(tmp_path, toy.corpus(tmp_path), tokenizer=huggingface), tmp_path / 'out'
+  prepare._sources(cfg, out)
+  record = files.read_json(out / 'prepare.json')
+  read = {str(folder / name) for name in ('tokenizer.json', 'config.json')}
+  assert {path for path in record['contents'] if path.startswith(str(folder))} == read
+  (folder / 'README.md').write_text('added later')
+  prepare._sources(cfg, out)
+  record['contents'][str(folder / 'onnx/model.onnx')] = [1, 0, '']  # as earlier versions recorded
+  files.write_json(out / 'prepare.json', record)
+  prepare._sources(cfg, out)
+  (folder / 'config.json').unlink()
+  with pytest.raises(ValueError, match='config.json is gone since it was prepared'):
+    prepare._sources(cfg, out)
+
+
 def test_what_an_earlier_version_prepared_goes_by_sizes(cfg, tmp_path):
   """Its record has no hashes of inputs, its manifest and summaries have no hashes of files."""
   prepare.prepare(cfg)

@@ -130,6 +130,7 @@ def _sources(cfg: PrepareConfig, out: Path) -> Sources:
   # Earlier versions recorded only the sizes of the texts.
   known = old.get('contents', {p: [size] for p, size in _flat(old.get('sources', {})).items()})
   contents = _contents(cfg, _flat(paths), known)
+  known = {p: stamp for p, stamp in known.items() if p in contents or not _unread(cfg, p)}
   if not old:
     files.write_json(record, {'config': config, 'sources': paths, 'contents': contents})
   elif 'contents' in old:
@@ -157,10 +158,23 @@ def _contents(
       contents[path] = [size]
     else:
       paths.append(Path(path))
-  for path in filter(None, (cfg.tokenizer.path, cfg.sbert)):
-    inside = [p for p in Path(path).rglob('*') if p.is_file()]
-    paths += sorted(inside) or [Path(path)]
+  if cfg.tokenizer.path:
+    inside = [Path(cfg.tokenizer.path) / name for name in sorted(tokenizer.FILES)]
+    paths += [p for p in inside if p.is_file()] or [Path(cfg.tokenizer.path)]
+  if cfg.sbert:
+    inside = [p for p in Path(cfg.sbert).rglob('*') if p.is_file()]
+    paths += sorted(inside) or [Path(cfg.sbert)]
   return contents | artifact.contents(paths, known)
+
+
+def _unread(cfg: PrepareConfig, path: str) -> bool:
+  """Return whether a path is in the tokenizer's folder, but no file that a tokenizer is read from.
+
+  Earlier versions recorded every file in that folder.
+  """
+  folder = Path(cfg.tokenizer.path)
+  inside = bool(cfg.tokenizer.path) and folder in Path(path).parents
+  return inside and Path(path) not in [folder / name for name in tokenizer.FILES]
 
 
 def _same_contents(out: Path, old: dict[str, list[Any]], new: dict[str, list[Any]]) -> None:
