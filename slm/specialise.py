@@ -6,7 +6,6 @@ The result has the class, size and speed of any dense model; fine-tune it with s
 --config.init=SPECIALIST. No pretraining data are read.
 """
 
-import jax
 from absl import flags
 
 from slm.base import console
@@ -22,7 +21,7 @@ def main(_: list[str]) -> None:
   domain, _, index = loader.parse_on(load.data_path(f.run), f.on, split='train')
   condition = specialise(f.run, domain, f.workdir, f.rule, index)
   whose = f'cluster {condition}' if isinstance(condition, int) else 'the histogram over clusters'
-  print(f'{f.workdir}: specialist of {whose} ({jax.device_count()} devices)')
+  print(f'{f.workdir}: specialist of {whose}')
 
 
 if __name__ == '__main__':

@@ -93,7 +93,9 @@ def one_line_errors() -> Iterator[None]:
   except (ValueError, OSError, FloatingPointError, flags.Error) as e:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
       raise
-    text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
+    text = str(e)
+    if isinstance(e, OSError) and e.strerror:  # without the number of the error
+      text = f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     if 'Traceback' in text:  # ml_collections wraps what a config file raised
       text = text.strip().splitlines()[-1]
     print(f'error: {" ".join(text.split())}', file=sys.stderr)

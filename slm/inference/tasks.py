@@ -167,6 +167,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   return list(items.values())
 
 
+_EXPECTED = {str: 'text', list: 'a list of texts', int: 'a whole number'}
+
+
 def _check(where: str, item: dict[str, Any]) -> None:
   if item.get('type') not in list(KINDS):
     raise ValueError(f'{where}: type: expected one of {list(KINDS)}, found {item.get("type")!r}')
@@ -174,7 +177,8 @@ def _check(where: str, item: dict[str, Any]) -> None:
     value = item.get(name)
     texts = value if kind is list else [value] if kind is str else []
     if not isinstance(value, kind) or not all(isinstance(x, str) for x in texts):
-      raise ValueError(f'{where}: {name}: expected {kind.__name__} of text, found {value!r}')
+      found = repr(value) if name in item else 'none'
+      raise ValueError(f'{where}: {name}: expected {_EXPECTED[kind]}, found {found}')
   pairs = KINDS[item['type']].pairs(item)
   if not all(isinstance(text, str) and text.strip() for _, text in pairs):
     raise ValueError(f'{where}: an answer is empty or no text')
@@ -362,6 +366,5 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def line(result: Mapping[str, Any]) -> str:
   """Format the scores of a summary with their standard errors."""
   names = dict.fromkeys([*(kind.main for kind in KINDS.values()), 'acc_norm', 'ppl', 'bpb'])
-  return '  '.join(
-    f'{k} {result[k]:.4g} ± {result.get(f"{k}_stderr", math.nan):.2g}' for k in names if k in result
-  )
+  error = lambda name: f' ± {result[name]:.2g}' if name in result else ''  # none of a single item
+  return '  '.join(f'{k} {result[k]:.4g}{error(f"{k}_stderr")}' for k in names if k in result)

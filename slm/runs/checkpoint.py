@@ -23,11 +23,6 @@ from slm.base import files
 from slm.runs import processes
 
 policies = ocp.training.preservation_policies
-# Replicas share the writing of an array only in parts of at least 1 MB: cutting takes a program per
-# shape and device.
-_ARRAYS = ocp.options.ArrayOptions(
-  saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
-)
 _SUMS = 'checksums.json'
 
 
@@ -49,6 +44,10 @@ class Checkpoints:
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
+    context = ocp.Context()
+    # Replicas share the writing of an array only in parts of at least 1 MB: cutting takes a program
+    # per shape and device.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     self._checkpointer = ocp.training.Checkpointer(
       self._directory,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -57,7 +56,7 @@ class Checkpoints:
       ),
       # A reader must not: another process's unfinished save looks like a leftover.
       cleanup_tmp_directories=bool(keep),
-      context=ocp.Context(array_options=_ARRAYS),
+      context=context,
     )
     self._sealer = concurrent.futures.ThreadPoolExecutor(1)
     self._sealed = self._sealer.submit(lambda: None)  # the latest save
