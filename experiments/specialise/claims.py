@@ -277,6 +277,8 @@ _WIDE = 0.25  # of the clusters; the paper's Wikipedia and OpenWebText2 have 281
 
 def wide_domains(f: Found) -> list[Evidence]:
   """On domains spread over many clusters, SLM-pn and SLM-mix do not beat the SLM."""
+  if len(f.study.domains) < 2:
+    return [not_run('domains that differ in entropy: there is one domain')]
   *_, (level, sets) = plots.histograms(f.main).items() or [('0', {})]
   share = {d: sets[d]['effective_clusters'] / int(level) for d in f.study.domains if d in sets}
   what = 'domains in more than {:.0%} of {} clusters: none ({})'
@@ -338,6 +340,7 @@ NOTE = (
   'Differences in nats per token, averaged over domains, with 95 % intervals over text and runs '
   '(negative: the first has the lower loss). A claim is reproduced if every comparison it stands '
   'on agrees beyond its interval, not reproduced if one clearly does not (no), not tested if a '
-  'part was not run or cannot show it, within noise otherwise (?). Single training runs vary by '
-  'more than their intervals say: what rests on one seed is marked so.'
+  'part was not run or cannot show it, within noise otherwise (?). That a model does not win holds '
+  'unless it clearly wins. Single training runs vary by more than their intervals say: what rests '
+  'on one seed is marked so.'
 )
