@@ -28,6 +28,7 @@ setup(
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',
+    'jinja2>=3.1.6',
     'matplotlib>=3.11',
     'ml-collections>=1.1',
     'numpy>=2.4',

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,12 @@ def test_functions_are_short(path):
     if isinstance(node, ast.FunctionDef):
       length = node.end_lineno - node.lineno + 1
       assert length <= 60, f'{path}:{node.lineno} {node.name} has {length} lines'
+
+
+def test_the_ranges_and_the_pins_name_the_same_packages():
+  setup = ast.parse((ROOT / 'setup.py').read_text())
+  call = next(x for x in ast.walk(setup) if isinstance(x, ast.Call) and x.keywords)
+  ranges = next(k.value for k in call.keywords if k.arg == 'install_requires')
+  pins = [x for x in (ROOT / 'requirements.txt').read_text().splitlines() if x[0] != '#']
+  name = lambda requirement: re.split('[=>]', requirement)[0]
+  assert sorted(map(name, ast.literal_eval(ranges))) == sorted(map(name, pins))
