@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from slm import models, objectives
 from slm.models.decoder import init_cache, unembed
@@ -64,15 +65,7 @@ def make(**changes):
 @functools.cache
 def _make(changes):
   model = models.build(section('model', {**SMALL, **dict(changes)}))
-
-  def draw():
-    params = model.init(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
-
-  return model, jax.jit(draw)()
+  return model, toy.noisy(model, 0.1)
 
 
 def make_batch(rows=2, t=12, vocab=96, seed=0):

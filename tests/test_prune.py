@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from slm import models
 from slm.models import moe
@@ -47,15 +48,7 @@ def make(name):
 @functools.cache
 def _make(name):
   model = models.build(section('model', {**SMALL, **SHAPES[name]}))
-
-  def draw():
-    params = model.init(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
-
-  return model, jax.jit(draw)()
+  return model, toy.noisy(model, 0.2)
 
 
 def cut(params, cfg, kept, gain='none'):

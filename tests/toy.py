@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slm import models
@@ -33,6 +34,19 @@ def documents(topics: list[str], count: int, seed: int) -> list[str]:
     n = int(rng.integers(20, 120))
     texts.append(f'{i} é\t' + ' '.join(rng.choice(words, n)) + '\n')
   return texts
+
+
+def noisy(model: models.Model, scale: float):
+  """Draw weights in which nothing (norms, biases, scales) is at its start, in one program."""
+
+  def draw():
+    params = model.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+  return jax.jit(draw)()
 
 
 def write_jsonl(path: pathlib.Path, texts: list[str]) -> pathlib.Path:
