@@ -247,15 +247,12 @@ def write(scale: Scale, root: Path, rounds: int) -> None:
   shapes = {n: found.shapes[n] for n in (TEACHER, *SERVED) if n in found.shapes}
   speed = speeds(root / 'speed.json', shapes, rounds)
   drawn = draw(found, speed)
+  asked = ('What is answered', TASKS, tasks_table(answering(found), scale.tasks))
   sections = [
     ('The claims of the papers', claims.NOTE, claims.table(found)),
     ('Tokens to the same loss', _HEADLINE, headline(found)),
     ('What is served', DEPLOYMENT, deployment_table(found, speed)),
-    *(
-      [('What is answered', TASKS, tasks_table(answering(found), scale.tasks))]
-      if scale.tasks
-      else []
-    ),
+    *([asked] if scale.tasks else []),
     ('What the search tried', _SEARCH, search_table(found)),
     ('What another text would keep', _OVERLAP, overlap_table(found)),
     ('Every student', _STUDENTS, main_table(found)),

@@ -26,7 +26,7 @@ CONTEXT = 512
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """How much computation the study takes; `rows` and `items` of 0 take all."""
+  """How much computation the study takes; `test_rows` and `items` of 0 take all."""
 
   title: str
   steps: int  # of a recovery
@@ -90,8 +90,11 @@ class Study:
     """Open a study of a teacher, a run directory, on corpora below a directory.
 
     Raises:
-      ValueError: if a task file is missing or damaged.
+      ValueError: if a task file is damaged, or transformers, which reads the exports, is missing.
+      FileNotFoundError: if a task file is missing.
     """
+    if not verify.available():
+      raise ValueError("exports are read by transformers and torch: pip install 'slm[hf]'")
     self.scale, self.root, self.corpus = scale, root, Path(corpus)
     self.runs = root / 'runs'
     self.whole = {TEACHER: Path(teacher), SMALL_VOCABULARY: self.runs / SMALL_VOCABULARY}

@@ -157,8 +157,9 @@ def served_table(r: Results, speed: Mapping[str, dict]) -> Table:
       *cells,
       f'{teacher["token"] / one["token"]:.2f}',
       f'{moved(teacher) / moved(one):.2f}',
+      f'{teacher["flops"] / one["flops"]:.2f}',
     ])  # fmt: skip
-  return [*head, 'speed-up', 'by bytes'], rows
+  return [*head, 'speed-up', 'by bytes', 'by FLOPs'], rows
 
 
 def exports_table(r: Results) -> Table:
@@ -260,14 +261,16 @@ def write(study: Study, rounds: int) -> None:
   if not r.loss.keys() - study.whole.keys():
     raise ValueError(f'{study.root}: no student is recovered and evaluated')
   shapes = {name: r.shape(name) for name in r.whole if name not in (SMALL_VOCABULARY, 'depth_lm')}
-  speed = report.speeds(study.root / 'speed.json', shapes, rounds)['models']
+  measured = report.speeds(study.root / 'speed.json', shapes, rounds)
+  speed, machine = measured['models'], measured['asked']['machine']
+  served = f'{report.DEPLOYMENT} That machine: {machine["device_kind"]}, {machine["platform"]}.'
   with matplotlib.rc_context(figures.RC):
     drawn = [_recovery(r), _tasks(r), _speed(r, speed)]
   runs = [path for s in r.students for path in r.recovered(s.name)]
   sections = [
     ('Four ways to 60 %', STUDENTS_NOTE, students_table(r)),
     ('What is answered', TASKS_NOTE, report.tasks_table(answering(r), TASKS)),
-    ('What is served', report.DEPLOYMENT, served_table(r, speed)),
+    ('What is served', served, served_table(r, speed)),
     ('What transformers reads', EXPORTS_NOTE, exports_table(r)),
     ('Where it was trained', 'The environment of the runs.', page.environment(runs)),
   ]

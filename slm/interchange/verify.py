@@ -1,5 +1,6 @@
 """Compare a model as slm computes it with transformers and with a run: logits and token ids."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ def _logits(model: models.Model, params: Params) -> Logits:
   return lambda ids, mask: np.asarray(logits(params, ids, mask))
 
 
+def available() -> bool:
+  """Return whether transformers and torch are installed."""
+  return bool(importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'))
+
+
 def transformers_side(path: Path) -> Side:
   """Load a directory with transformers, which runs no code of the directory.
 
@@ -147,7 +153,7 @@ def verify(paths: Sequence[str | Path], tolerance: float) -> float:
   side, vocab, dtype = slm_side(first)
   of_transformers = [rundir.of_transformers(path) for path in paths]
   batches, logits = prompts(vocab), []
-  with console.progress(f'compute {first.name}', len(batches), 'batches') as progress:
+  with console.Progress(f'compute {first.name}', len(batches), 'batches') as progress:
     for batch in batches:
       logits.append(side.logits(*batch))
       progress.update(1)

@@ -1,7 +1,6 @@
 """Minitron end to end: from a large model to a small one that transformers loads."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def minitron(given: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   convert.export_model(runs['student'], export, dtype=cfg.export.dtype)
   card.write(export, cfg.export.licence)
   summary |= _summary(runs, cfg, recover)
-  if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
+  if verify.available():
     summary['verified'] = worst = verify.verify([export, runs['student']], cfg.export.tolerance)
     if worst > cfg.export.tolerance:
       raise ValueError(f'{export}: its logits differ from those of transformers by {worst:.3g}')
