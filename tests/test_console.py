@@ -48,7 +48,7 @@ def test_a_signal_ends_a_command_in_one_line(number, folder, tmp_path):
 def test_progress_leaves_out_what_comes_before_the_first_unit(monkeypatch, capsys):
   clock = [0.0]
   monkeypatch.setattr(console.time, 'monotonic', lambda: clock[0])
-  with console.progress('train', 1000, 'rows') as bar:
+  with console.Progress('train', 1000, 'rows') as bar:
     bar.skip(500)
     bar.say('compiling')
     for at in (60, 61, 62, 75, 76):

@@ -73,7 +73,7 @@ def rows(
   batch_size = -(-batch_size // devices) * devices
   size = loader.manifest(path)['sets'][data_set][split]['rows']
   found = np.zeros((size, 2))
-  with console.progress(f'{data_set}/{split}', size, 'rows') as progress:
+  with console.Progress(f'{data_set}/{split}', size, 'rows') as progress:
     for _, ids, batch in loader.evaluation_batches(path, data_set, split, batch_size):
       cut = [(i, *b) for i, row in enumerate(batch['segments']) for b in blocks(row, every)]
       texts = [tokenizer.decode(batch['inputs'][i, a : start + 1]) for i, a, start, _ in cut]

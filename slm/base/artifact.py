@@ -186,7 +186,7 @@ def contents(paths: Iterable[Path], known: Mapping[str, list[Any]]) -> dict[str,
 
   hashed = {}
   with (
-    console.progress('hash of inputs', sum(stale.values()) / 1e6, 'MB') as bar,
+    console.Progress('hash of inputs', sum(stale.values()) / 1e6, 'MB') as bar,
     concurrent.futures.ThreadPoolExecutor(4) as pool,
   ):
     for path, value in zip(stats, pool.map(entry, stats), strict=True):

@@ -170,9 +170,6 @@ class Progress:
       print(self._line, file=sys.stderr, flush=True)
 
 
-progress = Progress
-
-
 def _short(value: float | str) -> str:
   if isinstance(value, str):
     return value

@@ -78,7 +78,7 @@ def features(split: loader.Split) -> scipy.sparse.csr_matrix:
       return scipy.sparse.load_npz(path)
   total = split.facts['rows']
   tok, parts = tokenizer.load(split.path / 'tokenizer'), []
-  with console.progress(f'n-grams of {split.name}', total, 'rows') as progress:
+  with console.Progress(f'n-grams of {split.name}', total, 'rows') as progress:
     for start in range(0, total, _CHUNK):
       columns = split.read(np.arange(start, min(start + _CHUNK, total)))
       rows = zip(columns['tokens'], columns['segments'], strict=True)

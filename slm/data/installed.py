@@ -57,7 +57,7 @@ def read(spec: str, parallel_map: Map) -> Iterator[str]:
 def _docs(limit: float, parallel_map: Map) -> Iterator[str]:
   names = [_PYTHON, *_distributions()]
   packages = []
-  with console.progress('installed packages', len(names), 'package') as bar:
+  with console.Progress('installed packages', len(names), 'package') as bar:
     # The scan of a large package stops early, at an even share but at least a twelfth of all.
     cap = limit / min(12, len(names))
     for texts in parallel_map(functools.partial(_package, limit=cap), names):

@@ -47,7 +47,7 @@ def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshol
   estimated Jaccard similarity is at least `threshold`.
   """
   total = sum(sum(shards.values()) for shards in sets.values())
-  with console.progress('near-duplicates', total, 'documents') as bar:
+  with console.Progress('near-duplicates', total, 'documents') as bar:
     heldout = _Index(threshold)
     for name, shards in sets.items():
       for i, values in _signatures(shards, keep[name], training=False):

@@ -109,7 +109,7 @@ def run(
   again.
   """
   todo = [path for path in tasks if not complete(path)]
-  with console.progress(description, len(tasks), 'task') as bar:
+  with console.Progress(description, len(tasks), 'task') as bar:
     bar.skip(len(tasks) - len(todo))
     for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
       bar.update(1)

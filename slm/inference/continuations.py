@@ -62,7 +62,7 @@ def write(
   flops_per_token = forward_flops(loaded.model.cfg, prompt + max_tokens)
   devices = sharding.batch_devices(mesh)
   size, where = -(-batch_size // devices) * devices, sharding.batch_sharding(mesh)
-  with jax.set_mesh(mesh), console.progress('continue', len(ids), 'rows') as progress:
+  with jax.set_mesh(mesh), console.Progress('continue', len(ids), 'rows') as progress:
     for start in range(0, len(ids), _SHARD):
       shard, part = folder / f'text-{start:08d}.jsonl', ids[start : start + _SHARD]
       if not shard.exists():

@@ -27,7 +27,7 @@ def interleave(
   """
   seconds: dict[str, list[float]] = {name: [] for name in contestants}
   rng, names = np.random.default_rng(0), list(contestants)
-  with console.progress('measure', (rounds + 1) * len(contestants), 'runs') as progress:
+  with console.Progress('measure', (rounds + 1) * len(contestants), 'runs') as progress:
     for i in range(rounds + 1):
       for name in rng.permutation(names).tolist():
         began = time.perf_counter()

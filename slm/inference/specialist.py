@@ -40,7 +40,7 @@ def best(loaded: load.Loaded, domain: str, index: str) -> Choice:
   row_losses = heldout.make_row_losses(loaded.model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   rows = (mesh, cfg.data.path, domain, 'train', cfg.eval.batch_size)
   losses, tokens = [], 0
-  with console.progress('choose specialist', loaded.reparam.clusters, 'models') as progress:
+  with console.Progress('choose specialist', loaded.reparam.clusters, 'models') as progress:
     for cluster in range(loaded.reparam.clusters):
       params = loaded.params(cluster)
       values = heldout.rows(row_losses, lambda _, p=params: p, *rows, index=index)

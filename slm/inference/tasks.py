@@ -330,7 +330,7 @@ def _records(
   length = lambda x: len(prefixes[x['id']]) + max(len(a) + len(b) for a, b in pairs(x))
   todo.sort(key=length, reverse=True)  # items of similar length share a batch: little padding
   size = max(_GROUP * scorer.batch_size // max(len(pairs(x)) for x in chosen), 1)
-  with console.progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
+  with console.Progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
     progress.skip(len(chosen) - len(todo))
     for i in range(0, len(todo), size):
       group = todo[i : i + size]

@@ -258,7 +258,7 @@ def load(
   by_size = sorted(flatten(shapes), key=lambda item: -item[1].size)
   places = dict(flatten(shardings))
   count = sum(array.size for array in planned.values())
-  with console.progress('read', count, 'tensors', show=not jax.process_index()) as progress:
+  with console.Progress('read', count, 'tensors', show=not jax.process_index()) as progress:
     return unflatten({path: leaf(path, shape, places[path]) for path, shape in by_size})
 
 

@@ -149,7 +149,7 @@ def run(
       data_set, split, index = loader.parse_on(path, name)
       facts = loader.facts(path, name)
       count = min(max_rows or facts['rows'], facts['rows'])
-      with console.progress(f'{Path(ref).name} on {name}', count, 'rows') as progress:
+      with console.Progress(f'{Path(ref).name} on {name}', count, 'rows') as progress:
         where = (mesh, path, data_set, split, batch_size, level, max_rows, index)
         try:
           values = rows(row_losses, specialist, *where, advance=progress.update)

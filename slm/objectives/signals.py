@@ -188,7 +188,7 @@ def write(
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
   signal, flops = make_signal(loaded, facts), forward_flops(loaded.model.cfg, facts['context'])
-  with jax.set_mesh(mesh), console.progress('signals', facts['rows'], 'rows') as progress:
+  with jax.set_mesh(mesh), console.Progress('signals', facts['rows'], 'rows') as progress:
     for i, shard in enumerate(shards(folder, facts)):
       ids = split.ids[i * shard_rows : (i + 1) * shard_rows]
       if shard.exists():

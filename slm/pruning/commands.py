@@ -111,7 +111,7 @@ def _continue(
   batches = loader.evaluation_batches(
     data, data_set, split, size, index=index, max_rows=request['rows']
   )
-  with jax.set_mesh(mesh), console.progress(path.stem, request['rows'], 'rows') as progress:
+  with jax.set_mesh(mesh), console.Progress(path.stem, request['rows'], 'rows') as progress:
     for number, (_, ids, batch) in enumerate(batches, 1):
       rows = int((ids >= 0).sum())
       if number <= done:

@@ -33,7 +33,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   """
   workdir, given = Path(workdir), config.complete(given)
   name, main = f'{given["phase"]} {workdir.name}', jax.process_index() == 0
-  progress = console.progress(name, 0, 'tokens', show=main)
+  progress = console.Progress(name, 0, 'tokens', show=main)
   progress.say('reading data')
   cfg = processes.together(lambda: load.pin(workdir, config.resolve(given)))
   processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})

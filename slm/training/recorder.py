@@ -63,7 +63,7 @@ class Recorder:
       self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
     self._positions = self._cfg.data.batch_size * self._cfg.context  # of a step
     name, total = f'{self._cfg.phase} {self._workdir.name}', self._cfg.steps * self._positions
-    self._progress = console.progress(name, total, 'tokens', show=self._main).__enter__()
+    self._progress = console.Progress(name, total, 'tokens', show=self._main).__enter__()
     self._progress.skip(self._start * self._positions)
     self._progress.say('compiling')
     return self
