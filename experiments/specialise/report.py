@@ -309,7 +309,8 @@ def show(c: Comparison, advice: list[str]) -> None:
     for row in rows:
       table.add_row(*(row[i] for i in _SHOWN), style=_RICH.get(row[4]))
     terminal.print(table)
-  terminal.print(' '.join(advice), highlight=False, markup=False)
+  for sentence in advice:
+    terminal.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 _SHOWN = (0, 1, 3, 4, 6, 7, 8)  # the columns that fit a terminal
