@@ -11,7 +11,7 @@ import tokenizers
 import toy
 
 from slm.base import files
-from slm.data import tokenizer
+from slm.data import sidecars, tokenizer
 
 TEXTS = [
   '',
@@ -126,12 +126,12 @@ def test_the_settings_beside_a_tokenizer_say_how_texts_begin_and_end(tmp_path, s
   special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
   source = huggingface_file(tmp_path / 'tokenizer.json', special)
   if settings:
-    (tmp_path / tokenizer.SETTINGS).write_text(json.dumps(settings))
+    (tmp_path / sidecars.SETTINGS).write_text(json.dumps(settings))
   built = tokenizer.build('huggingface', 0, str(source), [], tmp_path / 'out')
   for tok in (tokenizer.load(tmp_path), tokenizer.load(source), built):
     assert (tok.special().get('bos'), tok.special()['eos']) == ends
     assert tok.start == tok.ids.eos if ends[0] is None else tok.ids.bos
-  (tmp_path / tokenizer.SETTINGS).write_text('{"eos_token": "<gone>"}')
+  (tmp_path / sidecars.SETTINGS).write_text('{"eos_token": "<gone>"}')
   with pytest.raises(
     ValueError, match='tokenizer_config.json: eos_token is .<gone>., which is not in'
   ):
@@ -158,7 +158,7 @@ def llama(path: pathlib.Path, **settings) -> int:
   return 400
 
 
-def write(path: pathlib.Path, name: str = tokenizer.SETTINGS, **content) -> None:
+def write(path: pathlib.Path, name: str = sidecars.SETTINGS, **content) -> None:
   (path / name).write_text(json.dumps(content))
 
 
@@ -261,7 +261,7 @@ def test_the_end_of_a_text_is_a_set_from_all_files(tmp_path):
     assert (tok.ids.eos, tok.ends, tok.ids.bos, tok.ids.pad) == (2, {0, 2}, None, None)
     assert tok.decode([*tok.encode('ship'), 2, 0]) == 'ship'
   # Without settings of the tokenizer, the configs of the model name the end token.
-  (path / tokenizer.SETTINGS).unlink()
+  (path / sidecars.SETTINGS).unlink()
   tok = tokenizer.load(path)
   assert (tok.ids.eos, tok.ends, tok.ids.bos) == (2, {0, 2}, 1)
   write(path, 'generation_config.json', eos_token_id=[[2]])

@@ -11,9 +11,9 @@ from slm.base import files
 
 SETTINGS = 'tokenizer_config.json'
 TEMPLATE = 'chat_template.jinja'
-_MAP, _ADDED = 'special_tokens_map.json', 'added_tokens.json'
-_GENERATION, _CONFIG = 'generation_config.json', 'config.json'
-FILES = (SETTINGS, _MAP, _ADDED, TEMPLATE, _GENERATION, _CONFIG)
+MAP, ADDED = 'special_tokens_map.json', 'added_tokens.json'
+MODEL = ('generation_config.json', 'config.json')  # configs of the tokenizer's model
+FILES = (SETTINGS, MAP, ADDED, TEMPLATE, *MODEL)
 _ROLES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 _FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
@@ -36,7 +36,7 @@ def read(folder: Path) -> Sidecars:
     ValueError: if a file is damaged or does not have the expected structure; names the file.
   """
   content = {name: _read_object(folder / name) for name in FILES if name != TEMPLATE}
-  config, tokens = content[SETTINGS], content[_MAP]
+  config, tokens = content[SETTINGS], content[MAP]
   # A tokenizer_config.json that lists added tokens is the newer of the two files.
   settings = {**tokens, **config} if 'added_tokens_decoder' in config else {**config, **tokens}
   with files.reading(folder / SETTINGS, 'the settings of a tokenizer'):
@@ -53,8 +53,8 @@ def read(folder: Path) -> Sidecars:
     template = settings.get('chat_template')
     if isinstance(template, list):
       template = {x['name']: x['template'] for x in template}.get('default')
-  with files.reading(folder / _ADDED, 'a table of tokens and ids'):
-    for text, i in content[_ADDED].items():
+  with files.reading(folder / ADDED, 'a table of tokens and ids'):
+    for text, i in content[ADDED].items():
       added.setdefault(text, (int(i), _token(text, special=text in special)))
   for text in extra:
     added.setdefault(text, (None, _token(text, special=True)))
@@ -62,9 +62,7 @@ def read(folder: Path) -> Sidecars:
     template = (folder / TEMPLATE).read_text()
   ids = {}
   for role in ('bos', 'eos', 'pad'):
-    values = [
-      i for name in (_GENERATION, _CONFIG) for i in _ids(folder / name, content[name], role)
-    ]
+    values = [i for name in MODEL for i in _ids(folder / name, content[name], role)]
     ids[role] = tuple(dict.fromkeys(values))
   by_id = sorted(added.values(), key=lambda x: (x[0] is None, x[0] or 0))
   return Sidecars(settings, named, tuple(by_id), ids, template)

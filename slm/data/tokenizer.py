@@ -18,7 +18,6 @@ from sentencepiece import sentencepiece_model_pb2
 
 from slm.base import files
 from slm.data import sidecars
-from slm.data.sidecars import SETTINGS as SETTINGS
 
 # SentencePiece writes a space as U+2581, so U+2581 in a text is encoded as its three bytes.
 _SPACE = '\u2581'
@@ -122,7 +121,7 @@ class Tokenizer(abc.ABC):
     def choose(role: str) -> int | None:
       if text := sidecar.named.get(role):
         if (i := find(text)) is None and role != 'pad':
-          settings = path.parent / SETTINGS
+          settings = path.parent / sidecars.SETTINGS
           raise ValueError(f'{settings}: {role}_token is {text!r}, which is not in the vocabulary')
         return i
       if role in sidecar.named and role != 'eos':

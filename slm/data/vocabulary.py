@@ -17,13 +17,13 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from slm.base import files
-from slm.data import tokenizer
+from slm.data import sidecars, tokenizer
 
 # Files beside a tokenizer that name ids, and the keys that hold ids.
-SETTINGS = ('config.json', 'generation_config.json', tokenizer.SETTINGS, 'added_tokens.json')
+_NAMING = (*sidecars.MODEL, sidecars.SETTINGS, sidecars.ADDED)
 _IDS = re.compile(r'_token_ids?$|^(begin_)?suppress_tokens$|_words_ids$|^(ids|pad_id|sep|cls)$')
 _MARK = re.compile(r'<[^<>\s]+>|\[[^\[\]\s]+\]')  # special tokens as chat templates write them
-_REPLACED = (*tokenizer.KINDS, 'vocab.json', 'merges.txt')  # the whole vocabulary in other files
+WHOLE = ('vocab.json', 'merges.txt')  # the whole vocabulary in other files
 
 
 class _Vocabulary(NamedTuple):
@@ -84,20 +84,20 @@ def reduce(
       raise ValueError(f'sizes: vocab={size}: no further token fits after {before}')
   new_ids = {old: new for new, old in enumerate(sorted(kept))}
   smaller = {name: vocabulary.write(new_ids)}
-  for other in content.keys() - _REPLACED:
+  for other in content.keys() - {*tokenizer.KINDS, *WHOLE}:
     smaller[other] = content[other]
-    if other in SETTINGS:
-      settings = _renumber(json.loads(content[other]), new_ids.__getitem__, other == SETTINGS[-1])
+    if other in _NAMING:
+      settings = _renumber(json.loads(content[other]), new_ids.__getitem__, other == sidecars.ADDED)
       settings |= {'vocab_size': size} if other == 'config.json' else {}
       smaller[other] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
   return smaller, np.array(sorted(kept))
 
 
 def ids_in(name: str, content: bytes) -> set[int]:
-  """Return the ids that a file of `SETTINGS` names; other files name none."""
+  """Return the ids that a file beside a tokenizer names."""
   ids: set[int] = set()
-  if name in SETTINGS:
-    _renumber(json.loads(content), lambda i: ids.add(i) or i, name == SETTINGS[-1])
+  if name in _NAMING:
+    _renumber(json.loads(content), lambda i: ids.add(i) or i, name == sidecars.ADDED)
   return ids
 
 
@@ -111,7 +111,7 @@ def _named(content: Mapping[str, bytes], ids: Mapping[str, int]) -> set[int]:
       named |= ids_in(name, text)
       if name.endswith('.jinja'):
         templates.append(text.decode())
-      if name in (tokenizer.SETTINGS, 'special_tokens_map.json'):
+      if name in (sidecars.SETTINGS, sidecars.MAP):
         for key, value in json.loads(text).items():
           if key.endswith(('_token', '_tokens')):
             tokens += _strings(value)

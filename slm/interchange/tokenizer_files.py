@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from slm.base import files
-from slm.data import tokenizer, vocabulary
+from slm.data import sidecars, tokenizer, vocabulary
 
 Files = dict[str, bytes]  # path relative to the tokenizer's folder -> content
-_NAMES = (
-  'tokenizer.json', 'tokenizer.model', tokenizer.SETTINGS, 'special_tokens_map.json',
-  'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'generation_config.json',
-  'config.json',
-)  # fmt: skip
+_VOCABULARIES = ('tokenizer.json', 'tokenizer.model')
+_NAMES = (*_VOCABULARIES, *vocabulary.WHOLE, *sidecars.FILES)
 _TEMPLATES = 'additional_chat_templates'
 
 
@@ -35,7 +32,7 @@ def write(folder: Path, content: Mapping[str, bytes]) -> None:
 
 def has_tokenizer(content: Iterable[str]) -> bool:
   """Return whether files include a tokenizer, not only settings."""
-  return not {'tokenizer.json', 'tokenizer.model'}.isdisjoint(content)
+  return not set(_VOCABULARIES).isdisjoint(content)
 
 
 def check_ids(path: Path, rows: int, tok: tokenizer.Tokenizer | None) -> None:
@@ -112,7 +109,7 @@ def exported(
   (`hf`) names. Files that already say so keep their bytes. Texts with U+2581, SentencePiece's space
   symbol, have other ids in transformers.
   """
-  exported, settings = dict(content), parse(content, tokenizer.SETTINGS)
+  exported, settings = dict(content), parse(content, sidecars.SETTINGS)
   changes: dict[str, Any] = {}
   if 'tokenizer.json' in content:
     data = vocabulary.begin_with(content['tokenizer.json'].decode(), begin).encode()
@@ -132,7 +129,7 @@ def exported(
       **{f'{name}_token': token for name, token in tok.special().items()},
     }
   if changes:
-    exported[tokenizer.SETTINGS] = _json({**settings, **changes})
+    exported[sidecars.SETTINGS] = _json({**settings, **changes})
   decoding = parse(content, 'generation_config.json')
   ends = list(dict.fromkeys([*_end_ids(decoding), *_end_ids(hf), tok.ids.eos]))
   if ends != _end_ids(decoding):
