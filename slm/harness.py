@@ -8,7 +8,7 @@ is the harness's own command with this model registered; from Python it is
 
 import sys
 
-from slm.base import console
+from slm.base import arguments, console
 
 try:
   from lm_eval.__main__ import cli_evaluate
@@ -17,6 +17,9 @@ try:
 except ModuleNotFoundError as e:
   if __name__ != '__main__':
     raise
+  if arguments.HELP.intersection(sys.argv[1:]):  # the options are lm_eval's
+    print(__doc__)
+    sys.exit()
   sys.exit(f"error: slm.harness needs lm_eval: pip install 'slm[eval]' ({e})")
 
 if __name__ == '__main__':

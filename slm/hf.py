@@ -16,16 +16,17 @@ from absl import flags
 from slm.base import console
 from slm.interchange import card, convert, verify
 
+USAGES = {
+  'import': 'HF_DIR RUN',
+  'export': 'RUN HF_DIR',
+  'verify': 'HF_DIR [OTHER]',
+  'card': 'HF_DIR',
+}
+
 
 def main(argv: list[str]) -> None:
   """Run the command."""
-  command, *paths = argv[1:] or ['']
-  counts = {'import': (2,), 'export': (2,), 'verify': (1, 2), 'card': (1,)}
-  if command not in counts or len(paths) not in counts[command]:
-    raise ValueError(
-      'expected one of: import HF_DIR RUN, export RUN HF_DIR, verify HF_DIR [OTHER], '
-      f'card HF_DIR; found {" ".join(argv[1:]) or "nothing"}'
-    )
+  command, paths = console.subcommand(argv, USAGES)
   f = flags.FLAGS
   if command == 'import':
     cfg = convert.import_model(*paths)

@@ -25,6 +25,7 @@ def main(_: list[str]) -> None:
     return
   console.required('workdir')
   print(table(minitron(f.config.to_dict(), Path(f.workdir))))
+  print(f'exported for transformers: {f.workdir}/export')
 
 
 if __name__ == '__main__':

@@ -28,45 +28,62 @@ from slm.runs import config
 
 def main(argv: list[str]) -> None:
   """Run the subcommand that the first argument names."""
+  run = {'calibrate': calibrate, 'cut': cut, 'compare': compare, 'search': find}
+  run[console.subcommand(argv, dict.fromkeys(run, ''))[0]]()
+
+
+def calibrate() -> None:
+  """Score a run's units and print what was read."""
+  console.required('run', 'out')
   f = flags.FLAGS
-  if argv[1:] == ['calibrate'] and f.run and f.out:
-    stats = commands.calibrate(f.run, f.data, f.out, f.on, f.rows, f.batch_size)
-    print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
-  elif argv[1:] == ['cut'] and f.run and f.stats and f.workdir:
-    wanted = slicing.read_sizes(f.sizes)
-    if len(f.stats) == 2 and not f.mix:
-      raise ValueError('--mix: with two --stats expected the share of the second, found 0')
-    cfg, counts = commands.cut(
-      f.run, f.stats, wanted, f.workdir, norm_gain=f.norm_gain, by=f.by, depth=f.depth, mix=f.mix,
-      tokens=f.tokens, sequences=f.sequences, align=f.align, seed=f.seed,
-      task=f.task, limit=f.limit,
-    )  # fmt: skip
-    shape = ', '.join(f'{axis} {getattr(cfg, slicing.SIZES[axis])}' for axis in wanted)
-    print(f'{f.workdir}: {shape}; {counts[1]:,} parameters of {counts[0]:,}')
-  elif argv[1:] == ['compare'] and f.stats:
-    sizes = slicing.read_sizes(f.sizes)
-    shares = commands.compare(f.stats, sizes, tokens=f.tokens, sequences=f.sequences)
-    for axis, (share, chance) in shares.items():
-      print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')
-  elif argv[1:] == ['search'] and f.run and len(f.stats) == 1 and f.workdir:
-    whole = config.of(f.run).model
-    grid = search.read_grid(f.grid, whole) or search.default_grid(whole, f.multiple)
-    limits = (f.max_params, f.max_active, f.max_memory, f.max_token_ms)
-    if not any(limits):
-      raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
-    result = search.search(
-      f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid,
-      search.Bounds(*limits, f.batch, f.context, f.dtype),
-      count=f.count, survivors=f.survivors, rounds=f.rounds,
-    )  # fmt: skip
-    print(search.table(result))
-    print(f'best: {f.workdir}/{result["best"]}; the search took {result["flops"]:.3g} FLOPs')
-  else:
-    raise ValueError(
-      'expected: calibrate --run=RUN --out=STATS, cut --run=RUN --stats=STATS --sizes=... '
-      '--workdir=SMALL, compare --stats=A --stats=B --sizes=..., or search --run=RUN --stats=STATS '
-      f'--workdir=DIR; found {" ".join(argv[1:]) or "nothing"}'
-    )
+  stats = commands.calibrate(f.run, f.data, f.out, f.on, f.rows, f.batch_size)
+  print(f'{f.out}: {stats["count"]:,} sequences, {stats["tokens"]:,} tokens')
+
+
+def cut() -> None:
+  """Cut a run and print the smaller shape."""
+  console.required('run', 'stats', 'sizes', 'workdir')
+  f = flags.FLAGS
+  wanted = slicing.read_sizes(f.sizes)
+  if len(f.stats) == 2 and not f.mix:
+    raise ValueError('--mix: with two --stats expected the share of the second, found 0')
+  cfg, counts = commands.cut(
+    f.run, f.stats, wanted, f.workdir, norm_gain=f.norm_gain, by=f.by, depth=f.depth, mix=f.mix,
+    tokens=f.tokens, sequences=f.sequences, align=f.align, seed=f.seed,
+    task=f.task, limit=f.limit,
+  )  # fmt: skip
+  shape = ', '.join(f'{axis} {getattr(cfg, slicing.SIZES[axis])}' for axis in wanted)
+  print(f'{f.workdir}: {shape}; {counts[1]:,} parameters of {counts[0]:,}')
+
+
+def compare() -> None:
+  """Print how far two calibrations agree on what to keep."""
+  console.required('stats', 'sizes')
+  f = flags.FLAGS
+  sizes = slicing.read_sizes(f.sizes)
+  shares = commands.compare(f.stats, sizes, tokens=f.tokens, sequences=f.sequences)
+  for axis, (share, chance) in shares.items():
+    print(f'{axis}: {share:.3f} in common, {chance:.3f} by chance')
+
+
+def find() -> None:
+  """Search the shapes within bounds and print them ranked."""
+  console.required('run', 'stats', 'workdir')
+  f = flags.FLAGS
+  if len(f.stats) != 1:
+    raise ValueError(f'--stats: search expects one, found {len(f.stats)}')
+  whole = config.of(f.run).model
+  grid = search.read_grid(f.grid, whole) or search.default_grid(whole, f.multiple)
+  limits = (f.max_params, f.max_active, f.max_memory, f.max_token_ms)
+  if not any(limits):
+    raise ValueError('expected one of --max_params, --max_active, --max_memory, --max_token_ms')
+  result = search.search(
+    f.run, f.stats[0], Path(f.workdir), f.config.to_dict(), grid,
+    search.Bounds(*limits, f.batch, f.context, f.dtype),
+    count=f.count, survivors=f.survivors, rounds=f.rounds,
+  )  # fmt: skip
+  print(search.table(result))
+  print(f'best: {f.workdir}/{result["best"]}; the search took {result["flops"]:.3g} FLOPs')
 
 
 if __name__ == '__main__':

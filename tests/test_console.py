@@ -61,3 +61,49 @@ def test_progress_leaves_out_what_comes_before_the_first_unit(monkeypatch, capsy
     'train: 90%  20 rows/s  5 s left  loss 1.5',
     'train: 100%  25 rows/s  0 s left  loss 1.5',
   ]
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [
+    (0.4, '0 s'),
+    (59.4, '59 s'),
+    (65, '1 min 05 s'),
+    (3599.7, '1 h 00 min'),
+    (7e6, '1,944 h 26 min'),
+  ],
+)
+def test_a_duration_has_the_units_that_a_reader_needs(seconds, text):
+  assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ([], "expected one of cut, verify; found 'nothing'"),
+    (['ctu'], "expected one of cut, verify; found 'ctu'; did you mean cut?"),
+    (['cut', 'runs/a'], 'cut: expected flags alone; found runs/a'),
+    (['verify'], r'verify: expected HF_DIR \[OTHER\]; found nothing'),
+    (['verify', 'a', 'b', 'c'], r'verify: expected HF_DIR \[OTHER\]; found a b c'),
+  ],
+)
+def test_a_wrong_subcommand_is_refused(argv, message):
+  with pytest.raises(ValueError, match=message):
+    console.subcommand(['slm.x', *argv], {'cut': '', 'verify': 'HF_DIR [OTHER]'})
+
+
+def test_a_subcommand_comes_with_its_arguments():
+  usages = {'cut': '', 'verify': 'HF_DIR [OTHER]'}
+  assert console.subcommand(['slm.x', 'cut'], usages) == ('cut', [])
+  assert console.subcommand(['slm.x', 'verify', 'a'], usages) == ('verify', ['a'])
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+  root = pathlib.Path(__file__).parent.parent
+  script = 'from slm.base import console\nconsole.run(lambda _: print("x" * 9**7))'
+  process = subprocess.Popen(
+    [sys.executable, '-c', script],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={'PYTHONPATH': str(root)},
+  )  # fmt: skip
+  process.stdout.close()
+  assert process.stderr.read() == '' and process.wait(timeout=60) == 1

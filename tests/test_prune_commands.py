@@ -369,4 +369,5 @@ def test_the_command_line(trained, tmp_path):
   assert '--mix: with two --stats expected the share of the second' in two.stderr
   both = ('compare', f'--stats={tmp_path}/stats', f'--stats={tmp_path}/stats')
   assert 'mlp: 1.000 in common, 0.333 by chance' in prune(*both, '--sizes=mlp=8').stdout
-  assert 'expected: calibrate' in prune().stderr
+  assert 'expected one of calibrate, cut' in prune().stderr
+  assert 'expected --stats and --sizes' in prune('cut', f'--run={run}', '--workdir=x').stderr

@@ -1,6 +1,7 @@
 """The command line of every command: flags, one-line errors, progress."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -61,6 +62,25 @@ def run(
   app.run(guarded, flags_parser=_parse)
 
 
+def subcommand(argv: list[str], usages: Mapping[str, str]) -> tuple[str, list[str]]:
+  """Return the subcommand of a command line and its positional arguments.
+
+  `usages` names the positional arguments of every subcommand, optional ones in brackets.
+
+  Raises:
+    ValueError: if there is no such subcommand, or it takes another number of arguments.
+  """
+  name, *given = argv[1:] or ['']
+  if name not in usages:
+    near = arguments.suggestion(name, usages)
+    raise ValueError(f'expected one of {", ".join(usages)}; found {name or "nothing"!r}{near}')
+  wanted = usages[name].split()
+  if not sum(not arg.startswith('[') for arg in wanted) <= len(given) <= len(wanted):
+    expected = usages[name] or 'flags alone'
+    raise ValueError(f'{name}: expected {expected}; found {" ".join(given) or "nothing"}')
+  return name, given
+
+
 def required(*names: str) -> None:
   """Raise ValueError naming those of the flags that were not given."""
   missing = [f'--{name}' for name in names if flags.FLAGS[name].value in (None, '', [])]
@@ -85,11 +105,15 @@ def one_line_errors() -> Iterator[None]:
   """
   try:
     yield
+    sys.stdout.flush()
   except (Interrupted, KeyboardInterrupt) as e:
     number = getattr(e, 'number', signal.SIGINT)
     text = str(e) or '; '.join(['interrupted', *getattr(e, '__notes__', ())[-1:]])
     print(text, file=sys.stderr)
     raise SystemExit(128 + number) from None
+  except BrokenPipeError:  # the reader of the output, such as head, has gone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+    raise SystemExit(1) from None
   except (ValueError, OSError, FloatingPointError, flags.Error) as e:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
       raise
@@ -155,7 +179,7 @@ class Progress:
     parts = [f'{name} {_short(value)}' for name, value in fields.items()]
     if rate:
       left = (self._total - self._done) / rate if self._total else 0.0
-      parts = [f'{_short(rate)} {self._unit}/s', f'{left:.0f} s left', *parts]
+      parts = [f'{_short(rate)} {self._unit}/s', f'{duration(left)} left', *parts]
     self._info = '  '.join(parts)
     if self._bar:
       self._bar.update(self._task, completed=self._done, info=self._info)
@@ -168,6 +192,14 @@ class Progress:
     line, self._line = self._line, f'{self._description}: {share}  {self._info}'.rstrip()
     if line != self._line:
       print(self._line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+  """Format a time in the two units that a reader needs, as 42 s, 3 min 05 s or 7 h 20 min."""
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes < 60:
+    return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'
+  return f'{minutes // 60:,} h {minutes % 60:02d} min'
 
 
 def _short(value: float | str) -> str:

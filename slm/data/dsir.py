@@ -121,8 +121,9 @@ def _main(_: list[str]) -> None:
   index = sample(request)
   made = index['made']
   print(
-    f'{request.out}: {index["rows"]:,} rows, {index["tokens"]:,} tokens; KL of the domain from '
-    f'the generic n-grams {made["kl_before"]:.3f} nats, from the selected {made["kl_after"]:.3f}'
+    f'{request.out}: {index["rows"]:,} rows, {index["tokens"]:,} tokens\n'
+    f"KL divergence of the domain's n-grams from those of generic rows: {made['kl_before']:.3f} "
+    f'nats before, {made["kl_after"]:.3f} after the selection; lower is nearer the domain'
   )
 
 

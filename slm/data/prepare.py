@@ -420,7 +420,8 @@ def _main(_: list[str]) -> None:
       f'{facts["tokens"]:,} tokens, {facts["rows"]:,} rows, '
       f'{facts["bytes_per_token"]:.2f} bytes per token'
     )
-  print(f'prepared: {config.out}')
+  compared = '; every file compared with its hash' if flags.FLAGS.verify else ''
+  print(f'prepared: {config.out}{compared}')
 
 
 if __name__ == '__main__':

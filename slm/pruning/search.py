@@ -9,6 +9,7 @@ candidates are ranked after a short retraining, not before (Minitron, arXiv 2407
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,8 @@ def _halve(
   before, i = record['zero_shot'], 0
   while True:
     steps, losses = cfg.steps * 2**i, {}
+    what = f'round {i + 1}: {len(left)} shapes, {steps:,} steps each'
+    print(f'search {workdir.name}: {what}', file=sys.stderr, flush=True)
     for shape in left:
       init = workdir / (f'{shape}-{i}' if i else shape)
       changes = {'init': str(init), 'steps': steps, 'seed': cfg.seed + i + 1}

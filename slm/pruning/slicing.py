@@ -88,7 +88,7 @@ def check_sizes(cfg: DecoderConfig, wanted: dict[str, int], align: int) -> None:
     if wanted[axis] % multiple:
       raise ValueError(
         f'sizes: {axis}={wanted[axis]}: expected a multiple of {multiple}, for the speed of '
-        'accelerators; align=1 allows any'
+        'accelerators; align=1 (--align=1) allows any'
       )
 
 

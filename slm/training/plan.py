@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from slm import models, reparam
+from slm.base import console
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder
 from slm.objectives import distill, losses
@@ -283,8 +284,7 @@ def text(plan: Mapping[str, Any]) -> str:
   lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in memory.items() if n]
   if share > 1:
     lines.append('does not fit: raise mesh.fsdp or data.accum, or set model.remat')
-  hours = plan['hours']
-  duration = f'{hours:,.3g} hours' if hours >= 1 else f'{hours * 60:.2g} minutes'
+  duration = console.duration(3600 * plan['hours'])
   if chip == HERE:
     rate = f'{plan["chip FLOP/s"]:.3g} FLOP/s of a timed step'
     add('time', f'about {duration} here, at the {rate}')
