@@ -15,7 +15,7 @@ from slm.runs import load
 from slm.runs.config import RunConfig, section, without_data, write_run
 from slm.training import optim, plan, step
 from slm.training.step import make_sums
-from slm.weights import count
+from slm.weights import chips, count
 
 # Grangier et al., tables 1, 6 and 7. Their MLPs have two matrices of width 4d; a gated one of 8d/3
 # has as many parameters. Their totals imply 37.1k embedding rows, more than the 32k tokens stated.
@@ -219,3 +219,9 @@ def test_a_distillation_is_not_planned_without_its_teacher():
   cfg['objective'] = {**cfg['objective'], 'name': 'distill'}
   with pytest.raises(ValueError, match='--dry_run of a distillation counts its forward passes'):
     planned(cfg)
+
+
+def test_the_peak_of_a_device_is_known_by_its_kind():
+  assert chips.peak('TPU v5 lite') == chips.CHIPS['tpu-v5e'].flops
+  assert chips.peak('NVIDIA H100 80GB HBM3') == chips.CHIPS['h100'].flops
+  assert chips.peak('NVIDIA H100 PCIe') is chips.peak(jax.devices()[0].device_kind) is None

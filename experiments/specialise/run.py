@@ -28,6 +28,7 @@ from slm.objectives import heldout
 from slm.runs.config import section, without_data
 from slm.training import loop, plan
 from slm.weights import sharding
+from slm.weights.chips import CHIPS
 
 
 def do_train(job: dict[str, Any], root: Path) -> None:
@@ -241,6 +242,6 @@ if __name__ == '__main__':
   flags.DEFINE_list('seeds', [], "Do these seeds' runs alone, say on an accelerator of their own.")
   flags.DEFINE_bool('dry_run', False, 'Print what would be trained and its cost; train nothing.')
   flags.DEFINE_integer('devices', 8, '--dry_run: how many chips at most a run is spread over.')
-  flags.DEFINE_enum('chip', 'h100', sorted(plan.CHIPS), '--dry_run: on what.')
+  flags.DEFINE_enum('chip', 'h100', sorted(CHIPS), '--dry_run: on what.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
   console.run(main)

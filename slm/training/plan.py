@@ -28,26 +28,9 @@ from slm.reparam.projection import CodeConfig
 from slm.runs import config, load
 from slm.runs.config import DistillConfig, RunConfig
 from slm.weights import axes, sharding, tree
+from slm.weights.chips import CHIPS, Chip
 from slm.weights.count import active_params, forward_flops, num_params
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """An accelerator: peak dense bfloat16 FLOP/s and memory, from its data sheet."""
-
-  flops: float
-  bytes: float
-
-
-CHIPS = {
-  'a100': Chip(312e12, 80e9),
-  'h100': Chip(989e12, 80e9),
-  'h200': Chip(989e12, 141e9),
-  'tpu-v4': Chip(275e12, 32 * 2**30),
-  'tpu-v5e': Chip(197e12, 16 * 2**30),
-  'tpu-v5p': Chip(459e12, 95e9),
-  'tpu-v6e': Chip(918e12, 32 * 2**30),
-}
 HERE = 'cpu'  # this machine, whose speed is measured
 NAMES = (*sorted(CHIPS), HERE)
 _MEASURED_TOKENS = 4096  # tokens of a measured step, at most

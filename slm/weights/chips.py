@@ -1,0 +1,38 @@
+"""Accelerators that are known: peak FLOP/s and memory, and the names JAX has for them."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """An accelerator: peak dense bfloat16 FLOP/s and memory, from its data sheet."""
+
+  flops: float
+  bytes: float
+
+
+CHIPS = {
+  'a100': Chip(312e12, 80e9),
+  'h100': Chip(989e12, 80e9),
+  'h200': Chip(989e12, 141e9),
+  'tpu-v4': Chip(275e12, 32 * 2**30),
+  'tpu-v5e': Chip(197e12, 16 * 2**30),
+  'tpu-v5p': Chip(459e12, 95e9),
+  'tpu-v6e': Chip(918e12, 32 * 2**30),
+}
+# The `device_kind` of JAX's devices -> their chip. PCIe cards of the H100 and H200 are slower.
+_KINDS = {
+  'NVIDIA A100-SXM4-40GB': 'a100',
+  'NVIDIA A100-SXM4-80GB': 'a100',
+  'NVIDIA H100 80GB HBM3': 'h100',
+  'NVIDIA H200': 'h200',
+  'TPU v4': 'tpu-v4',
+  'TPU v5 lite': 'tpu-v5e',
+  'TPU v5': 'tpu-v5p',
+  'TPU v6 lite': 'tpu-v6e',
+}
+
+
+def peak(kind: str) -> float | None:
+  """Return the peak dense bfloat16 FLOP/s of a device of JAX's `device_kind`, None if unknown."""
+  return CHIPS[_KINDS[kind]].flops if kind in _KINDS else None
