@@ -17,8 +17,9 @@ from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes
 from slm.runs.config import RunConfig
 from slm.training import optim, plan
+from slm.training.program import Program
 from slm.training.recorder import Recorder
-from slm.training.step import State, init_state, make_sums, make_train_step, trained
+from slm.training.step import State, trained
 from slm.weights import sharding
 
 
@@ -80,34 +81,13 @@ class _Run:
     self.frozen, self.beside = dict(self.setup.frozen), self.setup.beside
     if self.reparam.base:
       self.frozen['base'] = load.base(cfg, self.reparam, mesh)
-    schedule = optim.schedule(cfg.schedule, cfg.steps)
-    self.tx = optim.build(cfg.optim, schedule, self.reparam.independent)
-    if self.beside:
-      self.tx = optim.each(self.tx, self.setup.rates)
-    theta, shardings = load.theta_shardings(self.reparam, mesh)
-    beside = jax.eval_shape(lambda: self.beside)
-    self.step_flops = plan.step_flops(cfg, self.model, self.reparam, theta, self.setup.flops)
-    self.shapes = jax.eval_shape(lambda t, b: init_state(t, self.tx, b), theta, beside)
-    self.layout = self._layout(shardings, sharding.shardings(beside, mesh))
+    self.program = Program(cfg, self.model, self.reparam, self.setup, mesh)
+    self.shapes, self.layout = self.program.shapes, self.program.layout
+    added = self.setup.flops
+    self.step_flops = plan.step_flops(cfg, self.model, self.reparam, self.shapes.theta, added)
     self.batches = self._open_data()
     self.materialize = jax.jit(self.reparam.materialize)
     self.compiled: dict[Any, Any] = {}
-
-  def _layout(self, theta: Any, beside: Any) -> State:
-    """Lay optimiser moments out like the weights they belong to, the rest replicated."""
-    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-    def like(where, tree):
-      structure = jax.tree.structure(where)
-      same = lambda x: jax.tree.structure(x) == structure
-      return jax.tree.map(lambda x: where if same(x) else replicated, tree, is_leaf=same)
-
-    moments, where = self.shapes.opt_state, trained(theta, beside)
-    if beside:
-      moments = {name: like(where[name], part) for name, part in moments.items()}
-    else:
-      moments = like(where, moments)
-    return State(replicated, theta, beside, moments)
 
   def _open_data(self) -> loader.Loader:
     """Open the batches of the groups of rows on this process's devices."""
@@ -135,8 +115,7 @@ class _Run:
       make, source = self.reparam.init, jax.random.fold_in(jax.random.key(cfg.seed), 0)
     theta = jax.jit(make, out_shardings=self.layout.theta)(source)
     beside, self.beside = self.beside, {}  # from here on the state holds these weights
-    init = jax.jit(lambda t, b: init_state(t, self.tx, b), out_shardings=self.layout)
-    return init(theta, beside)
+    return self.program.init(theta, beside)
 
   def restore(self, saved: checkpoint.Checkpoints) -> State:
     """Continue from the newest checkpoint, or start."""
@@ -170,11 +149,8 @@ class _Run:
     shapes, structure = jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
     key = (kind, structure, *shapes)
     if key not in self.compiled:
-      sums = make_sums(self.setup.objectives[kind], self.reparam, self.cfg.dtype)
-      step = make_train_step(sums, self.tx, self.reparam.independent)
-      jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
       record.flush()  # compiling is no training time
-      self.compiled[key] = jitted.lower(state, self.frozen, batch).compile()
+      self.compiled[key] = self.program.lower(kind, state, self.frozen, batch).compile()
       record.dispatch()
     return self.compiled[key](state, self.frozen, batch)
 
