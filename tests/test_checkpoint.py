@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from slm import checkpoint as command
 from slm.base import files
 from slm.objectives import heldout
 from slm.runs import checkpoint, load, rundir
@@ -87,6 +88,50 @@ def test_checkpoints_without_checksums_load_and_what_cannot_be_read_is_one_line(
   with pytest.raises(OSError, match='checkpoints: step 6 cannot be read ') as e:
     load.load(run, mesh)
   assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+def verify(capsys, *refs):
+  """Return what `slm.checkpoint verify` prints, and its error or ''."""
+  try:
+    command.main(['slm.checkpoint', 'verify', *map(str, refs)])
+  except ValueError as e:
+    return capsys.readouterr().out.splitlines(), str(e)
+  return capsys.readouterr().out.splitlines(), ''
+
+
+def state(run):
+  return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob('*')}
+
+
+def test_verify_names_damaged_files_and_changes_nothing(whole, run, capsys):
+  intact = [f'{whole}@{step}: as it was written' for step in (2, 4, 6)]
+  assert verify(capsys, whole) == (intact, '')
+  path, before = flip(run, '4/theta'), state(run)
+  (lines, error) = verify(capsys, whole, run)
+  assert lines[:3] == intact and lines[4] == f'{run}@4: {path}: is not as it was written'
+  assert error == f'1 of 6 checkpoints failed: {path}: is not as it was written'
+  assert verify(capsys, f'{run}@6') == ([f'{run}@6: as it was written'], '')
+  assert state(run) == before
+
+
+def test_verify_does_not_pass_what_it_cannot_check(run, capsys):
+  (run / 'checkpoints/6/checksums.json').unlink()
+  assert verify(capsys, run)[1].endswith('checkpoints/6: has no checksums.json to compare with')
+  assert verify(capsys, f'{run}@5') == (
+    [],
+    f'{run}: has no checkpoint of step 5, found steps [2, 4, 6]',
+  )
+  shutil.rmtree(run / 'checkpoints')
+  assert verify(capsys, run) == ([], f'{run}: holds no checkpoints, the run has not saved yet')
+
+
+def test_multiples_are_kept_and_named_like_other_checkpoints(tiny_config_of, tmp_path):
+  config = tiny_config_of(steps=8, **{'checkpoint.every': 4, 'checkpoint.keep_every': 3})
+  loop.train(config, tmp_path / 'run')
+  assert checkpoint.saved_steps(tmp_path / 'run/checkpoints') == [8, 6, 3]
+  assert load.load(f'{tmp_path}/run@3', sharding.make_mesh({'data': 8})).step == 3
+  with pytest.raises(ValueError, match='checkpoint.keep_every: expected steps, or 0 for none'):
+    loop.train(config | {'checkpoint': {'keep_every': -1}}, tmp_path / 'other')
 
 
 @pytest.mark.parametrize(

@@ -80,22 +80,25 @@ def test_a_duration_has_the_units_that_a_reader_needs(seconds, text):
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    ([], "expected one of cut, verify; found 'nothing'"),
-    (['ctu'], "expected one of cut, verify; found 'ctu'; did you mean cut?"),
+    ([], "expected one of cut, verify, check; found 'nothing'"),
+    (['ctu'], "expected one of cut, verify, check; found 'ctu'; did you mean cut?"),
     (['cut', 'runs/a'], 'cut: expected flags alone; found runs/a'),
     (['verify'], r'verify: expected HF_DIR \[OTHER\]; found nothing'),
     (['verify', 'a', 'b', 'c'], r'verify: expected HF_DIR \[OTHER\]; found a b c'),
+    (['check'], r'check: expected RUN\.\.\.; found nothing'),
   ],
 )
 def test_a_wrong_subcommand_is_refused(argv, message):
   with pytest.raises(ValueError, match=message):
-    console.subcommand(['slm.x', *argv], {'cut': '', 'verify': 'HF_DIR [OTHER]'})
+    usages = {'cut': '', 'verify': 'HF_DIR [OTHER]', 'check': 'RUN...'}
+    console.subcommand(['slm.x', *argv], usages)
 
 
 def test_a_subcommand_comes_with_its_arguments():
-  usages = {'cut': '', 'verify': 'HF_DIR [OTHER]'}
+  usages = {'cut': '', 'verify': 'HF_DIR [OTHER]', 'check': 'RUN...'}
   assert console.subcommand(['slm.x', 'cut'], usages) == ('cut', [])
   assert console.subcommand(['slm.x', 'verify', 'a'], usages) == ('verify', ['a'])
+  assert console.subcommand(['slm.x', 'check', *'abc'], usages) == ('check', [*'abc'])
 
 
 def test_output_that_nobody_reads_ends_a_command_quietly():

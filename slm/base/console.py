@@ -65,7 +65,8 @@ def run(
 def subcommand(argv: list[str], usages: Mapping[str, str]) -> tuple[str, list[str]]:
   """Return the subcommand of a command line and its positional arguments.
 
-  `usages` names the positional arguments of every subcommand, optional ones in brackets.
+  `usages` names the positional arguments of every subcommand: optional ones in brackets, and a last
+  one that ends with dots may be repeated.
 
   Raises:
     ValueError: if there is no such subcommand, or it takes another number of arguments.
@@ -75,7 +76,8 @@ def subcommand(argv: list[str], usages: Mapping[str, str]) -> tuple[str, list[st
     near = arguments.suggestion(name, usages)
     raise ValueError(f'expected one of {", ".join(usages)}; found {name or "nothing"!r}{near}')
   wanted = usages[name].split()
-  if not sum(not arg.startswith('[') for arg in wanted) <= len(given) <= len(wanted):
+  most = len(given) if usages[name].endswith('...') else len(wanted)
+  if not sum(not arg.startswith('[') for arg in wanted) <= len(given) <= most:
     expected = usages[name] or 'flags alone'
     raise ValueError(f'{name}: expected {expected}; found {" ".join(given) or "nothing"}')
   return name, given

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from slm.base import files
-from slm.runs import processes
+from slm.runs import processes, rundir
 
 policies = ocp.training.preservation_policies
 _SUMS = 'checksums.json'
@@ -29,10 +29,17 @@ _SUMS = 'checksums.json'
 class Checkpoints:
   """The checkpoints of a run; leaving its context waits for pending saves."""
 
-  def __init__(self, directory: str | Path, keep: int = 0, milestones: Sequence[int] = ()):
+  def __init__(
+    self,
+    directory: str | Path,
+    keep: int = 0,
+    milestones: Sequence[int] = (),
+    keep_every: int = 0,
+  ):
     """Keep the latest `keep` checkpoints, the one with the lowest loss, and the milestones.
 
-    keep=0 opens them to read. Otherwise damaged ones newer than the newest sound one are moved
+    Steps that are multiples of `keep_every` are kept too (0: none). keep=0 opens them to read.
+    Otherwise damaged ones newer than the newest sound one are moved
     aside, with a message.
 
     Raises:
@@ -44,6 +51,9 @@ class Checkpoints:
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
+    always = [policies.LatestN(n=keep), best, policies.CustomSteps(list(milestones))]
+    if keep_every:
+      always.append(policies.EveryNSteps(keep_every))
     context = ocp.Context()
     # Replicas share the writing of an array only in parts of at least 1 MB: cutting takes a program
     # per shape and device.
@@ -51,9 +61,7 @@ class Checkpoints:
     self._checkpointer = ocp.training.Checkpointer(
       self._directory,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=policies.AnyPreservationPolicy(
-        [policies.LatestN(n=keep), best, policies.CustomSteps(list(milestones))]
-      ),
+      preservation_policy=policies.AnyPreservationPolicy(always),
       # A reader must not: another process's unfinished save looks like a leftover.
       cleanup_tmp_directories=bool(keep),
       context=context,
@@ -184,6 +192,28 @@ def saved_steps(directory: Path) -> list[int]:
   """List the steps of a directory, newest first."""
   names = (path.name for path in directory.glob('*'))
   return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def verify(ref: str | Path) -> Iterator[tuple[str, str]]:
+  """Yield RUN@STEP of each checkpoint of RUN or RUN@STEP, and what is wrong with its files.
+
+  That is '' if all are as they were written. Reads every byte and changes nothing.
+
+  Raises:
+    ValueError: if there is no such checkpoint.
+  """
+  run, step = rundir.split_ref(ref)
+  steps = saved_steps(run / 'checkpoints')[::-1]
+  if not steps:
+    raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')
+  if step is not None and step not in steps:
+    raise ValueError(f'{run}: has no checkpoint of step {step}, found steps {steps}')
+  for saved in steps if step is None else [step]:
+    folder = run / 'checkpoints' / str(saved)
+    if (folder / _SUMS).exists():
+      yield f'{run}@{saved}', damage(folder)
+    else:  # of an earlier version, not finished, or deleted
+      yield f'{run}@{saved}', f'{folder}: has no {_SUMS} to compare with'
 
 
 def damage(folder: Path, item: str = '') -> str:

@@ -166,6 +166,7 @@ class CheckpointConfig:
   every: int = 200  # steps
   keep: int = 1
   milestones: tuple[int, ...] = ()  # steps that are always kept: RUN@STEP
+  keep_every: int = 0  # steps whose multiples are always kept too; 0: none
 
 
 def _derived(default: Any) -> Any:
@@ -335,6 +336,10 @@ def check(cfg: RunConfig) -> None:
     raise ValueError(f'steps: expected at least 1, found {cfg.steps}')
   if cfg.checkpoint.keep < 1:  # Checkpoints opens a directory to read with keep=0
     raise ValueError(f'checkpoint.keep: expected at least 1, found {cfg.checkpoint.keep}')
+  if cfg.checkpoint.keep_every < 0:
+    raise ValueError(
+      f'checkpoint.keep_every: expected steps, or 0 for none, found {cfg.checkpoint.keep_every}'
+    )
   teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
   distils = isinstance(cfg.objective, DistillConfig)
   if len(teachers) != distils:

@@ -160,8 +160,8 @@ class _Run:
     # A new run is recorded once its first state exists: until then the config may be wrong.
     continues = (self.workdir / 'config.json').exists()
     state = None if continues else self.initial_state()
-    keep = cfg.checkpoint
-    with checkpoint.Checkpoints(self.workdir / 'checkpoints', keep.keep, keep.milestones) as saved:
+    keep = {key: getattr(cfg.checkpoint, key) for key in ('keep', 'milestones', 'keep_every')}
+    with checkpoint.Checkpoints(self.workdir / 'checkpoints', **keep) as saved:
       state = self.restore(saved) if continues else state
       start = int(state.step)
       config.write_run(self.workdir, cfg, start)
@@ -195,7 +195,8 @@ class _Run:
         record.evaluated(step, *self.evaluate(state))
       final |= record.exhausted
       best = cfg.eval.patience and record.best_step == step
-      if final or stop or best or due(cfg.checkpoint.every) or step in cfg.checkpoint.milestones:
+      asked = due(cfg.checkpoint.every) or due(cfg.checkpoint.keep_every)
+      if final or stop or best or asked or step in cfg.checkpoint.milestones:
         record.flush()
         record.write()
         # A checkpoint with a loss is a candidate for the best, which early stopping alone keeps.
