@@ -87,6 +87,17 @@ def test_a_process_that_is_missing_or_lost_ends_the_others_in_one_line(tiny_data
   assert line.endswith('another process has ended; started again, all of them continue')
 
 
+def test_processes_go_back_together(tiny_data, tmp_path):
+  """A learning rate this high lets the loss spike at step 2, whatever the batch."""
+  spikes = {'rewind.steps': 1, 'rewind.most': 1, 'checkpoint.every': 1, 'schedule.peak': 30.0}
+  two = several(tiny_data, tmp_path / 'run', spikes, spikes)
+  status, line = ended(two[0])
+  assert status == 1 and 'step 2: loss ' in line and 'has gone back rewind.most=1 times' in line
+  assert ended(two[1]) == (1, line.replace('process 0', 'process 1'))
+  (entry,) = rundir.read_rewinds(tmp_path / 'run')
+  assert (entry['step'], entry['to'], entry['next']) == (2, 1, 2)
+
+
 def test_what_cannot_be_found_out_is_named_by_its_key(monkeypatch):
   cfg = {'coordinator': '', 'num_processes': 2, 'process_id': 0, 'timeout': 60}
   find_out = jax._src.distributed.State().initialize  # what the public function does first

@@ -178,8 +178,10 @@ def test_accumulation_equals_one_big_batch(tiny_config, train_once, tmp_path):
   np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
-def test_optimiser_state_is_sharded_like_the_weights(tiny_config, tmp_path):
+@pytest.mark.parametrize('skip_above', [0.0, 10.0])
+def test_optimiser_state_is_sharded_like_the_weights(skip_above, tiny_config, tmp_path):
   c = tiny_config
+  c.optim.skip_above = skip_above
   c.model.vocab = 264
   c.mesh.update(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(c.mesh.to_dict())

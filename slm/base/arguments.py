@@ -102,8 +102,12 @@ def help_text(argv: list[str], keys: type | None) -> str:
 
   `keys` is the config's dataclass, whose comments say what its keys mean.
   """
-  lines = [inspect.cleandoc(sys.modules['__main__'].__doc__ or ''), '', 'Flags:']
-  for flag in flags.FLAGS.flags_by_module_dict().get(argv[0], []):
+  own = flags.FLAGS.flags_by_module_dict().get(argv[0], [])
+  lines = [
+    inspect.cleandoc(sys.modules['__main__'].__doc__ or ''),
+    *(['', 'Flags:'] if own else []),
+  ]
+  for flag in own:
     name = f'--{flag.name}' if flag.boolean else f'--{flag.name}={_shown(flag.default)}'
     lines.append(_columns(name, flag.help.partition(';\n    repeat this option')[0]))
   if 'config' in flags.FLAGS:

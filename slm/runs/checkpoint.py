@@ -7,6 +7,7 @@ A damaged checkpoint is never used.
 import concurrent.futures
 import contextlib
 import itertools
+import shutil
 import signal
 import sys
 import threading
@@ -83,7 +84,7 @@ class Checkpoints:
         self._sealer.shutdown()
         self._checkpointer.close()
     if isinstance(error, FloatingPointError):
-      raise FloatingPointError(f'{error}; {self._intact()}') from None
+      error.args = (f'{error}; {self._intact()}',)
 
   @property
   def latest(self) -> int | None:
@@ -192,6 +193,16 @@ def saved_steps(directory: Path) -> list[int]:
   """List the steps of a directory, newest first."""
   names = (path.name for path in directory.glob('*'))
   return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def forget_after(directory: Path, step: int) -> None:
+  """Remove the checkpoints after a step; stopped at any moment, it leaves earlier ones whole."""
+  away = directory.with_name('rewound')
+  for later in saved_steps(directory):  # from the newest
+    if later > step:
+      away.mkdir(exist_ok=True)
+      (directory / str(later)).rename(away / str(later))
+  shutil.rmtree(away, ignore_errors=True)
 
 
 def verify(ref: str | Path) -> Iterator[tuple[str, str]]:

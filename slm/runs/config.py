@@ -137,10 +137,33 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip: float = 1.0  # maximum global norm of the gradient; 0: unlimited
+  # Do not apply a batch whose gradient norm is above this multiple of the median of the latest
+  # ones, or is not finite; 0: apply all, and end the run at what is not finite.
+  skip_above: float = 0.0
 
   def __post_init__(self) -> None:
     if self.clip < 0:
       raise ValueError(f'optim.clip: expected a norm, or 0 for none, found {self.clip}')
+    if self.skip_above and self.skip_above <= 1:
+      raise ValueError(
+        f'optim.skip_above: expected a multiple above 1, or 0 for none, found {self.skip_above}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewindConfig:
+  """Going back to an earlier checkpoint when the loss spikes, and on with other batches."""
+
+  steps: int = 0  # go back at least so many; 0: never, and a loss that is not finite ends the run
+  above: float = 2.0  # a spike: a loss above this multiple of its running average, or not finite
+  most: int = 3  # times in a run; the next spike ends it
+
+  def __post_init__(self) -> None:
+    if self.steps < 0 or self.above <= 1 or self.most < 1:
+      raise ValueError(
+        'rewind: expected steps >= 0, above > 1 and most >= 1, found '
+        f'steps={self.steps}, above={self.above}, most={self.most}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +217,7 @@ class RunConfig:
   data: loader.DataConfig
   schedule: ScheduleConfig = ScheduleConfig()
   optim: OptimConfig = OptimConfig()
+  rewind: RewindConfig = RewindConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log_every: int = 10  # steps; 0: at evaluations and saves only
@@ -339,6 +363,12 @@ def check(cfg: RunConfig) -> None:
   if cfg.checkpoint.keep_every < 0:
     raise ValueError(
       f'checkpoint.keep_every: expected steps, or 0 for none, found {cfg.checkpoint.keep_every}'
+    )
+  reach = (cfg.checkpoint.keep - 1) * cfg.checkpoint.every + 1
+  if cfg.rewind.steps > reach and not cfg.checkpoint.keep_every:
+    raise ValueError(
+      f'rewind.steps={cfg.rewind.steps}: {cfg.checkpoint.keep} checkpoints, one every '
+      f'{cfg.checkpoint.every} steps, reach {reach} steps back: raise checkpoint.keep'
     )
   teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
   distils = isinstance(cfg.objective, DistillConfig)

@@ -105,6 +105,26 @@ def _git() -> str:
   return git('rev-parse', 'HEAD') + git('status', '--short') + git('diff', 'HEAD')
 
 
+def read_rewinds(workdir: Path) -> list[dict[str, Any]]:
+  """Read how often a run went back to an earlier checkpoint.
+
+  Returns:
+    {'step', 'to', 'next', 'why', 'totals'} of each: the step that failed and the one returned to,
+    the number of the batch to go on with, what failed, and the costs up to then.
+  """
+  path = workdir / 'rewinds.json'
+  return files.read_json(path) if path.exists() else []
+
+
+def rewound_to(workdir: Path, step: int) -> dict[str, Any] | None:
+  """Return the entry by which a run went back to the checkpoint of a step, None if there is none.
+
+  A checkpoint that was saved after the run went back further is another one.
+  """
+  entry = next((r for r in reversed(read_rewinds(workdir)) if r['to'] <= step), None)
+  return entry if entry and entry['to'] == step else None
+
+
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
   """Read metrics.jsonl up to a line that a crash cut short; [] without the file."""
   path, lines = workdir / 'metrics.jsonl', []

@@ -1,6 +1,7 @@
 """Train any model by any objective: the only train loop."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,11 @@ from slm import objectives
 from slm.base import console, files, schema
 from slm.data import loader
 from slm.objectives.losses import Batch
-from slm.runs import checkpoint, config, load, processes
+from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import RunConfig
 from slm.training import optim, plan
 from slm.training.program import Program
-from slm.training.recorder import Recorder
+from slm.training.recorder import Diverged, Recorder
 from slm.training.step import State, trained
 from slm.weights import sharding
 
@@ -29,7 +30,8 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   Raises:
     ValueError: if the config, the data or the run directory do not fit together, or another
       process is writing the run.
-    FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf.
+    FloatingPointError: if a loss or gradient is not finite, naming the step and the leaf, or the
+      loss spikes, and the run may not go back to an earlier checkpoint.
     console.Interrupted: on SIGTERM or SIGINT, once the state is saved.
   """
   workdir, given = Path(workdir), config.complete(given)
@@ -88,6 +90,7 @@ class _Run:
     self.batches = self._open_data()
     self.materialize = jax.jit(self.reparam.materialize)
     self.compiled: dict[Any, Any] = {}
+    self.passed_over = 0  # batches that no step was taken on
 
   def _open_data(self) -> loader.Loader:
     """Open the batches of the groups of rows on this process's devices."""
@@ -124,7 +127,10 @@ class _Run:
     expected = checkpoint.abstract(self.shapes, self.layout)
     theta, rest, next_batch = saved.restore(saved.latest, *_saved(expected))
     opt_state, beside = rest if expected.beside else (rest, {})
+    if rewound := rundir.rewound_to(self.workdir, saved.latest):
+      next_batch = rewound['next']
     self.batches.set_state(next_batch)
+    self.passed_over = next_batch - saved.latest
     self.beside = {}
     step = jax.device_put(jnp.asarray(saved.latest, jnp.int32), self.layout.step)
     return State(step, theta, beside, opt_state)
@@ -155,7 +161,51 @@ class _Run:
     return self.compiled[key](state, self.frozen, batch)
 
   def loop(self) -> dict[str, Any]:
-    """Train, record, evaluate, save; return the result."""
+    """Train to the end, over all rewinds; return the result."""
+    while True:
+      try:
+        return self._train()
+      except Diverged as error:
+        to = processes.together(lambda e=error: self._earlier(e))
+        if to is None:
+          raise
+        processes.together(lambda e=error, to=to: jax.process_index() or self._rewind(e, to))
+
+  def _earlier(self, error: Diverged) -> int | None:
+    """Return the sound checkpoint to go back to from a failed step; None, and why, if none is."""
+    cfg, folder = self.cfg.rewind, self.workdir / 'checkpoints'
+    if not cfg.steps:
+      return None
+    if (count := len(rundir.read_rewinds(self.workdir))) >= cfg.most:
+      error.args = (f'{error}; the run has gone back rewind.most={count} times',)
+      return None
+    # One that the run went back to before is old enough, however soon after it the next step fails.
+    old = lambda s: s <= error.step - cfg.steps or rundir.rewound_to(self.workdir, s)
+    steps = filter(old, checkpoint.saved_steps(folder))
+    sound = next((s for s in steps if not checkpoint.damage(folder / str(s))), None)
+    if sound is None:
+      error.args = (f'{error}; no checkpoint is rewind.steps={cfg.steps} steps back',)
+    return sound
+
+  def _rewind(self, error: Diverged, to: int) -> None:
+    """Go back to a checkpoint; the batches up to the failed step's own are passed over.
+
+    PaLM was trained so by hand: back some 100 steps before a spike, and on without the 200 to 500
+    batches around it, which did no harm from another state (arXiv 2204.02311, 5.1). A process that
+    is killed before the entry is written takes the same steps again and comes back here.
+    """
+    checkpoint.forget_after(self.workdir / 'checkpoints', to)
+    batch, before = error.step + self.passed_over, rundir.read_rewinds(self.workdir)
+    entry = {'step': error.step, 'to': to, 'next': batch, 'why': error.why, 'totals': error.totals}
+    files.write_json(self.workdir / 'rewinds.json', [*before, entry])
+    print(
+      f'{error}: going back to step {to}, and on with batch {batch} '
+      f'({len(before) + 1} of at most rewind.most={self.cfg.rewind.most} times)',
+      file=sys.stderr,
+    )
+
+  def _train(self) -> dict[str, Any]:
+    """Start or continue; train, record, evaluate, save; return the result."""
     cfg = self.cfg
     # A new run is recorded once its first state exists: until then the config may be wrong.
     continues = (self.workdir / 'config.json').exists()

@@ -16,8 +16,18 @@ from slm.runs.ledger import phase_entry
 from slm.training import optim
 from slm.weights.count import forward_flops
 
+_AVERAGE = 0.98  # share of the earlier losses in their running average, at every step
+
 # Totals over all restarts of a run.
 TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
+
+
+class Diverged(FloatingPointError):
+  """A step whose loss or gradient is not finite, or whose loss is a spike."""
+
+  def __init__(self, workdir: Path, step: int, why: str, totals: dict[str, float]):
+    super().__init__(f'{workdir}: step {step}: {why}')
+    self.step, self.why, self.totals = step, why, totals
 
 
 class Recorder:
@@ -45,7 +55,13 @@ class Recorder:
       text = ''.join(json.dumps(line) + '\n' for line in lines)
       files.write_text(workdir / 'metrics.jsonl', text)
     last = lines[-1] if lines else {}
-    self._total = {name: last.get(name, 0) for name in TOTALS}
+    rewound = rundir.rewound_to(workdir, start)  # what was thrown away has cost something too
+    costs = rewound['totals'] if rewound else last
+    self._total = {name: costs.get(name, 0) for name in TOTALS}
+    self._counts = {'skipped': last.get('skipped', 0)} if cfg.optim.skip_above else {}
+    if cfg.rewind.steps:
+      self._counts['rewinds'] = len(rundir.read_rewinds(workdir))
+    self._average = last.get('loss_average')
     self._evals = [(line['step'], line['eval_loss']) for line in lines if 'eval_loss' in line]
     self._pending: list[tuple[int, dict[str, jax.Array]]] = []
     self._clock: float | None = None
@@ -104,28 +120,45 @@ class Recorder:
 
   def _finish(self, step: int, metrics: dict[str, jax.Array]) -> None:
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    bad = int(values.pop('bad_leaf'))
-    if bad >= 0 or not math.isfinite(values['loss']):
-      where = f'gradient of {self._leaves[bad]}' if bad >= 0 else 'loss'
-      raise FloatingPointError(
-        f'{self._workdir}: step {step}: {where} is not finite (loss {values["loss"]})'
-      )
     if self._due:
       self.write()  # the step before, with its evaluation
     before = self._total['seconds']
     self._tick()
     tokens = values.pop('tokens')
-    self._total['tokens'] += int(tokens)
+    self._total['tokens'] += int(tokens) if math.isfinite(tokens) else 0
     self._total['flops'] += self._step_flops
+    if why := self._problem(values):
+      raise Diverged(self._workdir, step, why, dict(self._total))
     self._line = {
       'step': step,
       **values,
+      **self._counts,
       'lr': float(self._schedule(step - 1)),
       'tokens_per_second': tokens / max(self._total['seconds'] - before, 1e-9),
     }
     self._progress.update(self._positions, loss=values['loss'])
     every = self._cfg.log_every
     self._due = bool(every) and step % every == 0
+
+  def _problem(self, values: dict[str, float]) -> str:
+    """Say why a step may not stand, '' if it may; takes from `values` what is only for this."""
+    bad, in_a_row = int(values.pop('bad_leaf')), values.pop('not_finite', 0)
+    loss, cfg = values['loss'], self._cfg.rewind
+    skipped = values.get('skipped', 0) > self._counts.get('skipped', 0)
+    if skipped:
+      self._counts['skipped'] = values['skipped']
+    if (bad >= 0 or not math.isfinite(loss)) and not 0 < in_a_row < optim.MOST_NOT_FINITE:
+      where = f'gradient of {self._leaves[bad]}' if bad >= 0 else 'loss'
+      return f'{where} is not finite (loss {loss})'
+    if not cfg.steps:
+      return ''
+    average = loss if self._average is None else self._average
+    if not skipped and loss > cfg.above * average:
+      return f'loss {loss:.4g} is above rewind.above={cfg.above:g} times its average {average:.4g}'
+    if not skipped:
+      self._average = _AVERAGE * average + (1 - _AVERAGE) * loss
+    values |= {} if self._average is None else {'loss_average': self._average}
+    return ''
 
   def evaluated(
     self, step: int, results: Mapping[str, Mapping[str, float]], seconds: float
@@ -186,4 +219,5 @@ class Recorder:
       # Of the weights that are served; see load.served_step.
       'loss': loss.get(self.best_step if self._cfg.eval.patience else steps),
       **self._total,
+      **self._counts,
     }

@@ -11,6 +11,7 @@ import optax
 from slm import reparam
 from slm.objectives.losses import Batch, Sums
 from slm.objectives.setup import Objective
+from slm.training import optim
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
 
@@ -109,6 +110,7 @@ def make_train_step(
     metrics['grad_norm'] = jnp.sqrt(norms.sum())
     bad = ~jnp.isfinite(norms)
     metrics['bad_leaf'] = jnp.where(bad.any(), jnp.argmax(bad), -1)  # index of the first; -1: none
+    metrics |= optim.skips(opt_state)
     return State(state.step + 1, theta, beside, opt_state), metrics
 
   return step
