@@ -74,14 +74,9 @@ def check_tokenizers(models: Iterable[Model]) -> None:
 
 
 def shared_sets(models: Iterable[Model]) -> list[str]:
-  """List the sets that all runs were evaluated on; raise ValueError if there is none."""
+  """List the sets that all runs were evaluated on."""
   summaries = [heldout.summaries(ref) for model in models for ref in model.refs]
-  shared = [name for name in summaries[0] if all(name in summary for summary in summaries)]
-  if not shared:
-    raise ValueError(
-      'no set that all of these runs were evaluated on; slm.compare --on=set/split evaluates them'
-    )
-  return shared
+  return [name for name in summaries[0] if all(name in summary for summary in summaries)]
 
 
 def compare(models: Sequence[Model], name: str, data: str | Path = '') -> list[Line]:

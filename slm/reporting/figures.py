@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import lines
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slm.reporting.tables import count
@@ -42,8 +44,12 @@ _STYLES = (
 
 
 def style(i: int) -> Style:
-  """Return the colour and marker of model i; model 0 is the reference."""
-  return _STYLES[i % len(_STYLES)]
+  """Return the colour and marker of model i; model 0 is the reference.
+
+  Colours come again after 8 models, with another marker.
+  """
+  n = len(_STYLES)
+  return _STYLES[i % n][0], _STYLES[(i + i // n) % n][1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +102,44 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def training(
-  drawn: Mapping[str, dict[str, tuple[list[float], np.ndarray]]], style: Mapping[str, Style]
+  drawn: Mapping[str, dict[str, tuple[list[float], np.ndarray]]],
+  style: Mapping[str, Style],
+  restarts: Mapping[str, Iterable[float]] = types.MappingProxyType({}),
 ) -> Figure:
-  """Draw the `curves` of runs: training and held-out loss side by side."""
+  """Draw the `curves` of runs: training and held-out loss side by side.
+
+  `restarts` are the tokens at which a run was started again.
+  """
   figure = Figure((8.8, 3.5), layout='constrained')
   axes = figure.subplots(1, 2, sharex=True)
   for ax, key, title in zip(axes, ('loss', 'eval_loss'), ('training', 'held-out'), strict=True):
     for name, curve in drawn.items():
       color, marker = style[name]
-      marker = marker if key == 'eval_loss' else None
-      ax.plot(*curve[key], color=color, lw=1.2, marker=marker, ms=4)
+      every = None if key == 'eval_loss' else [-1]
+      if every and len(drawn) <= len(_STYLES):  # the colour tells
+        marker = None
+      ax.plot(*curve[key], color=color, lw=1.2, marker=marker, ms=4, markevery=every)
+      mark_restarts(ax, restarts.get(name, ()), color)
     ax.set_title(f'{title} loss, nats/token')
-    ax.set_xlabel('tokens seen')
-    ax.xaxis.set_major_formatter(lambda x, _: count(x))
-    ax.grid(axis='y')
+    over_tokens(ax)
     late = [y for curve in drawn.values() for y in curve[key][1][len(curve[key][1]) // 8 :]]
     if late:
       margin = 0.05 * (max(late) - min(late)) + 0.01
       ax.set_ylim(min(late) - margin, max(late) + margin)
   return figure
+
+
+def over_tokens(ax: Axes) -> None:
+  """Label an axis that counts tokens."""
+  ax.set_xlabel('tokens seen')
+  ax.xaxis.set_major_formatter(lambda x, _: count(x))
+  ax.grid(axis='y')
+
+
+def mark_restarts(ax: Axes, restarts: Iterable[float], color: str) -> None:
+  """Draw a dotted line at each restart of a run."""
+  for x in restarts:
+    ax.axvline(x, color=color, lw=0.8, ls=':')
 
 
 def legend(
@@ -126,5 +151,7 @@ def legend(
     for label, (color, marker) in shown.items()
   ]
   columns = min(len(shown), max(int(figure.get_figwidth() / 2.6), 1))
+  rows = -(-len(shown) // columns)
+  figure.set_figheight(figure.get_figheight() + 0.19 * max(rows - 3, 0))  # inches
   look = {'loc': 'outside lower center', 'frameon': False, 'fontsize': 8.5}
   figure.legend(handles, list(shown), ncols=columns, **look)

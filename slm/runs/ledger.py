@@ -22,17 +22,26 @@ def write_ledger(workdir: Path, phases: list[dict[str, Any]], ancestors: list[st
   files.write_json(workdir / 'ledger.json', {'phases': others + phases, 'ancestors': ancestors})
 
 
+def peak_bytes() -> dict[str, int]:
+  """Return the peak memory so far: of this process, and of its fullest device if that is known.
+
+  CPU devices report no statistics: there is no 'device_peak_bytes' then.
+  """
+  peak = {'host_peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+  if stats := list(filter(None, (device.memory_stats() for device in jax.local_devices()))):
+    peak['device_peak_bytes'] = max(s['peak_bytes_in_use'] for s in stats)
+  return peak
+
+
 def phase_entry(phase: str, tokens: int, flops: float, device_seconds: float) -> dict[str, Any]:
-  """Make a ledger entry."""
-  stats = jax.local_devices()[0].memory_stats()
-  # CPU devices report no statistics: the process's peak memory stands in.
-  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  """Make a ledger entry; the peak memory is of a device or, of CPUs, of the process."""
+  peak = peak_bytes()
   return {
     'phase': phase,
     'tokens': tokens,
     'flops': flops,
     'device_seconds': device_seconds,
-    'peak_memory_bytes': stats['peak_bytes_in_use'] if stats else host,
+    'peak_memory_bytes': peak.get('device_peak_bytes', peak['host_peak_bytes']),
     'devices': jax.device_count(),
     'kind': jax.devices()[0].device_kind,
   }

@@ -62,20 +62,37 @@ def evaluations(ref: str | Path, kind: str = 'eval') -> Path:
 
 
 def write_run(workdir: Path, config: Mapping[str, Any], step: int = 0) -> None:
-  """Write the config, and the code and environment if they changed; on process 0 only."""
+  """Write the config and the step of this start; on process 0 only.
+
+  Code and environment are written if they changed, else the step is one of the `restarts` of those
+  that were written last.
+  """
   if jax.process_index():
     return
   files.write_json(workdir / 'config.json', config)  # first: it marks the directory
   starts = read_starts(workdir)
   now = {'code': _git(), 'environment': environment()}
-  if not starts or now != {key: starts[-1][key] for key in now}:
-    files.write_json(workdir / 'starts.json', [*starts, {'step': step, **now}])
+  if starts and now == {key: starts[-1][key] for key in now}:
+    starts[-1]['restarts'] = [*starts[-1].get('restarts', ()), step]
+  else:
+    starts.append({'step': step, **now})
+  files.write_json(workdir / 'starts.json', starts)
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-  """Read the changes of code or environment over a run: {'step', 'code', 'environment'}."""
+  """Read the changes of code or environment over a run: {'step', 'code', 'environment'}.
+
+  'restarts', where it is, has the steps of later starts with the same.
+  """
   path = workdir / 'starts.json'
   return files.read_json(path) if path.exists() else []
+
+
+def restarts(workdir: Path) -> list[int]:
+  """List the steps after which a run was started again, in order."""
+  starts = read_starts(workdir)
+  steps = [start['step'] for start in starts[1:]]
+  return sorted(steps + [step for start in starts for step in start.get('restarts', ())])
 
 
 def environment() -> dict[str, Any]:
@@ -126,11 +143,23 @@ def rewound_to(workdir: Path, step: int) -> dict[str, Any] | None:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-  """Read metrics.jsonl up to a line that a crash cut short; [] without the file."""
+  """Read metrics.jsonl, without a last line that a crash cut short; [] without the file.
+
+  Raises:
+    ValueError: if another line is damaged, naming the file and the line.
+  """
   path, lines = workdir / 'metrics.jsonl', []
-  for line in path.read_text().splitlines() if path.exists() else ():
+  texts = path.read_bytes().splitlines() if path.exists() else []
+  for number, text in enumerate(texts, 1):
     try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      lines.append(dict(json.loads(text)))
+    except (ValueError, TypeError):
+      if number < len(texts):
+        raise ValueError(f'{path}: line {number} of {len(texts)} is damaged') from None
   return lines
+
+
+def read_totals(workdir: Path) -> dict[str, float]:
+  """Read the totals of a run so far, those of result.json once it is finished."""
+  path = workdir / 'result.json'
+  return files.read_json(path) if path.exists() else (read_metrics(workdir) or [{}])[-1]

@@ -155,8 +155,8 @@ class _Run:
     shapes, structure = jax.tree.flatten(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
     key = (kind, structure, *shapes)
     if key not in self.compiled:
-      record.flush()  # compiling is no training time
-      self.compiled[key] = self.program.lower(kind, state, self.frozen, batch).compile()
+      with record.apart('compile'):
+        self.compiled[key] = self.program.lower(kind, state, self.frozen, batch).compile()
       record.dispatch()
     return self.compiled[key](state, self.frozen, batch)
 
@@ -251,7 +251,8 @@ class _Run:
         record.write()
         # A checkpoint with a loss is a candidate for the best, which early stopping alone keeps.
         loss = record.eval_loss(step) if cfg.eval.patience else None
-        saved.save(step, *_saved(state), self.batches.get_state(), loss)
+        with record.apart('save'):
+          saved.save(step, *_saved(state), self.batches.get_state(), loss)
       if stop and not final:
         return step, stop
     return step, 0

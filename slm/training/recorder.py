@@ -1,9 +1,10 @@
 """Record a training run as it goes: metrics, TensorBoard, progress, the cost ledger."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from slm.weights.count import forward_flops
 _AVERAGE = 0.98  # share of the earlier losses in their running average, at every step
 
 # Totals over all restarts of a run.
-TOTALS = ('tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds')
+TOTALS = (
+  'tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds',
+  'compile_device_seconds', 'save_device_seconds',
+)  # fmt: skip
 
 
 class Diverged(FloatingPointError):
@@ -111,6 +115,15 @@ class Recorder:
     self._tick()
     self._clock = None
 
+  @contextlib.contextmanager
+  def apart(self, what: str) -> Iterator[None]:
+    """Count a block's time as `what`, 'compile' or 'save', and not as training."""
+    self.flush()
+    began = time.monotonic()
+    yield
+    seconds = time.monotonic() - began
+    self._total[f'{what}_device_seconds'] += seconds * jax.device_count()
+
   def _tick(self) -> None:
     if self._clock is not None:
       now = time.monotonic()
@@ -181,10 +194,11 @@ class Recorder:
     self._written, self._due = self._line['step'], False
     if not self._main:
       return
-    self._file.write(json.dumps(self._line | self._total) + '\n')
+    values = self._line | self._total | ledger.peak_bytes()
+    self._file.write(json.dumps(values) + '\n')
     self._file.flush()
     if self._board:
-      for name, value in (self._line | self._total).items():
+      for name, value in values.items():
         self._board.add_scalar(name, value, self._line['step'])
     t = self._total
     training = (t['tokens'], t['flops'], t['device_seconds'])
