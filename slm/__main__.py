@@ -1,31 +1,16 @@
 """`slm COMMAND ...` is `python -m slm.COMMAND ...`; `slm` alone lists the commands."""
 
-import ast
 import runpy
 import sys
-from pathlib import Path
 
 import slm
 from slm.base import arguments, console
-
-ROOT = Path(__file__).parent
-
-
-def commands() -> dict[str, str]:
-  """Return the first line of every command's docstring, by name."""
-  summaries = {}
-  for path in [*sorted(ROOT.glob('*.py')), *sorted(ROOT.glob('data/*.py'))]:
-    text = path.read_text()
-    if path != Path(__file__) and "if __name__ == '__main__':" in text:
-      name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
-      summaries[name] = ast.get_docstring(ast.parse(text)).partition('\n')[0]
-  return summaries
 
 
 @console.one_line_errors()
 def main() -> None:
   """Run the command that the first argument names."""
-  name, known = (sys.argv[1:] or ['--help'])[0], commands()
+  name, known = (sys.argv[1:] or ['--help'])[0], arguments.commands()
   if name == '--version':
     print(f'slm {slm.__version__}')
   elif name in ('-h', '--help', 'help'):

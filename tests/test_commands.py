@@ -11,7 +11,7 @@ from slm.base import arguments
 from slm.data import loader
 
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: already imported
-COMMANDS = [name for name in __main__.commands() if name != 'harness']  # that one is lm-eval's own
+COMMANDS = [name for name in arguments.commands() if name != 'harness']  # that one is lm-eval's own
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def test_old_spellings_name_the_new_one(call, command, old, new):
 
 
 def test_commands_share_one_grammar():
-  for command in __main__.commands():
-    text = (__main__.ROOT / f'{command.replace(".", "/")}.py').read_text()
+  for command in arguments.commands():
+    text = (arguments.SLM / f'{command.replace(".", "/")}.py').read_text()
     defined = set(re.findall(r"flags\.DEFINE_\w+\(\s*'(\w+)'", text))
     assert not defined & {'set', 'split', 'index', 'domain', 'domain_index', 'teacher'}, command
 
@@ -123,7 +123,7 @@ def test_help_shows_flags_and_config_keys(call, command):
   code, out, err = call(command, '--help')
   assert code == 0 and not err and f'python -m slm.{command}' in out
   assert 'absl' not in out and '--help' not in out and 'repeat this option' not in out
-  source = (__main__.ROOT / f'{command.replace(".", "/")}.py').read_text()
+  source = (arguments.SLM / f'{command.replace(".", "/")}.py').read_text()
   assert ('\n  --' in out) == ('flags.DEFINE' in source)
   assert ('--config.' in out.partition('\nFlags:')[2]) == (
     command in ('train', 'prune', 'minitron', 'data.prepare')

@@ -1,5 +1,6 @@
-"""Command lines: configs by name, flags in any order, checks of config keys, and --help."""
+"""Command lines: names of commands and configs, checks of config keys, and --help."""
 
+import ast
 import difflib
 import inspect
 import re
@@ -15,9 +16,21 @@ from ml_collections.config_flags import config_flags
 
 from slm.base import schema
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'  # beside slm, also where it is installed
+SLM = Path(__file__).resolve().parents[1]
+CONFIGS = SLM.parent / 'configs'  # beside slm, also where it is installed
 HELP = {'-h', '-?', '-help', '--help', '--helpshort', '--helpfull'}
 _OVERRIDE = re.compile(r'--?(?:no)?config\.([\w.]+)')
+
+
+def commands() -> dict[str, str]:
+  """Return the first line of every command's docstring, by name."""
+  summaries = {}
+  for path in [*sorted(SLM.glob('*.py')), *sorted(SLM.glob('data/*.py'))]:
+    text = path.read_text()
+    if path.name != '__main__.py' and "if __name__ == '__main__':" in text:
+      name = '.'.join(path.relative_to(SLM).with_suffix('').parts)
+      summaries[name] = ast.get_docstring(ast.parse(text)).partition('\n')[0]
+  return summaries
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
