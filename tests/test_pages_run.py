@@ -53,6 +53,9 @@ SMALLER = {
 # Commands that are parsed and not run.
 NOT_RUN = {
   'make model': 'downloads 93 MB; a random model stands in its place',
+  'make setup': 'makes an environment',
+  'python -m slm.launch --on=local --nodes=2 --submit -- train --config=configs/pretrain.py '
+  '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_launch.py starts them',
   '. .venv/bin/activate': 'make quickstart makes the environment',
   "pip install -e '.[eval]'": 'changes the environment',
   "pip install -e '.[reference]'": 'changes the environment',

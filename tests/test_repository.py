@@ -44,6 +44,7 @@ ONLY = {
   'gguf': {'interchange/gguf.py'},
   'lm_eval': {'inference/harness.py', 'harness.py'},
   'matplotlib': {'reporting', 'data'},
+  'yaml': {'runs/launch.py'},
 }
 
 
