@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from slm.models import moe
 from slm.models.decoder import head, logits
 from slm.weights.axes import Params
-from slm.weights.sharding import batch_shards, constrain
+from slm.weights.sharding import batch_axes, batch_shards, constrain, map_rows
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
@@ -153,6 +154,28 @@ def chunked(fn, chunk, weight, hidden, constants, rows):
 
 
 def _forward(fn, chunk, weight, hidden, constants, rows):
+  axes = batch_axes()
+  if not axes or hidden.shape[0] % batch_shards():
+    return _gradient(fn, chunk, weight, hidden, constants, rows)
+
+  # Each device walks over its own rows and adds up a gradient of the head of its own, so that
+  # heads are gathered and the gradient is reduced once a step, not once a chunk.
+  scattered = 'fsdp' if 'fsdp' in axes else None
+
+  def local(*args):
+    sums, (d_weight, d_hidden) = _gradient(fn, chunk, *args)
+    if scattered:
+      d_weight = jax.lax.psum_scatter(d_weight, scattered, scatter_dimension=1, tiled=True)
+    d_weight = jax.lax.psum(d_weight, tuple(a for a in axes if a != scattered))
+    return jax.lax.psum(sums, axes), (d_weight, d_hidden)
+
+  whole, split_rows = PartitionSpec(), PartitionSpec(axes)
+  out_specs = (whole, (PartitionSpec(None, scattered), split_rows))
+  run = map_rows(local, (whole, split_rows, whole, split_rows), out_specs)
+  return run(weight, hidden, constants, rows)
+
+
+def _gradient(fn, chunk, weight, hidden, constants, rows):
   # The gradient of a sum can be taken chunk by chunk while the logits exist: three products with
   # the head instead of the four of a rematerialised backward pass.
   cut = functools.partial(split, chunk)

@@ -129,14 +129,45 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(names, mesh, _grouped.get()))
 
 
-# Mesh axes that an enclosing vmap_groups uses for its group axis.
+# Mesh axes that an enclosing vmap_groups or map_rows uses.
 _grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
+
+
+def batch_axes() -> tuple[str, ...]:
+  """Return the mesh axes that split the batch axis of the code being traced."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or _grouped.get():
+    return ()
+  return tuple(a for a in RULES['batch'] if mesh.shape[a] > 1)
 
 
 def batch_shards() -> int:
   """Count the devices that split the batch axis of the code being traced."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty or _grouped.get() else batch_devices(mesh)
+  return math.prod(mesh.shape[axis] for axis in batch_axes())
+
+
+def map_rows(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+  """Run `fn` on each device's rows; axes of the mesh that do not split the batch stay automatic.
+
+  Inside, the batch axes can be named in collectives, and no constraint uses them.
+  """
+
+  def run(*args):
+    axes = batch_axes()
+
+    def local(*args):
+      token = _grouped.set(axes)
+      try:
+        return fn(*args)
+      finally:
+        _grouped.reset(token)
+
+    return jax.shard_map(
+      local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+    )(*args)
+
+  return run
 
 
 def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
