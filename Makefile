@@ -11,7 +11,7 @@ WHEELS ?= models
 # Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart model setup test reference lint smoke smoke-newest clean
+.PHONY: quickstart model setup test reference libtpu lint smoke smoke-newest clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
@@ -47,11 +47,17 @@ $(VENV)/.test: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	SLM_LIBTPU=$(wildcard $(VENV)/libtpu) $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # Installs torch and transformers, which the tests compare with where they are present.
 reference: $(VENV)/.test
 	$(PY) -m pip install -q -e '.[reference]'
+
+# The compiler for TPUs, beside the environment and not in it: where JAX finds it, it looks for TPUs.
+LIBTPU = $(VENV)/libtpu
+libtpu: $(VENV)/.test
+	test -d $(LIBTPU) || $(PY) -m pip install -q --no-deps --target $(LIBTPU) \
+	  "$$($(PY) -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

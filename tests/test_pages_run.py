@@ -57,6 +57,12 @@ NOT_RUN = {
   'python -m slm.launch --on=local --nodes=2 --submit -- train --config=configs/pretrain.py '
   '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_launch.py starts them',
   '. .venv/bin/activate': 'make quickstart makes the environment',
+  'python -m slm.compile --topology=v5e:4x4 --config=configs/pretrain.py --context=1024 '
+  '--config.mesh.data=1 --config.mesh.fsdp=-1 --config.dtype=bfloat16 '
+  '--config.data.batch_size=64 --config.model.vocab=32000 --config.model.embed=768 '
+  '--config.model.num_layers=12 --config.model.mlp=2048 --config.model.num_heads=12 '
+  '--config.model.num_kv_heads=12 --config.model.head_dim=64':
+    'needs libtpu; tests/test_compile.py compiles for TPUs',
   "pip install -e '.[eval]'": 'changes the environment',
   "pip install -e '.[reference]'": 'changes the environment',
   'python -m slm.harness run --model=slm --model_args=pretrained=runs/slm-law --tasks=arc_easy':

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 import jax
 
 from slm import models, reparam
+from slm.data.loader import DataConfig
+from slm.models.config import DecoderConfig
 from slm.objectives import distill, heldout, next_token, teacher
 from slm.objectives.setup import ROWS, Objective, Setup
+from slm.runs import load
 from slm.runs.config import DistillConfig, NextTokenConfig, RunConfig
 
 OBJECTIVES = {NextTokenConfig: next_token.next_token, DistillConfig: distill.distill}
@@ -31,3 +34,27 @@ def setup(
     return teacher.setup(cfg, model, rep, mesh, evaluators)
   objective = build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})
   return Setup({ROWS: objective}, evaluators)
+
+
+def outline(
+  cfg: RunConfig,
+  model: models.Model,
+  rep: reparam.Reparam,
+  mesh: jax.sharding.Mesh,
+  teacher_model: DecoderConfig | None,
+) -> Setup:
+  """Set up a run's objective for compilation: shapes stand for weights, nothing is evaluated.
+
+  Raises:
+    ValueError: if a distillation has no teacher's shape.
+  """
+  if isinstance(cfg.objective, DistillConfig):
+    if not (teacher_model or cfg.teacher_cache):
+      raise ValueError('teacher: a distillation needs the shape of its teacher: name a run')
+    loaded = None
+    if teacher_model:
+      loaded = load.outline(RunConfig(model=teacher_model, data=DataConfig()), mesh)
+    return teacher.setup(cfg, model, rep, mesh, {}, loaded)
+  return Setup(
+    {ROWS: build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})}, {}
+  )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from slm import models, reparam
 from slm.objectives import distill, rollout, signals
 from slm.objectives.setup import ROWS, Evaluator, Setup
-from slm.runs import load
+from slm.runs import checkpoint, load
 from slm.runs.config import RunConfig
 from slm.weights import sharding
 from slm.weights.axes import Params
@@ -24,8 +24,12 @@ def setup(
   rep: reparam.Reparam,
   mesh: jax.sharding.Mesh,
   evaluators: Mapping[str, Evaluator],
+  loaded: load.Loaded | None = None,
 ) -> Setup:
   """Load the teacher of a run, or open its signals.
+
+  With `loaded`, the outline of a teacher, the set-up holds shapes instead of weights and writes no
+  text of the student's own.
 
   Raises:
     ValueError: if the teacher has not finished, holds several models, has another tokenizer or
@@ -37,9 +41,13 @@ def setup(
     forward = {'student': reparam.map_groups(rep, student.forward), 'signals': recall}
     objectives = {ROWS: distill.distill(cfg.objective, forward)}
     return Setup(objectives, evaluators, ancestors=(str(cache.path),), look_up=cache)
-  loaded = load.source(cfg, 'teacher', mesh)
-  objectives, rewrite = _live(cfg, student, rep, mesh, loaded)
-  frozen, beside = _weights(cfg, student, rep, mesh, loaded)
+  if outlined := loaded is not None:
+    place = lambda draw: _outline(jax.eval_shape(draw), mesh)
+  else:
+    loaded = load.source(cfg, 'teacher', mesh)
+    place = lambda draw: _place(draw(), mesh)
+  objectives, rewrite = _live(cfg, student, rep, mesh, loaded, outlined)
+  frozen, beside = _weights(cfg, student, rep, loaded, place)
   return Setup(
     objectives,
     evaluators,
@@ -52,7 +60,15 @@ def setup(
   )
 
 
-def _live(cfg, student, rep, mesh, loaded) -> tuple[dict[str, Callable], Callable | None]:
+def _outline(shapes: Params, mesh: jax.sharding.Mesh) -> Params:
+  return checkpoint.abstract(shapes, sharding.shardings(shapes, mesh))
+
+
+def _place(weights: Params, mesh: jax.sharding.Mesh) -> Params:
+  return jax.device_put(weights, sharding.shardings(weights, mesh))
+
+
+def _live(cfg, student, rep, mesh, loaded, outlined) -> tuple[dict[str, Callable], Callable | None]:
   """Return the objectives by kind of batch, and the function that rewrites batches, or None."""
   layers = loaded.model.cfg.num_layers, student.cfg.num_layers
   pairs = distill.places(cfg.objective.states, *layers)
@@ -66,6 +82,8 @@ def _live(cfg, student, rep, mesh, loaded) -> tuple[dict[str, Callable], Callabl
     return objectives, None
   kl = cfg.objective.on_policy_kl or cfg.objective.kl
   objectives[OWN] = distill.distill(dataclasses.replace(cfg.objective, kl=kl), forward)
+  if outlined:
+    return objectives, None
   write = rollout.make_rewrite(student, rep, cfg, mesh)
 
   def rewrite(theta, frozen, batch, step):
@@ -76,7 +94,7 @@ def _live(cfg, student, rep, mesh, loaded) -> tuple[dict[str, Callable], Callabl
   return objectives, rewrite
 
 
-def _weights(cfg, student, rep, mesh, loaded) -> tuple[Params, Params]:
+def _weights(cfg, student, rep, loaded, place) -> tuple[Params, Params]:
   """Return the frozen weights, and those that are trained beside the student."""
   frozen, beside = {'teacher': loaded.params()}, {}
   if cfg.objective.correct:
@@ -84,11 +102,12 @@ def _weights(cfg, student, rep, mesh, loaded) -> tuple[Params, Params]:
   width, teacher_width = student.cfg.embed, loaded.model.cfg.embed
   if cfg.objective.states and width != teacher_width:
     # From the student's states to the teacher's width, N(0, 1 / width); theta's draw has key 0.
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-    drawn = jax.random.normal(key, (width, teacher_width), jnp.float32) * width**-0.5
-    projection = {'w_teacher': drawn}
-    placed = jax.device_put(projection, sharding.shardings(projection, mesh))
-    beside = beside | {'projection': placed}
+    def draw():
+      key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+      drawn = jax.random.normal(key, (width, teacher_width), jnp.float32)
+      return {'w_teacher': drawn * width**-0.5}
+
+    beside = beside | {'projection': place(draw)}
   if beside and rep.independent:
     raise ValueError(
       'objective: a teacher or projection is trained with one student, and reparam '

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -276,10 +276,18 @@ def table(summary: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def dry_run(
-  given: Mapping[str, Any], devices: int, chip: str, mfu: float
-) -> tuple[DecoderConfig, DecoderConfig, str]:
-  """Plan a recipe: the shapes of teacher and student, and the plan of the recovery as text.
+class Outline(NamedTuple):
+  """A recipe without data or weights: shapes, and the configs of its training."""
+
+  cfg: RecipeConfig
+  teacher: DecoderConfig
+  student: DecoderConfig
+  recover: RunConfig
+  correct: RunConfig
+
+
+def outline(given: Mapping[str, Any]) -> Outline:
+  """Read a recipe from the shape of its teacher alone.
 
   Raises:
     ValueError: if neither a teacher nor its shape is given, or a size does not fit.
@@ -297,7 +305,14 @@ def dry_run(
     raise ValueError('data or context: expected one of them, found neither')
   recover = dataclasses.replace(cfg.training(student)[0], context=context)
   correct = dataclasses.replace(cfg.training(teacher)[1], context=context)
-  recover = _together(cfg, recover, correct)
+  return Outline(cfg, teacher, student, _together(cfg, recover, correct), correct)
+
+
+def dry_run(
+  given: Mapping[str, Any], devices: int, chip: str, mfu: float
+) -> tuple[DecoderConfig, DecoderConfig, str]:
+  """Plan a recipe: the shapes of teacher and student, and the plan of the recovery as text."""
+  cfg, teacher, student, recover, correct = outline(given)
   text = f'{"teacher parameters":28} {sum(num_params(teacher).values()):,}\n'
   text += plan.text(plan.plan(recover, devices, chip, mfu, teacher))
   if cfg.probe.steps:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from slm import models, reparam
 from slm.base import files
 from slm.data import loader, tokenizer
+from slm.reparam.dense import FullConfig
 from slm.runs import checkpoint, config, ledger, rundir
 from slm.runs.config import RunConfig
 from slm.weights import sharding
@@ -111,6 +112,20 @@ def load(run: str | Path, mesh: Mesh, finished: bool = False) -> Loaded:
     theta = saved.restore_theta(step, checkpoint.abstract(*theta_shardings(rep, mesh)))
   frozen = {'base': base(cfg, rep, mesh)} if rep.base else {}
   return Loaded(run, cfg, model, rep, theta, frozen, step)
+
+
+def outline(cfg: RunConfig, mesh: Mesh) -> Loaded:
+  """Return a run as `load` does, with the shapes of its weights in place of the weights."""
+  model, rep = build(cfg)
+  theta = checkpoint.abstract(*theta_shardings(rep, mesh))
+  return Loaded(Path(), cfg, model, rep, theta, {}, 0)
+
+
+def base_outline(cfg: RunConfig, rep: reparam.Reparam, mesh: Mesh) -> Params:
+  """Return the shapes and shardings of the frozen weights that theta changes; see `base`."""
+  model = models.build(cfg.model)
+  of = cfg.reparam.of if rep.base == 'theta' else FullConfig()
+  return checkpoint.abstract(*theta_shardings(reparam.build(of, model.init), mesh))
 
 
 def served_step(ref: str | Path) -> int | None:

@@ -156,7 +156,8 @@ class _Run:
     key = (kind, structure, *shapes)
     if key not in self.compiled:
       with record.apart('compile'):
-        self.compiled[key] = self.program.lower(kind, state, self.frozen, batch).compile()
+        traced = self.program.trace(kind, state, self.frozen, batch)
+        self.compiled[key] = traced.lower().compile()
       record.dispatch()
     return self.compiled[key](state, self.frozen, batch)
 

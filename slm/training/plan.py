@@ -203,10 +203,8 @@ def _frozen(cfg, model, rep, theta, mesh) -> dict[str, float]:
 
   Where theta has a number for every weight, its gradient takes the place of theirs.
   """
-  frozen = _share(model.cfg, mesh)
-  if rep.base == 'theta':
-    network = reparam.build(cfg.reparam.of, model.init)
-    frozen = _count(*load.theta_shardings(network, mesh))
+  base = load.base_outline(cfg, rep, mesh)
+  frozen = _count(base, jax.tree.map(lambda x: x.sharding, base))
   names = [[key.key for key in path] for path, _ in tree_leaves_with_path(theta)]
   changed = {n[-2] if n[-1] in axes.FACTORS else n[-1] for n in names}
   if isinstance(cfg.reparam, CodeConfig):

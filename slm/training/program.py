@@ -71,9 +71,9 @@ class Program:
     """Return the state before the first step, laid out on the mesh."""
     return jax.jit(self._init_state, out_shardings=self.layout)(theta, beside)
 
-  def lower(self, kind: str, state: State, frozen: Params, batch: Batch) -> jax.stages.Lowered:
+  def trace(self, kind: str, state: State, frozen: Params, batch: Batch) -> jax.stages.Traced:
     """Trace the step for a kind and shape of batch; arguments are arrays or their shapes."""
     sums = make_sums(self._setup.objectives[kind], self._reparam, self._cfg.dtype)
     step = make_train_step(sums, self._tx, self._reparam.independent)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
-    return jitted.lower(state, frozen, batch)
+    return jitted.trace(state, frozen, batch)

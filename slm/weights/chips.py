@@ -5,20 +5,30 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """An accelerator: peak dense bfloat16 FLOP/s and memory, from its data sheet."""
+  """An accelerator, from its data sheet.
+
+  Attributes:
+    flops: peak dense bfloat16 FLOP/s.
+    bytes: of memory.
+    bandwidth: bytes/s of that memory.
+    network: bytes/s that a TPU sends along one axis of its slice, both directions together.
+  """
 
   flops: float
   bytes: float
+  bandwidth: float = 0.0
+  network: float = 0.0
 
 
 CHIPS = {
-  'a100': Chip(312e12, 80e9),
-  'h100': Chip(989e12, 80e9),
-  'h200': Chip(989e12, 141e9),
-  'tpu-v4': Chip(275e12, 32 * 2**30),
-  'tpu-v5e': Chip(197e12, 16 * 2**30),
-  'tpu-v5p': Chip(459e12, 95e9),
-  'tpu-v6e': Chip(918e12, 32 * 2**30),
+  'a100': Chip(312e12, 80e9, 2.04e12),
+  'h100': Chip(989e12, 80e9, 3.35e12),
+  'h200': Chip(989e12, 141e9, 4.8e12),
+  # Google Cloud's pages of each TPU; links as in "How to Scale Your Model" (Austin et al. 2025).
+  'tpu-v4': Chip(275e12, 32 * 2**30, 1.228e12, 9e10),
+  'tpu-v5e': Chip(197e12, 16 * 2**30, 8.2e11, 9e10),
+  'tpu-v5p': Chip(459e12, 95e9, 2.765e12, 1.8e11),
+  'tpu-v6e': Chip(918e12, 32 * 2**30, 1.64e12, 1.8e11),
 }
 # The `device_kind` of JAX's devices -> their chip. PCIe cards of the H100 and H200 are slower.
 _KINDS = {

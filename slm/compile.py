@@ -1,0 +1,64 @@
+r"""Compile a run's training step for a slice of TPUs that is not here, and print what it takes.
+
+    python -m slm.compile --topology=v5e:16x16 --config=configs/pretrain.py \
+      --config.mesh.fsdp=-1 --config.mesh.data=1 --config.model.vocab=32000 --context=1024
+    python -m slm.compile --topology=v5p:4x4x4 --config=configs/minitron_published.py:nemo_8b
+
+Needs libtpu, the extra slm[tpu], and neither data nor weights; a teacher may be named by its run. A
+step that does not fit ends with exit status 1; --autotune then looks for a setting of
+rematerialisation, accumulation and mesh with which it does.
+"""
+
+from absl import flags
+
+from slm.base import console
+from slm.pruning import recipe
+from slm.runs import config
+from slm.training import aot
+
+
+def main(_: list[str]) -> None:
+  """Compile, and print the report."""
+  f = flags.FLAGS
+  console.required('topology')
+  given = f.config.to_dict()
+  if 'sizes' in given:  # a recipe of slm.minitron
+    planned = recipe.outline(given)
+    cfg, teacher = planned.recover, planned.teacher
+  else:
+    given = config.complete(given)
+    data = given['data']['path']
+    cfg = config.resolve(given) if data else config.without_data(given, f.context)
+    teacher = config.of(cfg.teacher).model if cfg.teacher else None
+  chips = aot.devices(f.topology)
+  try:
+    step = aot.compile_step(cfg, chips, teacher)
+  except aot.DoesNotFitError as e:
+    raise ValueError(f'{f.topology}: {e}; {advice(cfg, chips, teacher, f.autotune)}') from None
+  print(aot.report(cfg, step, f.topology, len(chips)))
+
+
+def advice(cfg, chips, teacher, search: bool) -> str:
+  """Return the first setting that fits, or the settings to try."""
+  options = aot.smaller(cfg, len(chips))
+  if not options:
+    return 'the microbatch cannot be smaller: take more chips'
+  if not search:
+    return f'--autotune tries {len(options)} settings, from {options[0][0]}'
+  with console.Progress('autotune', len(options), 'settings') as progress:
+    for name, changed in options:
+      progress.say(name)
+      try:
+        aot.compile_step(changed, chips, teacher)
+      except aot.DoesNotFitError:
+        progress.update(1)
+      else:
+        return f'it fits with {" ".join(f"--config.{setting}" for setting in name.split())}'
+  return f'nor does it with any of {len(options)} settings: take more chips'
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('topology', '', 'KIND:SHAPE of a slice, such as v5e:16x16 or v5p:4x4x4.')
+  flags.DEFINE_integer('context', 0, 'Tokens per row, without data.')
+  flags.DEFINE_bool('autotune', False, 'Look for a setting that fits, if this one does not.')
+  console.run(main, config='base', keys=config.RunConfig)

@@ -1,0 +1,269 @@
+"""Compile a run's training step for chips that are not here, and work out what it takes there.
+
+XLA's own TPU compiler runs on any machine where libtpu is installed (jax.experimental.topologies).
+Memory is its assignment of buffers; times are the roofline of what the program computes, moves and
+sends, from data sheets, so that no real step is faster.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from slm import objectives
+from slm.base import console
+from slm.models.config import DecoderConfig
+from slm.objectives.setup import ROWS
+from slm.runs import checkpoint, load
+from slm.runs.config import RunConfig
+from slm.training import hlo, plan
+from slm.training.program import Program
+from slm.weights import chips, sharding
+
+# Kinds of TPU as libtpu names them; a v4 chip is one device if its cores are joined.
+KINDS = {'v4': 'tpu-v4', 'v5e': 'tpu-v5e', 'v5p': 'tpu-v5p', 'v6e': 'tpu-v6e'}
+# Without these libtpu asks the machine which TPU it is, and says on stderr that it is none.
+_NO_TPU = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+# How the compiler says that a program needs more memory than a chip has.
+_NO_ROOM = (
+  r'Used ([\d.]+\w) of ([\d.]+\w) hbm',
+  r'temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)',
+)
+_REMAT = ('none', 'dots', 'full')  # what a backward pass recomputes, in the order of memory saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What a training step takes on one chip.
+
+  Attributes:
+    memory: bytes by purpose; a key that starts with 'XLA' is the compiler's.
+    flops: that are computed, recomputation included.
+    model_flops: that the model needs (plan.step_flops), of one chip.
+    traffic: bytes read from and written to the chip's memory.
+    collectives: communication, most bytes first.
+  """
+
+  memory: Mapping[str, float]
+  flops: float
+  model_flops: float
+  traffic: float
+  collectives: Sequence[hlo.Collective]
+
+
+class DoesNotFitError(ValueError):
+  """A program needs more memory than a chip has."""
+
+
+def devices(topology: str) -> list[Any]:
+  """Return the devices of a slice of TPUs, named as v5e:16x16.
+
+  Raises:
+    ValueError: if libtpu is missing or knows no such slice.
+  """
+  kind, _, shape = topology.partition(':')
+  if kind not in KINDS or not re.fullmatch(r'\d+(x\d+)+', shape):
+    raise ValueError(
+      f'--topology={topology}: expected KIND:SHAPE, such as v5e:16x16 or v5p:4x4x4, with a kind of '
+      f'{", ".join(KINDS)}'
+    )
+  if not importlib.util.find_spec('libtpu'):
+    raise ValueError("--topology: compiling for TPUs needs libtpu: pip install 'slm[tpu]'")
+  for name, value in _NO_TPU.items():
+    os.environ.setdefault(name, value)
+  options = {'chip_config_name': 'megachip'} if kind == 'v4' else {}
+  try:
+    found = topologies.get_topology_desc(topology, 'tpu', **options)
+  except (RuntimeError, ValueError) as e:
+    raise ValueError(f'--topology={topology}: {str(e).splitlines()[0]}') from None
+  return list(found.devices)
+
+
+def compile_step(
+  cfg: RunConfig, slice_devices: list[Any], teacher: DecoderConfig | None = None
+) -> Compiled:
+  """Compile a run's training step for its mesh over these devices; nothing is computed.
+
+  `teacher` is the shape of a distillation's teacher, which need not exist.
+
+  Raises:
+    DoesNotFitError: if the step needs more memory than a chip has, saying how much.
+    ValueError: if the config does not fit the mesh.
+  """
+  mesh = sharding.make_mesh(vars(cfg.mesh), slice_devices)
+  model, rep = load.build(cfg)
+  load.check_groups(cfg, rep, sharding.batch_devices(mesh))
+  setup = objectives.outline(cfg, model, rep, mesh, teacher)
+  program = Program(cfg, model, rep, setup, mesh)
+  frozen = dict(setup.frozen)
+  if rep.base:
+    frozen['base'] = load.base_outline(cfg, rep, mesh)
+  state = checkpoint.abstract(program.shapes, program.layout)
+  batch = _batch(cfg, rep, setup, mesh)
+  # A concrete mesh in the context would run eager operations on the chips, which are not here.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = program.trace(ROWS, state, frozen, batch)
+    try:
+      compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+      raise _explained(e) from None
+  kinds = {
+    'weights': state.theta,
+    'optimiser moments': state.opt_state,
+    'frozen weights': frozen,
+    'weights trained beside': state.beside,
+    'batch': batch,
+  }
+  memory = {name: _bytes(tree) for name, tree in kinds.items()}
+  analysis = compiled.memory_analysis()
+  memory['XLA temporaries'] = float(analysis.temp_size_in_bytes)
+  memory['XLA results'] = float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+  memory['XLA program'] = float(analysis.generated_code_size_in_bytes)
+  needed = plan.step_flops(cfg, model, rep, program.shapes.theta, setup.flops)
+  text = hlo.Program(compiled.as_text())
+  return Compiled(
+    {name: n for name, n in memory.items() if n},
+    flops(traced.jaxpr.jaxpr) / len(slice_devices),
+    needed / len(slice_devices),
+    text.traffic(),
+    text.collectives(mesh.axis_names, mesh.devices.shape),
+  )
+
+
+def _batch(cfg, rep, setup, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return the shapes of a batch as the loader makes it."""
+  d = cfg.data
+  groups = d.batch_size // d.rows_per_group // d.accum
+  row = np.zeros((1, 1, 1, cfg.context), np.int32)
+  leaves = dict.fromkeys(('inputs', 'targets', 'positions', 'segments'), row)
+  leaves['weights'] = row.astype(np.float32)
+  if setup.look_up:
+    leaves |= setup.look_up({'tokens': row, 'segments': row})
+  split = sharding.batch_sharding(mesh, axis=1)
+  batch = {
+    name: jax.ShapeDtypeStruct((d.accum, groups, d.rows_per_group, *x.shape[3:]), x.dtype)
+    for name, x in leaves.items()
+  }
+  histogram = ((d.level,), np.float32) if rep.histograms else ((), np.int32)
+  batch['condition'] = jax.ShapeDtypeStruct((d.accum, groups, *histogram[0]), histogram[1])
+  return {n: x.update(sharding=split) for n, x in batch.items()}
+
+
+def _bytes(tree: Any) -> float:
+  """Return the bytes of a tree's shapes on one device."""
+  return float(
+    sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+  )
+
+
+def _explained(error: Exception) -> ValueError:
+  """Turn an error of the compiler into one line."""
+  text = str(error)
+  for pattern in _NO_ROOM:
+    if used := re.search(pattern, text):
+      return DoesNotFitError(f'needs {used[1]} of {used[2]} bytes of memory on a chip')
+  return ValueError(f'XLA: {text.splitlines()[0]}')
+
+
+def flops(jaxpr: Any) -> float:
+  """Count the FLOPs of the matrix products of a traced program, as often as its loops run."""
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name, times = eqn.primitive.name, 1
+    if name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      left = eqn.invars[0].aval.shape
+      total += 2.0 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+    elif name.startswith('ragged_dot'):
+      total += 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1]
+    if name == 'scan':
+      times = eqn.params['length']
+    elif name == 'shard_map':
+      mesh = eqn.params['mesh']
+      (axes,) = (value for key, value in eqn.params.items() if key.endswith('manual_axes'))
+      times = math.prod(mesh.shape[axis] for axis in axes)
+    inner = [flops(sub) for sub in jax.core.jaxprs_in_params(eqn.params)]
+    total += times * (max(inner, default=0.0) if name == 'cond' else sum(inner))
+  return total
+
+
+def seconds(step: Compiled, chip: chips.Chip) -> dict[str, float]:
+  """Return the least seconds of a step by what they are spent on."""
+  return {
+    'compute': step.flops / chip.flops,
+    'memory': step.traffic / chip.bandwidth,
+    'network': sum(c.bytes for c in step.collectives) / chip.network,
+  }
+
+
+def smaller(cfg: RunConfig, count: int) -> list[tuple[str, RunConfig]]:
+  """Return configs of the same computation that need less memory, the fastest first."""
+  options = []
+  microbatch = cfg.data.batch_size // cfg.data.accum
+  groups = microbatch // cfg.data.rows_per_group
+  factors = [n for n in range(1, groups // count + 1) if groups % (n * count) == 0]
+  for remat in _REMAT[_REMAT.index(cfg.model.remat) :]:
+    for factor in factors:
+      changed = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, remat=remat),
+        data=dataclasses.replace(cfg.data, accum=cfg.data.accum * factor),
+      )
+      names = f'model.remat={remat} data.accum={changed.data.accum}'
+      options.append((names, changed))
+  split = sharding.MeshConfig(data=1, fsdp=-1)
+  if cfg.mesh != split:
+    whole = [
+      (f'mesh.data=1 mesh.fsdp=-1 {n}', dataclasses.replace(c, mesh=split)) for n, c in options
+    ]
+    options = options[:1] + whole + options[1:]
+  return options[1:]
+
+
+def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
+  """Format what a step and the run take on a slice."""
+  chip = chips.CHIPS[KINDS[topology.partition(':')[0]]]
+  lines: list[str] = []
+  add = lambda title, value: lines.append(f'{title:28} {value}')
+  mesh = sharding.mesh_shape(vars(cfg.mesh), count)
+  shape = ', '.join(f'{a} {n}' for a, n in zip(sharding.MESH_AXES, mesh, strict=True) if n > 1)
+  add('compiled for', f'{topology}, {count} chips; mesh {shape or "of one"}')
+  total = sum(step.memory.values())
+  add(
+    'memory per chip', f'{total / 1e9:.3g} GB, {total / chip.bytes:.0%} of {chip.bytes / 1e9:.3g}'
+  )
+  lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in step.memory.items()]
+  add('collectives per step', 'bytes that each chip sends')
+  merged: dict[tuple, list[float]] = {}
+  for c in step.collectives:
+    entry = merged.setdefault((c.kind, c.axes), [0, 0.0])
+    entry[0], entry[1] = entry[0] + c.count, entry[1] + c.bytes
+  for (kind, axes), (count, moved) in sorted(merged.items(), key=lambda x: -x[1][1]):
+    over = ', '.join(axes) or 'one chip'
+    lines.append(f'  {kind:18} {over:14} {count:6,} times {moved / 1e6:12,.1f} MB')
+  times = seconds(step, chip)
+  add('FLOPs per chip', f'{step.flops:.3g}, {step.model_flops / step.flops:.0%} of them the model')
+  add('memory traffic per chip', f'{step.traffic / 1e9:.3g} GB')
+  least = max(times.values())
+  parts = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in times.items())
+  add('step', f'at least {1e3 * least:.3g} ms ({parts})')
+  tokens = cfg.data.batch_size * cfg.context
+  mfu = step.model_flops / (least * chip.flops)
+  add('tokens/s', f'at most {tokens / least:,.0f}, an MFU of {mfu:.0%}')
+  hours = least * cfg.steps / 3600
+  whole = f'{tokens * cfg.steps:.3g} tokens in {console.duration(3600 * hours)}'
+  add('run', f'{cfg.steps:,} steps, {whole} or more, {hours * count:,.3g} chip-hours')
+  return '\n'.join(lines)

@@ -1,0 +1,215 @@
+"""Programs compiled ahead of time: what is read from HLO, what a step takes, what does not fit."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import common
+from slm.runs import config
+from slm.training import aot, hlo
+from slm.weights import chips
+from slm.weights.count import num_params
+
+AXES, SHAPE = ('data', 'fsdp', 'tensor', 'expert'), (2, 4, 1, 1)
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%body (p.1: (u32[], bf16[8,16])) -> (u32[], bf16[8,16]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p.1 = (u32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="jit(step)/while/body/add"}
+  %permute = (bf16[8,16]{1,0}, bf16[8,16]{1,0:S(1)}, u32[], u32[]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(step)/while/body/mlp/dot"}
+  %y = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} collective-permute-done(%permute)
+  ROOT %both = (u32[]{:T(128)}, bf16[8,16]{1,0}) tuple(%next, %y)
+}
+
+%condition (p.2: (u32[], bf16[8,16])) -> pred[] {
+  %p.2 = (u32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%p.2), index=0
+  %limit = u32[]{:T(128)} constant(7)
+  ROOT %less = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+%scatter (p.3: f32[64,16]) -> f32[16,16] {
+  %p.3 = f32[64,16]{1,0} parameter(0)
+  %sum = f32[64,16]{1,0} all-reduce(%p.3), channel_id=5, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %mine = f32[16,16]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,16}
+}
+
+%taken (p.4: f32[100,16], p.5: s32[]) -> f32[1,16] {
+  %p.4 = f32[100,16]{1,0} parameter(0)
+  %p.5 = s32[] parameter(1)
+  ROOT %row = f32[1,16]{1,0} dynamic-slice(%p.4, %p.5, %zero), dynamic_slice_sizes={1,16}
+}
+
+ENTRY %main (a: bf16[8,16], b: f32[64,16], c: f32[100,16], n: s32[]) -> f32[] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = f32[64,16]{1,0} parameter(1)
+  %c = f32[100,16]{1,0} parameter(2)
+  %n = s32[] parameter(3)
+  %start = (u32[], bf16[8,16]{1,0}) tuple(%zero, %a)
+  %loop = (u32[], bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body
+  %known = (u32[], bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %gathered = bf16[32,16]{1,0} all-gather(%a), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, metadata={op_name="jit(step)/head/gather"}
+  %reduced = f32[64,16]{1,0} all-reduce(%b), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %crossed = f32[64,16]{1,0} all-reduce(%b), channel_id=4, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %all-reduce-scatter = f32[16,16]{1,0} fusion(%b), kind=kCustom, calls=%scatter
+  %taken.1 = f32[1,16]{1,0} fusion(%c, %n), kind=kLoop, calls=%taken
+  ROOT %end = f32[] constant(0)
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_as_often_as_they_run_and_named_by_their_axes():
+  found = hlo.Program(PROGRAM).collectives(AXES, SHAPE)
+  by_kind = {}
+  for c in found:
+    by_kind.setdefault((c.kind, c.axes), []).append((c.count, c.bytes))
+  half, whole = 8 * 16 * 2, 64 * 16 * 4
+  assert by_kind == {
+    # From 0 by 2 while below 7: four times; and three times where XLA says so.
+    ('collective-permute', ('fsdp',)): [(4 + 3, (4 + 3) * half)],
+    ('all-gather', ('fsdp',)): [(1, 32 * 16 * 2 * 3 / 4)],
+    ('all-reduce', ('data',)): [(2, 2 * (2 * whole * 1 / 2))],  # by list and by iota
+    ('reduce-scatter', ('fsdp',)): [(1, whole * 3 / 4)],
+  }
+  assert [c.bytes for c in found] == sorted((c.bytes for c in found), reverse=True)
+  assert {c.source for c in found} == {'mlp/dot', 'head/gather', ''}
+
+
+def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices():
+  program = hlo.Program(PROGRAM)
+  by_name = {x.name: x for x, _ in program.executed()}
+  permute, taken = by_name['permute'], by_name['taken.1']
+  assert program._written(permute) == 0 and program._read(permute, by_name) == 8 * 16 * 2
+  assert program._written(taken) == 16 * 4
+  assert program._read(taken, by_name) == 16 * 4 + 4  # a row of 100, and its number
+
+
+TINY = {
+  'model.vocab': 256, 'model.embed': 64, 'model.num_layers': 2, 'model.num_heads': 4,
+  'model.num_kv_heads': 2, 'model.head_dim': 16, 'model.mlp': 128, 'data.batch_size': 16,
+  'objective.chunk': 64, 'steps': 100, 'schedule.warmup': 10, 'mesh.data': 1, 'mesh.fsdp': -1,
+}  # fmt: skip
+
+
+def tiny(name='pretrain', context=32, **changes):
+  given = common.config(name, TINY | {key.replace('__', '.'): x for key, x in changes.items()})
+  return config.without_data(config.complete(given), context)
+
+
+def test_a_step_is_compiled_from_shapes():
+  cfg = tiny()
+  step = aot.compile_step(cfg, jax.devices())
+  # The head's gradient costs 3 products as every other does: nothing is computed twice but
+  # attention's scores, in the backward pass.
+  assert 1 <= step.flops / step.model_flops < 1.15
+  weights = step.memory['weights']
+  assert step.memory['optimiser moments'] == pytest.approx(2 * weights, abs=16)
+  assert weights * 8 == pytest.approx(4 * sum(num_params(cfg.model).values()), rel=0.01)
+  text = aot.report(cfg, step, 'v5e:2x4', 8)
+  assert 'mesh fsdp 8' in text and 'v5e:2x4, 8 chips' in text
+
+
+def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():
+  """However many chunks the loss has."""
+  sent = {}
+  for chunk in (512, 16):
+    step = aot.compile_step(tiny(objective__chunk=chunk), jax.devices())
+    sent[chunk] = sum(c.bytes for c in step.collectives)
+  assert sent[16] == pytest.approx(sent[512], rel=0.02)
+
+
+def test_a_teacher_needs_no_run():
+  teacher = dataclasses.replace(tiny().model, num_layers=3)
+  cfg = tiny('recover', init='', teacher='', objective__states=('-1:-1',))
+  step = aot.compile_step(cfg, jax.devices(), teacher)
+  assert step.memory['frozen weights'] > step.memory['weights']
+  corrected = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, correct=0.5))
+  assert aot.compile_step(corrected, jax.devices(), teacher).memory['weights trained beside'] > 0
+  with pytest.raises(ValueError, match='teacher: a distillation needs the shape'):
+    aot.compile_step(cfg, jax.devices())
+
+
+def test_errors_of_the_compiler_are_one_line():
+  used = 'RESOURCE_EXHAUSTED: Ran out of memory\nUsed 20.10G of 15.75G hbm. Exceeded by 4.35G.'
+  error = aot._explained(RuntimeError(used))
+  assert isinstance(error, aot.DoesNotFitError) and '20.10G of 15.75G bytes' in str(error)
+  used = 'memory required for HLO temporaries (124.85G) exceeds available HBM (95.74G).'
+  assert '124.85G of 95.74G bytes' in str(aot._explained(RuntimeError(used)))
+  assert str(aot._explained(RuntimeError('INTERNAL: no\nmore'))) == 'XLA: INTERNAL: no'
+
+
+def test_smaller_settings_compute_the_same_and_are_tried_in_order():
+  cfg = tiny(mesh__data=-1, mesh__fsdp=1)
+  options = aot.smaller(cfg, 8)
+  assert options[0][0] == 'mesh.data=1 mesh.fsdp=-1 model.remat=none data.accum=1'
+  assert [name for name, _ in options if name.startswith('model')][0].endswith('data.accum=2')
+  assert all(c.data.batch_size == cfg.data.batch_size for _, c in options)
+  assert all(16 // c.data.accum % 8 == 0 for _, c in options)
+  assert len({name for name, _ in options}) == len(options)
+
+
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [('v5e', 'expected KIND:SHAPE'), ('h100:8x8', 'expected KIND:SHAPE'), ('v5e:0', 'expected KIND')],
+)
+def test_an_unknown_slice_is_refused(topology, message):
+  with pytest.raises(ValueError, match=message):
+    aot.devices(topology)
+
+
+def test_every_kind_of_slice_has_a_chip_with_links():
+  kinds = [chips.CHIPS[name] for name in aot.KINDS.values()]
+  assert all(chip.network and chip.bandwidth for chip in kinds)
+
+
+LIBTPU = os.environ.get('SLM_LIBTPU', '')  # a directory of pip install --target, see the Makefile
+
+
+def compiled(*flags):
+  command = [sys.executable, '-m', 'slm.compile', *flags]
+  paths = os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH', ''), LIBTPU]))
+  env = os.environ | {'PYTHONPATH': paths, 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.skipif(not LIBTPU, reason='SLM_LIBTPU is not set: make libtpu')
+def test_a_step_is_compiled_for_tpus_that_are_not_here():
+  flags = [f'--config.{key}={value}' for key, value in TINY.items()]
+  done = compiled('--topology=v5e:2x2', '--config=pretrain', '--context=128', *flags)
+  assert done.returncode == 0, done.stderr
+  assert 'compiled for                 v5e:2x2, 4 chips; mesh fsdp 4' in done.stdout
+  big = ['--config.model.embed=4096', '--config.model.num_layers=64', '--config.model.mlp=16384']
+  done = compiled('--topology=v5e:2x2', '--config=pretrain', '--context=128', *flags, *big)
+  assert done.returncode == 1 and 'of memory on a chip; --autotune tries' in done.stderr
+
+
+def test_without_libtpu_the_extra_is_named():
+  done = subprocess.run(
+    [sys.executable, '-m', 'slm.compile', '--topology=v5e:2x2', '--config.model.vocab=9',
+     '--context=8'], capture_output=True, text=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr.endswith("needs libtpu: pip install 'slm[tpu]'\n")
+
+
+def test_flops_count_products_as_often_as_loops_run():
+  import jax.numpy as jnp
+
+  w = jnp.ones((8, 8))
+
+  def fn(x):
+    return jax.lax.scan(lambda c, _: (jax.checkpoint(jnp.dot)(c, w), None), x, length=5)[0].sum()
+
+  forward = jax.make_jaxpr(fn)(jnp.ones((4, 8)))
+  assert aot.flops(forward.jaxpr) == 5 * 2 * 4 * 8 * 8
+  choose = lambda p, x: jax.lax.cond(p, lambda x: x @ w, lambda x: x, x)
+  assert aot.flops(jax.make_jaxpr(choose)(True, jnp.ones((4, 8))).jaxpr) == 2 * 4 * 8 * 8
+  assert math.isclose(aot.flops(jax.make_jaxpr(jax.grad(fn))(jnp.ones((4, 8))).jaxpr), 2 * 2560)
