@@ -91,6 +91,16 @@ def test_four_steps_equal_two_restart_two(name, tiny_config, train_once, tmp_pat
   assert counts(whole) == counts(halves)
 
 
+def test_a_signal_in_the_last_step_stops_what_comes_after_the_run(
+  tiny_config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(checkpoint, 'StopSignal', lambda: Stop(tiny_config.steps))
+  with pytest.raises(console.Interrupted, match=f'{tmp_path}: finished'):
+    loop.train(tiny_config.to_dict(), tmp_path)
+  assert files.read_json(tmp_path / 'result.json')['steps'] == tiny_config.steps
+  assert loop.train(tiny_config.to_dict(), tmp_path)['steps'] == tiny_config.steps
+
+
 def specialists(c, name):
   """Make a config train a reparameterisation, over the two clusters of the tiny data if it can."""
   if name == 'moe':

@@ -218,18 +218,18 @@ class _Run:
       config.write_run(self.workdir, cfg, start)
       with self.recorder(start) as record, checkpoint.StopSignal() as stop_signal:
         step, stop = self._steps(start, state, saved, record, stop_signal)
-    if stop:
-      raise console.Interrupted(
-        f'{self.workdir}: saved step {step}, the same command continues', stop
-      )
-    result = record.result()
-    if jax.process_index() == 0:
+    finished = step == cfg.steps or record.exhausted
+    result = record.result() if finished else {}
+    if finished and jax.process_index() == 0:
       files.write_json(self.workdir / 'result.json', result)
+    if stop:  # also in the last step: what comes after this run is stopped too
+      left = 'finished' if finished else f'saved step {step}, the same command continues'
+      raise console.Interrupted(f'{self.workdir}: {left}', stop)
     return result
 
   def _steps(self, start, state, saved, record, stop_signal) -> tuple[int, int]:
     """Take the steps after `start`; return the last, and the signal that stopped it (or 0)."""
-    cfg, step = self.cfg, start
+    cfg, step, stop = self.cfg, start, 0
     due = lambda every: every and step % every == 0
     for step in range(start + 1, cfg.steps + 1):
       if record.exhausted:
@@ -254,9 +254,9 @@ class _Run:
         loss = record.eval_loss(step) if cfg.eval.patience else None
         with record.apart('save'):
           saved.save(step, *_saved(state), self.batches.get_state(), loss)
-      if stop and not final:
-        return step, stop
-    return step, 0
+      if stop:
+        break
+    return step, stop
 
   def recorder(self, start: int) -> Recorder:
     """Open the metrics and ledger of this run at a step."""
