@@ -115,7 +115,8 @@ def slurm(tmp_path_factory):
     logs = lambda: '\n'.join(p.read_text()[-1500:] for p in sorted(root.glob('*.[lo][ou][gt]')))
     until(idle, 30, logs)
     yield call
-    subprocess.run(['scancel', '--full', '--me'], env=environment)
+    call('scancel', '--me')  # what a test that failed left running outlives its daemons
+    until(lambda: not call('squeue', '-h', '-t', 'all', '-o', '%T').count('ING'), 30, logs)
   finally:
     for daemon in reversed(daemons):
       daemon.terminate()
