@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from slm.models import layers, moe
+from slm.models import flash, layers, moe
 from slm.models.blocks import Block, Norm
 from slm.models.config import DecoderConfig
 from slm.models.observe import KEPT, STATS
@@ -73,7 +73,10 @@ class Decoder(nn.Module):
       index = cache['index']
       keys = jax.lax.dynamic_update_slice(cache['segments'], queries, (0, index))
       kv = {'k': cache['k'], 'v': cache['v']}
-    t, mask = queries.shape[1], _mask(c, kinds, queries, keys, index)
+    t = queries.shape[1]
+    # The splash kernel knows segments, not masks.
+    splash = not self.is_initializing() and flash.kernel(c, t, cache is not None) == 'splash'
+    mask = queries if splash else _mask(c, kinds, queries, keys, index)
 
     block = Block
     if REMAT[c.remat]:

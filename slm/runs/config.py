@@ -24,7 +24,7 @@ DTYPES = ('float32', 'bfloat16')
 # Keys that do not change what is computed: they may change between restarts.
 OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
 # Keys of a model that change how it is computed, not its weights.
-COMPUTED = ('dispatch', 'remat', 'unroll')
+COMPUTED = ('attention', 'dispatch', 'remat', 'unroll')
 
 
 @dataclasses.dataclass(frozen=True)

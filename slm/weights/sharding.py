@@ -147,6 +147,20 @@ def batch_shards() -> int:
   return math.prod(mesh.shape[axis] for axis in batch_axes())
 
 
+def map_shards(fn: Callable[..., Any], in_names: Any, out_names: Any) -> Callable[..., Any]:
+  """Run `fn` on each device's part of arrays that are split by their logical axes."""
+
+  def run(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+      return fn(*args)
+    specs = tuple(spec(names, mesh, _grouped.get()) for names in in_names)
+    out = spec(out_names, mesh, _grouped.get())
+    return jax.shard_map(fn, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+  return run
+
+
 def map_rows(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
   """Run `fn` on each device's rows; axes of the mesh that do not split the batch stay automatic.
 
