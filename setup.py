@@ -55,7 +55,7 @@ setup(
     'eval': ['lm-eval>=0.4.13'],
     'sbert': ['sentence-transformers>=6.2'],
     # Exact, as requirements.txt is: what lints and tests.
-    'test': ['pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
+    'test': ['hypothesis==6.170.17', 'pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
     # Other people's implementations.
     'reference': [
       'torch==2.13.0',

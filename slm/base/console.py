@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from slm.base import arguments
 
+_LONGEST = 2000  # characters of an error
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
 
 
@@ -124,7 +125,10 @@ def one_line_errors() -> Iterator[None]:
       text = f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     if 'Traceback' in text:  # ml_collections wraps what a config file raised
       text = text.strip().splitlines()[-1]
-    print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    text = ' '.join(text.split())
+    if len(text) > _LONGEST:  # it quotes a file of something else
+      text = f'{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}'
+    print(f'error: {text}'.encode(errors='replace').decode(), file=sys.stderr)
     raise SystemExit(1) from None
 
 

@@ -44,15 +44,16 @@ def reading(path: str | Path, kind: str = '') -> Iterator[None]:
     yield
   except (OSError, MemoryError):
     raise
-  except Exception as e:  # noqa: BLE001 (parsers raise KeyError, RecursionError and classes of their own)
-    if str(e).startswith(f'{path}:'):
+  except BaseException as e:  # parsers raise KeyError, RecursionError and classes of their own
+    panic = type(e).__name__ == 'PanicException'  # of a library in Rust, such as tokenizers
+    if not (panic or isinstance(e, Exception)) or str(e).startswith(f'{path}:'):
       raise
     cause = _cause(e)
     text = f'not {kind} ({cause})' if kind else f'truncated or damaged ({cause})'
     raise ValueError(f'{path}: {text}') from None
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
   """Describe an error in one line; the text of some classes is only a key or a number."""
   if isinstance(error, RecursionError):
     return 'nested too deeply'
@@ -84,13 +85,48 @@ def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=1, sort_keys=True) + '\n')
 
 
-def read_json(path: Path) -> Any:
-  """Read JSON; FileNotFoundError or, if it is damaged, ValueError names the file."""
+def read_json(path: Path, like: Any = None) -> Any:
+  """Read JSON that is `like` something, as `check` says; None: anything.
+
+  FileNotFoundError or, if it is damaged, ValueError names the file.
+  """
   try:
     with reading(path):
-      return json.loads(path.read_text())
+      value = json.loads(path.read_text())
   except FileNotFoundError:
     raise FileNotFoundError(f'{path}: no such file') from None
+  if like is not None:
+    check(path, value, like)
+  return value
+
+
+_NAMES = {
+  dict: 'an object', list: 'a list', str: 'text', bool: 'true or false', int: 'a whole number',
+  float: 'a number',
+}  # fmt: skip
+
+
+def check(path: Path, value: Any, like: Any, key: str = '') -> None:
+  """Raise ValueError, naming the file and the key, unless a value read from it is `like` another.
+
+  `like` is a type, [like] of every value in a list, {name: like} of an object that has at least
+  these names, or {str: like} of every value in an object.
+  """
+  kind = like if isinstance(like, type) else type(like)
+  at = f'{path}: {key}: ' if key else f'{path}: '
+  if not isinstance(value, (int, float) if kind is float else kind) or (
+    isinstance(value, bool) and kind is not bool
+  ):
+    raise ValueError(f'{at}expected {_NAMES[kind]}, found {str(value)[:40]}')
+  inside = lambda name: f'{key}.{name}' if key else str(name)
+  if isinstance(like, list):
+    for i, x in enumerate(value):
+      check(path, x, like[0], inside(i))
+  elif isinstance(like, dict):
+    for name, x in {n: like[str] for n in value}.items() if str in like else like.items():
+      if name not in value:
+        raise ValueError(f'{at}lacks {name!r}')
+      check(path, value[name], x, inside(name))
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

@@ -119,6 +119,6 @@ def _named(members: list[type], value: Any, where: str) -> type:
     return type(value)
   table = {member.name: member for member in members}
   name = value.get('name') if isinstance(value, Mapping) else value
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise ValueError(f'{where}.name: expected one of {", ".join(table)}, found {name!r}')
   return table[name]

@@ -80,6 +80,13 @@ class DataConfig:
       raise ValueError(f'data.mix_share is set with data.level={self.level}: expected level 0')
 
 
+_MANIFEST = {
+  'context': int, 'levels': [int], 'tokenizer': {'name': str, 'vocab': int, 'fingerprint': str},
+  'sets': {str: {str: {'rows': int, 'sha256': str, 'shards': [str]}}},
+}  # fmt: skip
+_INDEX = {'set': str, 'split': str, 'rows_sha256': str, 'sha256': str}
+
+
 def manifest(path: str | Path) -> dict[str, Any]:
   """Read and check the manifest of a prepared data directory."""
   path = Path(path) / 'manifest.json'
@@ -89,9 +96,9 @@ def manifest(path: str | Path) -> dict[str, Any]:
   version = content.get('version') if isinstance(content, dict) else None
   if version not in (2, VERSION):
     raise ValueError(f'{path}: expected version {VERSION}, found {version}; prepare it again')
-  missing = {'context', 'tokenizer', 'levels', 'sets'} - set(content)
-  if missing:
-    raise ValueError(f'{path}: lacks {", ".join(sorted(missing))}')
+  files.check(path, content, _MANIFEST)
+  if not content['sets'] or not all(content['sets'].values()):
+    raise ValueError(f'{path}: sets: expected a set, and a split in each')
   # Before version 0.2 the rows of every Hugging Face tokenizer began with a begin token.
   old = content['tokenizer']['name'] == 'huggingface' and 'begins' not in content['tokenizer']
   if old and not load_tokenizer(path.parent / 'tokenizer').begins:
@@ -102,7 +109,10 @@ def manifest(path: str | Path) -> dict[str, Any]:
   # Version 2 records no columns: they are always these.
   shape = [content['context']]
   columns = [{'name': name, 'dtype': 'int32', 'shape': shape} for name in ('tokens', 'segments')]
-  return {'columns': columns} | content
+  content = {'columns': columns} | content
+  with files.reading(path):
+    rows.layout(content['columns'])
+  return content
 
 
 def parse_on(path: str | Path, on: str, split: str = '') -> tuple[str, str, str]:
@@ -138,8 +148,11 @@ class Split:
     self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.record = rows.layout(self.manifest['columns'])
-    for _, problem in work.damages(folder / 'rows', self.facts.get('files', {}), content=False):
-      raise ValueError(f'{problem}: slm.data.prepare makes it again')
+    with files.reading(self.path / 'manifest.json'):
+      stamps = self.facts.get('files', {})
+      problems = [problem for _, problem in work.damages(folder / 'rows', stamps, content=False)]
+    if problems:
+      raise ValueError(f'{problems[0]}: slm.data.prepare makes it again')
     with _reading_records(folder):
       self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
@@ -159,7 +172,7 @@ class Split:
     if not path.exists():
       known = ', '.join(sorted(p.stem for p in path.parent.glob('*.json'))) or 'none'
       raise FileNotFoundError(f'{path}: no such index; there are: {known}')
-    index = files.read_json(path)
+    index = files.read_json(path, _INDEX)
     if (name := f'{index["set"]}/{index["split"]}') != self.name:
       raise ValueError(f'{path}: is of {name}, not of {self.name}')
     if index['rows_sha256'] != self.facts['sha256']:
@@ -178,9 +191,10 @@ class Split:
       with _reading_records(self.path / self.name):
         records = self.source.__getitems__(ids[real].tolist())
     columns = {}
-    for name, values in rows.decode(records, self.record).items():
-      columns[name] = np.zeros((len(ids), *values.shape[1:]), values.dtype.newbyteorder('='))
-      columns[name][real] = values
+    with files.reading(self.path / 'manifest.json', 'the manifest of these records'):
+      for name, values in rows.decode(records, self.record).items():
+        columns[name] = np.zeros((len(ids), *values.shape[1:]), values.dtype.newbyteorder('='))
+        columns[name][real] = values
     return columns
 
 
@@ -189,7 +203,7 @@ def _reading_records(folder: Path) -> Iterator[None]:
   """Turn what the reader of records raises into a ValueError of one line that names the folder."""
   try:
     yield
-  except (RuntimeError, IndexError) as e:
+  except (RuntimeError, IndexError, ValueError) as e:
     raise ValueError(
       f'{folder}: a record file is missing or damaged ({str(e).partition(chr(10))[0]}): '
       'slm.data.prepare --verify names it and makes it again'

@@ -401,7 +401,7 @@ def _intact(record: Path) -> bool:
   """Return whether an index matches the hash in its record; delete a record that is damaged."""
   array = record.with_suffix('.npy')
   try:
-    return files.read_json(record)['sha256'] == files.sha256(array)
+    return files.read_json(record, {'sha256': str})['sha256'] == files.sha256(array)
   except FileNotFoundError:
     return False
   except ValueError:

@@ -46,8 +46,10 @@ def read(folder: Path) -> Sidecars:
       listed = settings.get(key) or []
       extra += map(_text, listed.values() if isinstance(listed, dict) else listed)
     special = {*named.values(), *extra}
-    if not all(isinstance(text, str) for text in extra):
-      raise ValueError(f'special tokens: expected texts, found {extra}')
+    texts = [*extra, *filter(None, named.values())]
+    if not all(isinstance(text, str) for text in texts):
+      raise ValueError(f'special tokens: expected texts, found {texts}')
+    ''.join(texts).encode()  # raises ValueError at half of a surrogate pair
     decoder = config.get('added_tokens_decoder', {}).items()
     added = {token['content']: (int(i), _token(**token)) for i, token in decoder}
     template = settings.get('chat_template')

@@ -21,6 +21,7 @@ from slm.data import sidecars
 
 # SentencePiece writes a space as U+2581, so U+2581 in a text is encoded as its three bytes.
 _SPACE = '\u2581'
+_MOST = 1 << 24  # ids; what a damaged file says must not take all memory
 _LINE = 2000  # characters per training sentence; SentencePiece drops sentences over 4192 bytes
 # Usual texts of special tokens, tried in this order where no file names one.
 _USUAL = {
@@ -199,12 +200,13 @@ class SentencePiece(Tokenizer):
     settings = sidecar.settings
     with files.reading(path, 'a SentencePiece model'):
       self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
+      model.id_to_piece([*range(model.get_piece_size())])  # that they are text
       model_prefix = model.encode('a', out_type=str)[0].startswith(_SPACE)
     self._unk = model.unk_id()
     self._token = lambda i: added.text.get(i) or model.id_to_piece(i)
     self._escape = [model.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     self._added = added = _AddedTokens(sidecar, model)
-    self.known = _mask([*range(model.get_piece_size()), *added.text])
+    self.known = _mask(path, [*range(model.get_piece_size()), *added.text])
     own = {'bos': model.bos_id(), 'eos': model.eos_id(), 'pad': model.pad_id()}
     find = lambda text: added.ids.get(text, _piece_id(model, text))
     self._set_special(path, sidecar, find, **{role: i for role, i in own.items() if i >= 0})
@@ -329,7 +331,7 @@ class HuggingFace(Tokenizer):
         )
     if len(prefix) > 1:
       raise ValueError(f'{path}: puts {len(prefix)} tokens before a text, expected one or none')
-    self.known = _mask([*vocab.values()])
+    self.known = _mask(path, [*vocab.values()])
     self._set_special(path, sidecar, vocab.get)
     self.begins = bool(prefix)
     if prefix:
@@ -366,9 +368,14 @@ def affixes(model: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
   return encoded.ids[: mask.index(0)], encoded.ids[len(mask) - mask[::-1].index(0) :]
 
 
-def _mask(ids: Sequence[int]) -> np.ndarray:
+def _mask(path: pathlib.Path, ids: Sequence[int]) -> np.ndarray:
   """Return which ids up to the largest are among `ids`, bool [max + 1]."""
-  return np.isin(np.arange(max(ids) + 1), ids)
+  if not ids or not 0 <= min(ids) <= max(ids) < _MOST:
+    found = f'{min(ids)} to {max(ids)}' if ids else 'none'
+    raise ValueError(f'{path}: expected ids from 0 to less than {_MOST:,}, found {found}')
+  known = np.zeros(max(ids) + 1, bool)
+  known[ids] = True
+  return known
 
 
 def _fingerprint(content: bytes, changes: Mapping[str, Any]) -> str:

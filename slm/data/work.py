@@ -128,7 +128,7 @@ def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
 def complete(path: Path) -> bool:
   """Return whether a task's summary is readable and all its files have their recorded sizes."""
   try:
-    summary = read_json(path)
+    summary = read_json(path, {'files': dict})
   except (FileNotFoundError, ValueError):
     return False
   return not any(damages(path, summary['files'], content=False))

@@ -257,12 +257,16 @@ def read(hf: Keys) -> dict[str, Any]:
   return {**family.fixed, **fields, **_read_rope(hf, types)}
 
 
+_MOST_LAYERS = 10_000  # what a damaged file says must not take all memory
 _LAYER_TYPES = {'full_attention': 'full', 'sliding_attention': 'window'}
 
 
 def _layer_types(hf: Keys, attention: str) -> list[str]:
   """Return the type of each layer, as in DecoderConfig.layer_types."""
-  layers, window = range(hf['num_hidden_layers']), hf['sliding_window']
+  count, window = hf['num_hidden_layers'], hf['sliding_window']
+  if not isinstance(count, int) or count > _MOST_LAYERS:
+    raise ValueError(f'num_hidden_layers={count!r}: expected a number up to {_MOST_LAYERS:,}')
+  layers = range(count)
   if attention in ('late', 'mixed') and hf.get('layer_types'):
     if unknown := set(hf['layer_types']) - set(_LAYER_TYPES):
       raise ValueError(f'layer_types: expected {tuple(_LAYER_TYPES)}, found {sorted(unknown)}')

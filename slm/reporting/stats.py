@@ -145,8 +145,10 @@ def training_cost(ref: Path) -> Cost | None:
   """Add up the costs of RUN, or of RUN@STEP so far, without evaluations; None without a ledger."""
   path, step = rundir.split_ref(ref)
   if step is not None:
-    line = next((x for x in rundir.read_metrics(path) if x['step'] == step), None)
-    return line and Cost(line['tokens'], line['flops'], line['device_seconds'])
+    lines = [line for line in rundir.read_metrics(path) if line['step'] == step][:1]
+    like = {'tokens': float, 'flops': float, 'device_seconds': float}
+    files.check(path / 'metrics.jsonl', lines, [like])
+    return next((Cost(*(line[name] for name in like)) for line in lines), None)
   if not (path / 'ledger.json').exists():
     return None
   phases = (p for p in ledger.read_ledger(path)['phases'] if p['phase'] != 'evaluate')

@@ -233,13 +233,14 @@ def damage(folder: Path, item: str = '') -> str:
   An unsealed checkpoint, of an earlier version of slm or a killed process, counts as sound.
   """
   try:
-    sums = files.read_json(folder / _SUMS)
+    sums = files.read_json(folder / _SUMS, {str: list})
+    names = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
+    with files.reading(folder / _SUMS):
+      return next(filter(None, (files.damage(folder / name, sums[name]) for name in names)), '')
   except FileNotFoundError:
     return ''
   except ValueError as e:
     return str(e)
-  names = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
-  return next(filter(None, (files.damage(folder / name, sums[name]) for name in names)), '')
 
 
 def _first_line(error: BaseException) -> str:

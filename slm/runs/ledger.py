@@ -8,11 +8,14 @@ import jax
 
 from slm.base import files
 
+_PHASE = {'phase': str, 'tokens': float, 'flops': float, 'device_seconds': float}
+_LIKE = {'phases': [_PHASE], 'ancestors': [str]}
+
 
 def read_ledger(workdir: Path) -> dict[str, Any]:
   """Read the cost ledger: {'phases': [...], 'ancestors': [...]}."""
   path = workdir / 'ledger.json'
-  return files.read_json(path) if path.exists() else {'phases': [], 'ancestors': []}
+  return files.read_json(path, _LIKE) if path.exists() else {'phases': [], 'ancestors': []}
 
 
 def write_ledger(workdir: Path, phases: list[dict[str, Any]], ancestors: list[str]) -> None:

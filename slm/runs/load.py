@@ -135,7 +135,7 @@ def served_step(ref: str | Path) -> int | None:
     return step if (run / 'checkpoints' / str(step)).exists() else None
   if not (run / 'result.json').exists():
     return None
-  result = files.read_json(run / 'result.json')
+  result = files.read_json(run / 'result.json', {'steps': int})
   # Without early stopping the last checkpoint serves, whatever the held-out losses were.
   return result.get('best_step' if config.of(run).eval.patience else 'steps', result['steps'])
 

@@ -85,7 +85,8 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
   'restarts', where it is, has the steps of later starts with the same.
   """
   path = workdir / 'starts.json'
-  return files.read_json(path) if path.exists() else []
+  like = [{'step': int, 'code': str, 'environment': dict}]
+  return files.read_json(path, like) if path.exists() else []
 
 
 def restarts(workdir: Path) -> list[int]:
@@ -130,7 +131,8 @@ def read_rewinds(workdir: Path) -> list[dict[str, Any]]:
     the number of the batch to go on with, what failed, and the costs up to then.
   """
   path = workdir / 'rewinds.json'
-  return files.read_json(path) if path.exists() else []
+  like = [{'step': int, 'to': int, 'next': int, 'why': str, 'totals': {str: float}}]
+  return files.read_json(path, like) if path.exists() else []
 
 
 def rewound_to(workdir: Path, step: int) -> dict[str, Any] | None:
@@ -153,9 +155,10 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
   for number, text in enumerate(texts, 1):
     try:
       lines.append(dict(json.loads(text)))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
       if number < len(texts):
         raise ValueError(f'{path}: line {number} of {len(texts)} is damaged') from None
+  files.check(path, lines, [{'step': int}])
   return lines
 
 
