@@ -142,6 +142,8 @@ class Checkpoints:
       if files.no_space(e):
         size = f'{max(self._size / 1e6, 1):,.0f} MB'
         text = f'no space on {self._directory} while saving step {step} (needs about {size})'
+      if not self._directory.exists():
+        raise FileNotFoundError(f'{self._directory}: was removed while it was written') from None
       raise OSError(f'{text}; {self._intact()}' if done == 'saved' else text) from None
 
   def _intact(self) -> str:

@@ -194,6 +194,8 @@ class Recorder:
     self._written, self._due = self._line['step'], False
     if not self._main:
       return
+    if not (self._workdir / 'config.json').exists():  # what follows would make it anew, in part
+      raise FileNotFoundError(f'{self._workdir}: was removed while it was written')
     values = self._line | self._total | ledger.peak_bytes()
     self._file.write(json.dumps(values) + '\n')
     self._file.flush()
