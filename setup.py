@@ -54,6 +54,10 @@ setup(
     'gguf': ['gguf>=0.19'],
     'eval': ['lm-eval>=0.4.13'],
     'sbert': ['sentence-transformers>=6.2'],
+    # Writers of metrics.
+    'wandb': ['wandb>=0.31'],
+    'mlflow': ['mlflow>=3.17'],
+    'trackio': ['trackio>=0.43'],
     # Exact, as requirements.txt is: what lints and tests.
     'test': ['hypothesis==6.170.17', 'pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
     # Other people's implementations.

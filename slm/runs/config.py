@@ -9,7 +9,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slm.base import artifact, schema
 from slm.data import loader
@@ -22,7 +22,7 @@ from slm.weights.sharding import MeshConfig
 
 DTYPES = ('float32', 'bfloat16')
 # Keys that do not change what is computed: they may change between restarts.
-OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'checkpoint')
+OPERATIONAL = ('mesh', 'distributed', 'log_every', 'tensorboard', 'writers', 'checkpoint')
 # Keys of a model that change how it is computed, not its weights.
 COMPUTED = ('attention', 'dispatch', 'remat', 'unroll')
 
@@ -221,7 +221,9 @@ class RunConfig:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log_every: int = 10  # steps; 0: at evaluations and saves only
-  tensorboard: bool = True
+  tensorboard: bool = True  # event files in RUN/tb
+  # Metrics go there too, while training: wandb | mlflow | trackio, one or several.
+  writers: tuple[Literal['wandb', 'mlflow', 'trackio'], ...] = ()
 
   context: int = _derived(0)  # tokens in a row
   tokenizer: str = _derived('')  # fingerprint

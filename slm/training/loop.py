@@ -17,7 +17,7 @@ from slm.data import loader
 from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import RunConfig
-from slm.training import optim, plan
+from slm.training import optim, plan, writers
 from slm.training.program import Program
 from slm.training.recorder import Diverged, Recorder
 from slm.training.step import State, trained
@@ -43,6 +43,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   longer = processes.together(lambda: _extends(workdir, cfg))
   if (workdir / 'result.json').exists() and not longer:
     return files.read_json(workdir / 'result.json')
+  processes.together(lambda: main and writers.check(cfg.writers))
   mesh = sharding.make_mesh(vars(cfg.mesh))
   with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
     processes.together(lambda: _extends(workdir, cfg))  # again: another run may have held it

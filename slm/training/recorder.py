@@ -1,4 +1,4 @@
-"""Record a training run as it goes: metrics, TensorBoard, progress, the cost ledger."""
+"""Record a training run as it goes: metrics, writers, progress, the cost ledger."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from slm.base import console, files
 from slm.runs import ledger, rundir
 from slm.runs.config import RunConfig
 from slm.runs.ledger import phase_entry
-from slm.training import optim
+from slm.training import optim, writers
 from slm.weights.count import forward_flops
 
 _AVERAGE = 0.98  # share of the earlier losses in their running average, at every step
@@ -75,12 +75,7 @@ class Recorder:
 
   def __enter__(self) -> 'Recorder':
     self._file = (self._workdir / 'metrics.jsonl').open('a') if self._main else None
-    self._board = None
-    if self._cfg.tensorboard and self._main:
-      import tensorboardX  # takes a second where torch is installed, which it imports
-
-      board = str(self._workdir / 'tb')
-      self._board = tensorboardX.SummaryWriter(board, purge_step=self._start + 1)
+    self._writers = writers.start(self._cfg, self._workdir, self._start) if self._main else []
     self._positions = self._cfg.data.batch_size * self._cfg.context  # of a step
     name, total = f'{self._cfg.phase} {self._workdir.name}', self._cfg.steps * self._positions
     self._progress = console.Progress(name, total, 'tokens', show=self._main).__enter__()
@@ -94,8 +89,7 @@ class Recorder:
       self.write()
     if self._file:
       self._file.close()
-    if self._board:
-      self._board.close()
+    writers.finish(self._writers, failed=error[0] is not None)
 
   def dispatch(self) -> None:
     """Start the clock of training time if it is stopped."""
@@ -188,7 +182,7 @@ class Recorder:
     self._progress.update(0, loss=self._line['loss'], eval=heldout['loss'])
 
   def write(self) -> None:
-    """Append the latest step's values to metrics.jsonl and TensorBoard; refresh the ledger."""
+    """Append the latest step's values to metrics.jsonl and the writers; refresh the ledger."""
     if self._line['step'] == self._written:
       return
     self._written, self._due = self._line['step'], False
@@ -199,9 +193,9 @@ class Recorder:
     values = self._line | self._total | ledger.peak_bytes()
     self._file.write(json.dumps(values) + '\n')
     self._file.flush()
-    if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, self._line['step'])
+    step = values.pop('step')
+    for writer in self._writers:
+      writer.log(step, values)
     t = self._total
     training = (t['tokens'], t['flops'], t['device_seconds'])
     flops = forward_flops(self._cfg.model, self._cfg.context) * t['eval_tokens']
