@@ -28,13 +28,14 @@ def main(_: list[str]) -> None:
   console.required('workdir')
   if given['distributed']['enable']:
     processes.connect(given['distributed'])
-  result = train(given, f.workdir)
+  result = train(given, f.workdir, f.profile)
   if jax.process_index() == 0:
     print(json.dumps(result))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'Run directory; an unfinished run continues.')
+  flags.DEFINE_string('profile', '', 'START:STOP: the steps to trace into WORKDIR/profile.')
   flags.DEFINE_bool('dry_run', False, 'Print parameters, FLOPs, memory and time only.')
   flags.DEFINE_integer('devices', 0, '--dry_run: number of chips; 0: that of the mesh.')
   flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: kind of chip; cpu measures this one.')

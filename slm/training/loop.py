@@ -17,15 +17,18 @@ from slm.data import loader
 from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import RunConfig
-from slm.training import optim, plan, writers
+from slm.training import optim, plan, tracing, writers
 from slm.training.program import Program
 from slm.training.recorder import Diverged, Recorder
 from slm.training.step import State, trained
+from slm.training.tracing import Trace
 from slm.weights import sharding
 
 
-def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+def train(given: Mapping[str, Any], workdir: str | Path, profile: str = '') -> dict[str, Any]:
   """Run or continue a training run; return the contents of result.json.
+
+  `profile` is START:STOP, the steps to trace.
 
   Raises:
     ValueError: if the config, the data or the run directory do not fit together, or another
@@ -39,7 +42,8 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
   progress = console.Progress(name, 0, 'tokens', show=main)
   progress.say('reading data')
   cfg = processes.together(lambda: load.pin(workdir, config.resolve(given)))
-  processes.agree({**schema.plain(cfg), 'workdir': str(workdir)})
+  processes.agree({**schema.plain(cfg), 'workdir': str(workdir), 'profile': profile})
+  trace = Trace(tracing.steps(profile, cfg.steps), workdir)
   longer = processes.together(lambda: _extends(workdir, cfg))
   if (workdir / 'result.json').exists() and not longer:
     return files.read_json(workdir / 'result.json')
@@ -52,7 +56,7 @@ def train(given: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     for key in ('teacher', 'init'):
       if ref := getattr(cfg, key):
         progress.say(f'loading {key} {ref}')
-    return _Run(cfg, workdir, mesh).loop()
+    return _Run(cfg, workdir, mesh, trace).loop()
 
 
 def _extends(workdir: Path, cfg: RunConfig) -> bool:
@@ -76,8 +80,8 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
 class _Run:
   """A run that trains: its model, objective, optimiser, data and compiled steps."""
 
-  def __init__(self, cfg: RunConfig, workdir: Path, mesh: jax.sharding.Mesh):
-    self.cfg, self.workdir, self.mesh = cfg, workdir, mesh
+  def __init__(self, cfg: RunConfig, workdir: Path, mesh: jax.sharding.Mesh, trace: Trace):
+    self.cfg, self.workdir, self.mesh, self.trace = cfg, workdir, mesh, trace
     self.model, self.reparam = load.build(cfg)
     load.check_groups(cfg, self.reparam, sharding.batch_devices(mesh))
     self.setup = objectives.setup(cfg, self.model, self.reparam, mesh)
@@ -217,7 +221,7 @@ class _Run:
       state = self.restore(saved) if continues else state
       start = int(state.step)
       config.write_run(self.workdir, cfg, start)
-      with self.recorder(start) as record, checkpoint.StopSignal() as stop_signal:
+      with self.recorder(start) as record, self.trace, checkpoint.StopSignal() as stop_signal:
         step, stop = self._steps(start, state, saved, record, stop_signal)
     finished = step == cfg.steps or record.exhausted
     result = record.result() if finished else {}
@@ -235,11 +239,13 @@ class _Run:
     for step in range(start + 1, cfg.steps + 1):
       if record.exhausted:
         break
-      kind, batch = objectives.ROWS, self.global_batch(next(self.batches))
-      record.dispatch()
-      if self.setup.rewrite:
-        kind, batch = self.setup.rewrite(state.theta, self.frozen, batch, step)
-      state, metrics = self.step(kind, state, batch, record)
+      self.trace.before(step, record)
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        kind, batch = objectives.ROWS, self.global_batch(next(self.batches))
+        record.dispatch()
+        if self.setup.rewrite:
+          kind, batch = self.setup.rewrite(state.theta, self.frozen, batch, step)
+        state, metrics = self.step(kind, state, batch, record)
       record.dispatched(step, metrics)
       final, stop = step == cfg.steps, stop_signal(step)
       if due(cfg.eval.every) or final:
