@@ -74,7 +74,6 @@ class Decoder(nn.Module):
       keys = jax.lax.dynamic_update_slice(cache['segments'], queries, (0, index))
       kv = {'k': cache['k'], 'v': cache['v']}
     t = queries.shape[1]
-    # The splash kernel knows segments, not masks.
     splash = not self.is_initializing() and flash.kernel(c, t, cache is not None) == 'splash'
     mask = queries if splash else _mask(c, kinds, queries, keys, index)
 

@@ -13,7 +13,7 @@ _BLOCKS = (512, 256, 128)  # queries and keys whose scores exist at once
 
 
 def kernel(cfg: DecoderConfig, t: int, cached: bool) -> str:
-  """Return the kernel for rows of t tokens, 'splash' or 'reference', and raise if none fits.
+  """Return the kernel for rows of t tokens: 'splash', which takes segments, or 'reference', masks.
 
   `attention='auto'` takes splash where the code being traced is for TPUs and it can be had.
 
