@@ -126,6 +126,12 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():
   assert sent[16] == pytest.approx(sent[512], rel=0.02)
 
 
+def test_a_step_in_bfloat16_is_compiled_on_cpus_too():
+  """XLA aborted the process here."""
+  step = aot.compile_step(tiny(dtype='bfloat16', mesh__data=2, mesh__fsdp=4), jax.devices())
+  assert step.flops / step.model_flops > 1
+
+
 def test_a_teacher_needs_no_run():
   teacher = dataclasses.replace(tiny().model, num_layers=3)
   cfg = tiny('recover', init='', teacher='', objective__states=('-1:-1',))

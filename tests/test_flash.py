@@ -85,7 +85,7 @@ def test_what_the_kernel_cannot_do_is_named_and_left_to_the_reference(changes, t
 def test_auto_is_splash_on_tpus_alone_and_a_cache_has_the_reference(monkeypatch):
   auto = dataclasses.replace(CFG, attention='auto')
   assert flash.kernel(auto, TOKENS, cached=False) == 'reference'
-  monkeypatch.setattr(flash, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
   assert flash.kernel(auto, TOKENS, cached=False) == 'splash'
   assert flash.kernel(auto, TOKENS, cached=True) == 'reference'
   assert flash.kernel(CFG, TOKENS, cached=False) == 'reference'

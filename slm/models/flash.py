@@ -29,15 +29,8 @@ def kernel(cfg: DecoderConfig, t: int, cached: bool) -> str:
   reason = next((text for text, holds in reasons.items() if holds), '')
   if cfg.attention == 'splash' and reason and not cached:
     raise ValueError(f'model.attention=splash: the kernel cannot do {reason}')
-  wanted = cfg.attention == 'splash' or cfg.attention == 'auto' and platform() == 'tpu'
+  wanted = cfg.attention == 'splash' or cfg.attention == 'auto' and sharding.platform() == 'tpu'
   return 'splash' if wanted and not reason else 'reference'
-
-
-def platform() -> str:
-  """Return the platform that the code being traced is for: that of its mesh, or this machine's."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  return device.platform if device is not None else jax.default_backend()
 
 
 def splash(
@@ -69,7 +62,7 @@ def _splash(q, k, v, segments):
     block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(sizes, block)),
     head_shards=1,
     q_seq_shards=1,
-    interpret=platform() == 'cpu',  # for tests
+    interpret=sharding.platform() == 'cpu',  # for tests
   )
   one = lambda q, k, v, s: attend(q, k, v, splash_attention_kernel.SegmentIds(s, s))
   return jax.vmap(one)(q, k, v, segments).astype(v.dtype)

@@ -133,6 +133,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 _grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
 
 
+def platform() -> str:
+  """Return the platform that the code being traced is for: that of its mesh, or this machine's."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
 def batch_axes() -> tuple[str, ...]:
   """Return the mesh axes that split the batch axis of the code being traced."""
   mesh = jax.sharding.get_abstract_mesh()
