@@ -196,7 +196,7 @@ def test_optimiser_state_is_sharded_like_the_weights(skip_above, tiny_config, tm
   c.mesh.update(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(c.mesh.to_dict())
   with jax.set_mesh(mesh):
-    run = loop._Run(resolve(c.to_dict()), tmp_path, mesh)
+    run = loop._Run(resolve(c.to_dict()), tmp_path, mesh, loop.Trace(range(0), tmp_path))
     state = run.initial_state()
   moments = [s for s in jax.tree.leaves(state.opt_state) if s.ndim > 1]
   weights = [w for w in jax.tree.leaves(state.theta) if w.ndim > 1] * 2
@@ -264,7 +264,7 @@ def test_not_finite_stops_and_keeps_the_last_checkpoint(tiny_config, tmp_path, m
 def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
   mesh = sharding.make_mesh({'data': 8})
   with jax.set_mesh(mesh):
-    run = loop._Run(resolve(tiny_config.to_dict()), tmp_path, mesh)
+    run = loop._Run(resolve(tiny_config.to_dict()), tmp_path, mesh, loop.Trace(range(0), tmp_path))
     state = run.initial_state()
     leaves = jax.tree_util.tree_leaves_with_path(run.shapes.theta)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
