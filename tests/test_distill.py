@@ -181,4 +181,4 @@ def test_a_run_trains_its_teacher_and_serves_its_student(
   c.objective, c.reparam = {**KD, 'correct': 1.0}, {'name': 'mixture', 'clusters': 2}
   c.data.update(level=2, batch_size=8, rows_per_group=4, order='every')
   with jax.set_mesh(two), pytest.raises(ValueError, match="reparam 'mixture' holds several"):
-    loop._Run(resolve(c.to_dict()), tmp_path, two)
+    loop._Run(resolve(c.to_dict()), tmp_path, two, loop.Trace(range(0), tmp_path))
