@@ -212,7 +212,8 @@ def test_rewinds_are_bounded_and_need_a_checkpoint(poison, tiny_config_of, tmp_p
 
 
 def test_an_entry_is_of_the_checkpoint_that_was_there_then(tmp_path):
-  entries = [{'to': 40, 'n': 0}, {'to': 60, 'n': 1}, {'to': 20, 'n': 2}, {'to': 30, 'n': 3}]
+  places = enumerate((40, 60, 20, 30))
+  entries = [{'step': n, 'to': to, 'next': 99, 'why': '', 'totals': {}} for n, to in places]
   files.write_json(tmp_path / 'rewinds.json', entries)
   found = [rundir.rewound_to(tmp_path, step) for step in (10, 20, 30, 40, 60)]
-  assert [entry and entry['n'] for entry in found] == [None, 2, 3, None, None]
+  assert [entry and entry['step'] for entry in found] == [None, 2, 3, None, None]
