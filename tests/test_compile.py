@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import common
+from slm.models import flash
 from slm.runs import config
 from slm.training import aot, hlo
 from slm.weights import chips
@@ -60,6 +62,8 @@ ENTRY %main (a: bf16[8,16], b: f32[64,16], c: f32[100,16], n: s32[]) -> f32[] {
   %reduced = f32[64,16]{1,0} all-reduce(%b), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
   %crossed = f32[64,16]{1,0} all-reduce(%b), channel_id=4, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %all-reduce-scatter = f32[16,16]{1,0} fusion(%b), kind=kCustom, calls=%scatter
+  %pair = ((f32[2,16], f32[4,16]), (f32[8,16], f32[16,16])) all-gather-start(%n, %c), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
+  %kernel = (f32[8,16]{1,0}, f32[4,4]{1,0:S(1)}) custom-call(%b, %a), custom_call_target="tpu_custom_call"
   %taken.1 = f32[1,16]{1,0} fusion(%c, %n), kind=kLoop, calls=%taken
   ROOT %end = f32[] constant(0)
 }
@@ -75,7 +79,7 @@ def test_collectives_are_counted_as_often_as_they_run_and_named_by_their_axes():
   assert by_kind == {
     # From 0 by 2 while below 7: four times; and three times where XLA says so.
     ('collective-permute', ('fsdp',)): [(4 + 3, (4 + 3) * half)],
-    ('all-gather', ('fsdp',)): [(1, 32 * 16 * 2 * 3 / 4)],
+    ('all-gather', ('fsdp',)): [(1, (8 + 16) * 16 * 4 * 3 / 4), (1, 32 * 16 * 2 * 3 / 4)],
     ('all-reduce', ('data',)): [(2, 2 * (2 * whole * 1 / 2))],  # by list and by iota
     ('reduce-scatter', ('fsdp',)): [(1, whole * 3 / 4)],
   }
@@ -90,6 +94,18 @@ def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices():
   assert program._written(permute) == 0 and program._read(permute, by_name) == 8 * 16 * 2
   assert program._written(taken) == 16 * 4
   assert program._read(taken, by_name) == 16 * 4 + 4  # a row of 100, and its number
+  kernel = by_name['kernel']
+  moved = program._written(kernel) + program._read(kernel, by_name)
+  assert moved == 8 * 16 * 4 + 64 * 16 * 4 + 8 * 16 * 2
+  without = hlo.Program(PROGRAM.replace('tpu_custom_call', 'AllocateBuffer'))
+  assert program.traffic() - without.traffic() == moved
+
+
+def test_a_loop_whose_length_is_not_known_is_said_to_count_once():
+  program = hlo.Program(PROGRAM.replace('direction=LT', 'direction=NE'))
+  assert [c.count for c in program.collectives(AXES, SHAPE) if 'permute' in c.kind] == [1 + 3]
+  assert program.unknown == {'loop'}
+  assert not hlo.Program(PROGRAM).unknown
 
 
 TINY = {
@@ -172,7 +188,7 @@ def test_an_unknown_slice_is_refused(topology, message):
 
 
 def test_every_kind_of_slice_has_a_chip_with_links():
-  kinds = [chips.CHIPS[name] for name in aot.KINDS.values()]
+  kinds = [chips.CHIPS[name] for name in chips.TPUS.values()]
   assert all(chip.network and chip.bandwidth for chip in kinds)
 
 
@@ -206,9 +222,18 @@ def test_without_libtpu_the_extra_is_named():
   assert done.stderr.endswith("needs libtpu: pip install 'slm[tpu]'\n")
 
 
-def test_flops_count_products_as_often_as_loops_run():
-  import jax.numpy as jnp
+def test_flops_of_the_splash_kernel_are_those_of_the_blocks_that_it_computes():
+  b, heads, t, c = 2, 4, 1024, 32
+  shape = lambda n: jax.ShapeDtypeStruct((b, n, t, c), jnp.float32)
+  inputs = (shape(heads), shape(2), shape(2), jax.ShapeDtypeStruct((b, t), jnp.int32))
+  attend = lambda *x: flash.splash(*x, c).sum()
+  product = 2 * b * heads * c * 3 * 512**2  # three of four blocks
+  assert aot.flops(jax.make_jaxpr(attend)(*inputs).jaxpr) == 2 * product
+  gradient = jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(*inputs)
+  assert aot.flops(gradient.jaxpr) == pytest.approx((2 + 3 + 4) * product, rel=1e-3)
 
+
+def test_flops_count_products_as_often_as_loops_run():
   w = jnp.ones((8, 8))
 
   def fn(x):

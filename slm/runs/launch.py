@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from slm.base import arguments
 from slm.runs import config, foreground, load, rundir
-from slm.weights import sharding
+from slm.weights import chips, sharding
 
 TRAIN = 'train'  # the command that runs as several processes
 # Kinds of TPU, and their names on GKE: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
@@ -39,7 +39,7 @@ _PLAIN = {
   'name': (r'[a-z]([-a-z0-9]{0,43}[a-z0-9])?', 'slm-1 (lower case, at most 45 characters)'),
   'time': (r'[\d:-]*', '12:00:00'),
   'partition': (r'[\w.,-]*', 'gpu'),
-  'topology': (rf'(({"|".join(TPUS)}):\d+(x\d+){{1,2}})?', f'v5e:16x16, of {", ".join(TPUS)}'),
+  'topology': (rf'({chips.SLICE})?', f'v5e:16x16, of {", ".join(chips.TPUS)}'),
 }
 
 

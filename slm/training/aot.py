@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 
 from slm import objectives
 from slm.base import console
@@ -27,8 +28,6 @@ from slm.training import hlo, plan
 from slm.training.program import Program
 from slm.weights import chips, sharding
 
-# Kinds of TPU as libtpu names them; a v4 chip is one device if its cores are joined.
-KINDS = {'v4': 'tpu-v4', 'v5e': 'tpu-v5e', 'v5p': 'tpu-v5p', 'v6e': 'tpu-v6e'}
 # Without these libtpu asks the machine which TPU it is, and says on stderr that it is none.
 _NO_TPU = {
   'TPU_SKIP_MDS_QUERY': '1',
@@ -53,6 +52,7 @@ class Compiled:
     model_flops: that the model needs (plan.step_flops), of one chip.
     traffic: bytes read from and written to the chip's memory.
     collectives: communication, most bytes first.
+    unknown: the number of loops whose length is not known: the two above count them once.
   """
 
   memory: Mapping[str, float]
@@ -60,6 +60,7 @@ class Compiled:
   model_flops: float
   traffic: float
   collectives: Sequence[hlo.Collective]
+  unknown: int
 
 
 class DoesNotFitError(ValueError):
@@ -72,17 +73,17 @@ def devices(topology: str) -> list[Any]:
   Raises:
     ValueError: if libtpu is missing or knows no such slice.
   """
-  kind, _, shape = topology.partition(':')
-  if kind not in KINDS or not re.fullmatch(r'\d+(x\d+)+', shape):
+  if not re.fullmatch(chips.SLICE, topology):
     raise ValueError(
       f'--topology={topology}: expected KIND:SHAPE, such as v5e:16x16 or v5p:4x4x4, with a kind of '
-      f'{", ".join(KINDS)}'
+      f'{", ".join(chips.TPUS)}'
     )
   if not importlib.util.find_spec('libtpu'):
     raise ValueError("--topology: compiling for TPUs needs libtpu: pip install 'slm[tpu]'")
   for name, value in _NO_TPU.items():
     os.environ.setdefault(name, value)
-  options = {'chip_config_name': 'megachip'} if kind == 'v4' else {}
+  # A chip of v4 is one device if its cores are joined; libtpu joins those of v5p by itself.
+  options = {'chip_config_name': 'megachip'} if topology.startswith('v4') else {}
   try:
     found = topologies.get_topology_desc(topology, 'tpu', **options)
   except (RuntimeError, ValueError) as e:
@@ -138,6 +139,7 @@ def compile_step(
     needed / len(slice_devices),
     text.traffic(),
     text.collectives(mesh.axis_names, mesh.devices.shape),
+    len(text.unknown),
   )
 
 
@@ -179,7 +181,10 @@ def _explained(error: Exception) -> ValueError:
 
 
 def flops(jaxpr: Any) -> float:
-  """Count the FLOPs of the matrix products of a traced program, as often as its loops run."""
+  """Count the FLOPs of the matrix products of a traced program, as often as its loops run.
+
+  Kernels are those of flash.py: causal, with blocks of as many queries as keys.
+  """
   total = 0.0
   for eqn in jaxpr.eqns:
     name, times = eqn.primitive.name, 1
@@ -191,11 +196,14 @@ def flops(jaxpr: Any) -> float:
       total += 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[-1]
     if name == 'scan':
       times = eqn.params['length']
+    elif name == 'pallas_call':  # splash: the blocks on and below the diagonal
+      *outer, rows, columns = eqn.params['grid_mapping'].grid
+      times = math.prod(outer) * rows * (columns + 1) / 2
     elif name == 'shard_map':
       mesh = eqn.params['mesh']
       (axes,) = (value for key, value in eqn.params.items() if key.endswith('manual_axes'))
       times = math.prod(mesh.shape[axis] for axis in axes)
-    inner = [flops(sub) for sub in jax.core.jaxprs_in_params(eqn.params)]
+    inner = [flops(sub) for sub in jaxprs_in_params(eqn.params)]
     total += times * (max(inner, default=0.0) if name == 'cond' else sum(inner))
   return total
 
@@ -235,7 +243,7 @@ def smaller(cfg: RunConfig, count: int) -> list[tuple[str, RunConfig]]:
 
 def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
   """Format what a step and the run take on a slice."""
-  chip = chips.CHIPS[KINDS[topology.partition(':')[0]]]
+  chip = chips.CHIPS[chips.TPUS[topology.partition(':')[0]]]
   lines: list[str] = []
   add = lambda title, value: lines.append(f'{title:28} {value}')
   mesh = sharding.mesh_shape(vars(cfg.mesh), count)
@@ -257,6 +265,8 @@ def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
   times = seconds(step, chip)
   add('FLOPs per chip', f'{step.flops:.3g}, {step.model_flops / step.flops:.0%} of them the model')
   add('memory traffic per chip', f'{step.traffic / 1e9:.3g} GB')
+  if step.unknown:
+    add('counted once', f'{step.unknown} loops whose length is not known')
   least = max(times.values())
   parts = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in times.items())
   add('step', f'at least {1e3 * least:.3g} ms ({parts})')

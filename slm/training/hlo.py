@@ -14,6 +14,7 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'coll
 _INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)')
 _HEADER = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
 _SHAPE = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?')
+_KERNEL = 'custom_call_target="tpu_custom_call"'  # a Pallas kernel
 _CALLED = re.compile(r'(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
 _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 'bf16': 2, 'token': 0, 'opaque': 0}
 # Instructions that move nothing by themselves.
@@ -22,7 +23,7 @@ _FREE = {
   'after-all', 'partition-id', 'replica-id', 'async-start', 'async-done', 'async-update', 'iota',
   'custom-call', 'optimization-barrier', 'domain',
 }  # fmt: skip
-
+# Instructions in a fusion that hand on what they get, to a collective that runs meanwhile.
 _HANDED_ON = {'parameter', 'tuple', *COLLECTIVES}
 
 
@@ -78,6 +79,7 @@ class Program:
 
   def __init__(self, text: str):
     """Read a program as `jax.stages.Compiled.as_text` prints it."""
+    self.unknown: set[str] = set()  # loops whose length is not found: they count once
     self._computations: dict[str, list[Instruction]] = {}
     self._entry, current = '', None
     for line in text.splitlines():
@@ -108,14 +110,12 @@ class Program:
     condition, body = ({x.name: x for x in self._computations[name]} for name in parts)
     below = lambda x: x.op == 'compare' and 'direction=LT' in x.attributes
     compared = [x for x in condition.values() if below(x)]
-    if len(compared) != 1:
+    read, limit = [condition.get(name) for name in compared[0].operands] if compared else [None] * 2
+    place = re.search(r'index=(\d+)', read.attributes) if read else None
+    if len(compared) != 1 or not place or not limit or limit.op != 'constant':
+      self.unknown.add(loop.name)
       return 1
-    read, limit = (condition[name] for name in compared[0].operands)
-    place = re.search(r'index=(\d+)', read.attributes)
-    if limit.op != 'constant' or not place:
-      return 1
-    root = list(body.values())[-1]
-    counter = body[root.operands[int(place[1])]]
+    counter = body[list(body.values())[-1].operands[int(place[1])]]
     steps = [_constant(body[n]) for n in counter.operands if body[n].op == 'constant']
     return -(-_constant(limit) // (steps[0] if counter.op == 'add' and steps else 1))
 
@@ -131,14 +131,12 @@ class Program:
       if channel:
         chained.add(channel[1])
       varying, members = _members(x.attributes, axes, shape)
-      size = x.sizes()[-1 if kind in ('all-gather', 'reduce-scatter') else 0]
-      if x.op.endswith('-start') and kind != 'all-reduce':
-        size = x.sizes()[1]
-      elif not x.op.endswith('-start'):
-        size = sum(x.sizes())
+      sizes, count = x.sizes(), len(x.operands)
+      if x.op.endswith('-start') and kind != 'all-reduce':  # operands, results, and more
+        sizes = sizes[count : 2 * count]
       total = totals.setdefault((kind, varying, _source(x)), [0, 0.0])
       total[0] += times
-      total[1] += times * size * _share(kind, members)
+      total[1] += times * sum(sizes) * _share(kind, members)
     listed = [Collective(*key, int(count), moved) for key, (count, moved) in totals.items()]
     return sorted(listed, key=lambda c: -c.bytes)
 
@@ -146,31 +144,24 @@ class Program:
     """Return the kind of collective that an instruction starts ('': none), and its instruction."""
     if (kind := x.op.removesuffix('-start')) in COLLECTIVES:
       return kind, x
-    if x.op == 'fusion':
-      inner = self._computations.get(_CALLED.findall(x.attributes)[0], [])
-      for y in inner:
-        if y.op in COLLECTIVES:
-          # TPUs have no reduce-scatter of their own: a fusion that keeps a slice of the sum.
-          scattered = y.op == 'all-reduce' and 'scatter' in x.attributes + x.name
-          attributes = f'{y.attributes} {x.attributes}'
-          return (
-            ('reduce-scatter', dataclasses.replace(x, attributes=attributes))
-            if (scattered)
-            else (y.op, dataclasses.replace(y, attributes=attributes))
-          )
+    for y in self._inner(x):
+      if y.op in COLLECTIVES:
+        attributes = f'{y.attributes} {x.attributes}'
+        # TPUs have no reduce-scatter of their own: a fusion keeps a slice of the sum.
+        if y.op == 'all-reduce' and 'all-reduce-scatter' in x.name:
+          return 'reduce-scatter', dataclasses.replace(x, attributes=attributes)
+        return y.op, dataclasses.replace(y, attributes=attributes)
     return '', x
 
   def traffic(self) -> float:
     """Return the bytes that one device reads from and writes to its main memory in a step.
 
     An operand counts whole where an instruction reads it, unless a fusion takes slices of it, and
-    arrays that the compiler keeps on the chip do not count.
+    arrays that the compiler keeps on the chip do not count. A kernel reads its operands once.
     """
-    total, by_name = 0.0, {}
-    for x, _ in self.executed():
-      by_name[x.name] = x
+    total, by_name = 0.0, {x.name: x for x, _ in self.executed()}
     for x, times in self.executed():
-      if x.op in _FREE or x.op.endswith('-done'):
+      if x.op in _FREE and _KERNEL not in x.attributes or x.op.endswith('-done'):
         continue
       total += times * (self._written(x) + self._read(x, by_name))
     return total

@@ -30,6 +30,9 @@ CHIPS = {
   'tpu-v5p': Chip(459e12, 95e9, 2.765e12, 1.8e11),
   'tpu-v6e': Chip(918e12, 32 * 2**30, 1.64e12, 1.8e11),
 }
+# Kinds of TPU as libtpu and Google name the slices of them, KIND:SHAPE -> their chip.
+TPUS = {'v4': 'tpu-v4', 'v5e': 'tpu-v5e', 'v5p': 'tpu-v5p', 'v6e': 'tpu-v6e'}
+SLICE = rf'({"|".join(TPUS)}):\d+(x\d+){{1,2}}'
 # The `device_kind` of JAX's devices -> their chip. PCIe cards of the H100 and H200 are slower.
 _KINDS = {
   'NVIDIA A100-SXM4-40GB': 'a100',
