@@ -327,4 +327,4 @@ def test_command(imported, tmp_path):
   assert done.returncode == 1 and done.stderr.startswith('error: ')
   assert (tmp_path / 'run' / 'result.json').stat().st_mtime_ns == stamp
   done = subprocess.run(command[:4], capture_output=True, text=True)
-  assert done.returncode == 1 and 'import FILE.gguf RUN' in done.stderr
+  assert done.returncode == 1 and 'import: expected FILE.gguf RUN' in done.stderr
