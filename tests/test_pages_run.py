@@ -80,7 +80,7 @@ NOT_RUN = {
   'python -m experiments.faults.run --scale=smoke --out=runs/faults':
     'minutes: starts and kills processes; tests/test_faults.py has its parts',
   'python -m experiments.faults.run --scale=full --out=runs/faults': 'hours',
-  'python -m experiments.speed.run --scale=cpu': 'five minutes, and measures this machine',
+  'python -m experiments.speed.run --scale=cpu': 'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=gpu': 'needs a GPU',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
 }  # fmt: skip

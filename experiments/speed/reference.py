@@ -1,6 +1,7 @@
-"""The other contestants: the same shapes in torch eager with `transformers` (test extras)."""
+"""The other contestants: the same shapes in torch with `transformers` (extra `reference`)."""
 
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,22 @@ def _wait() -> None:
     torch.cuda.synchronize()
 
 
+def no_compiler() -> str:
+  """Return why torch.compile has nothing to compile with on this machine; empty if it has."""
+  # Inductor's own choice is a CXX that is set, or else g++.
+  compiler = os.environ.get('CXX', 'g++')
+  if _device() == 'cpu' and shutil.which(compiler) is None:
+    return f'torch.compile: expected a C++ compiler, found no {compiler}; install it or set CXX'
+  return ''
+
+
 def train_step(
-  cfg: dict[str, Any], batch: dict[str, np.ndarray], dtype: str
+  cfg: dict[str, Any], batch: dict[str, np.ndarray], dtype: str, compiled: bool = False
 ) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Return one eager step: loss, backward, clipping, AdamW; float32 weights, autocast if bf16."""
+  """Return one step: loss, backward, clipping, AdamW; float32 weights, autocast if bf16.
+
+  With `compiled`, torch.compile takes the loss, and with it the backward pass.
+  """
   model = _model(cfg, 'float32').train()
   tx = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
   context = batch['inputs'].shape[-1]
@@ -52,12 +65,16 @@ def train_step(
     for name in ('inputs', 'targets')
   )
 
-  def run() -> None:
+  def loss(inputs, targets):
     with torch.autocast(_device(), getattr(torch, dtype), enabled=dtype != 'float32'):
       logits = model(input_ids=inputs, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+  forward = torch.compile(loss, dynamic=False) if compiled else loss
+
+  def run() -> None:
     tx.zero_grad(set_to_none=True)
-    loss.backward()
+    forward(inputs, targets).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     tx.step()
     _wait()
