@@ -65,12 +65,14 @@ def train_step(
     for name in ('inputs', 'targets')
   )
 
+  device = _device()  # torch.compile would trace into jax
+
   def loss(inputs, targets):
-    with torch.autocast(_device(), getattr(torch, dtype), enabled=dtype != 'float32'):
+    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
       logits = model(input_ids=inputs, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-  forward = torch.compile(loss, dynamic=False) if compiled else loss
+  forward = torch.compile(loss, dynamic=False, fullgraph=True) if compiled else loss
 
   def run() -> None:
     tx.zero_grad(set_to_none=True)
