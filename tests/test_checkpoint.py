@@ -125,6 +125,12 @@ def test_verify_does_not_pass_what_it_cannot_check(run, capsys):
   assert verify(capsys, run) == ([], f'{run}: holds no checkpoints, the run has not saved yet')
 
 
+def test_a_restart_seals_what_a_killed_process_had_saved(run, tiny_config_of, capsys):
+  (run / 'checkpoints/6/checksums.json').unlink()  # it was killed between the two
+  again(run, tiny_config_of)
+  assert verify(capsys, run) == ([f'{run}@{step}: as it was written' for step in (2, 4, 6)], '')
+
+
 def test_multiples_are_kept_and_named_like_other_checkpoints(tiny_config_of, tmp_path):
   config = tiny_config_of(steps=8, **{'checkpoint.every': 4, 'checkpoint.keep_every': 3})
   loop.train(config, tmp_path / 'run')

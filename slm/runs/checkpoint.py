@@ -40,15 +40,15 @@ class Checkpoints:
     """Keep the latest `keep` checkpoints, the one with the lowest loss, and the milestones.
 
     Steps that are multiples of `keep_every` are kept too (0: none). keep=0 opens them to read.
-    Otherwise damaged ones newer than the newest sound one are moved
-    aside, with a message.
+    Otherwise damaged ones newer than the newest sound one are moved aside, with a message, and the
+    newest is sealed if the process that saved it was killed before it could.
 
     Raises:
       ValueError: if there are checkpoints and none is sound.
     """
     self._directory = Path(directory).absolute()
     if keep:
-      processes.together(lambda: jax.process_index() or self._move_damaged_aside())
+      processes.together(lambda: jax.process_index() or self._mend())
     best = policies.BestN(
       get_metric_fn=lambda m: m['loss'], reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
@@ -127,9 +127,7 @@ class Checkpoints:
     """Wait for a save and write the checksums of its files."""
     saved.result()
     if jax.process_index() == 0:
-      paths = (p for p in folder.rglob('*') if p.is_file())
-      sums = {str(p.relative_to(folder)): files.stamp(p) for p in paths}
-      files.write_json(folder / _SUMS, sums)
+      _write_sums(folder)
 
   @contextlib.contextmanager
   def _errors(self, done: str, step: int | None = None) -> Iterator[None]:
@@ -154,6 +152,13 @@ class Checkpoints:
       if (folder / _SUMS).exists() and not damage(folder):
         return f'step {step} is intact'
     return f'step {steps[0]} exists, without checksums' if steps else 'there is no checkpoint'
+
+  def _mend(self) -> None:
+    """Move damaged checkpoints aside, and seal the newest: Orbax names it when it is complete."""
+    self._move_damaged_aside()
+    for step in saved_steps(self._directory)[:1]:
+      if not (self._directory / str(step) / _SUMS).exists():
+        _write_sums(self._directory / str(step))
 
   def _move_damaged_aside(self) -> None:
     steps = saved_steps(self._directory)
@@ -227,6 +232,12 @@ def verify(ref: str | Path) -> Iterator[tuple[str, str]]:
       yield f'{run}@{saved}', damage(folder)
     else:  # of an earlier version, not finished, or deleted
       yield f'{run}@{saved}', f'{folder}: has no {_SUMS} to compare with'
+
+
+def _write_sums(folder: Path) -> None:
+  paths = (p for p in folder.rglob('*') if p.is_file())
+  sums = {str(p.relative_to(folder)): files.stamp(p) for p in paths}
+  files.write_json(folder / _SUMS, sums)
 
 
 def damage(folder: Path, item: str = '') -> str:
