@@ -279,3 +279,18 @@ console.run(lambda _: foreground.run([['sh', '-c', {saver!r}]] * 2))
   process.send_signal(signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 143 and sorted(out.splitlines()) == ['[0] saved', '[1] saved']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks the kernel of Linux')
+def test_processes_end_with_a_launcher_that_is_killed():
+  waiting = ['sh', '-c', 'echo $$; exec sleep 60']
+  script = f'from slm.runs import foreground\nforeground.run([{waiting!r}] * 2)'
+  process = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True)
+  numbers = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+  process.kill()
+  process.wait()
+  state = lambda pid: Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+  deadline = time.monotonic() + 20
+  while any(Path(f'/proc/{pid}').exists() and state(pid) != 'Z' for pid in numbers):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)

@@ -1,6 +1,8 @@
 """Processes of this machine, run in the foreground: one output, one end, one status."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,6 +11,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 GRACE = 10.0  # seconds in which the others end by themselves once one has failed
+_LINUX = sys.platform == 'linux'
+_libc = ctypes.CDLL(None) if _LINUX else None
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def run(commands: Sequence[Sequence[str]]) -> int:
@@ -16,7 +21,7 @@ def run(commands: Sequence[Sequence[str]]) -> int:
 
   Each line of output begins with the number of its process. If one fails the others are ended. A
   signal that is raised here, as console.Interrupted is, stops all with SIGTERM and waits for them.
-  One command alone takes the place of this process.
+  On Linux they are killed if this process is. One command alone takes the place of this process.
   """
   if len(commands) == 1:
     os.execvp(commands[0][0], commands[0])
@@ -27,6 +32,7 @@ def run(commands: Sequence[Sequence[str]]) -> int:
       process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, errors='replace', start_new_session=True,
+        preexec_fn=_end_with_parent if _LINUX else None,
       )  # fmt: skip
       started.append(process)
       for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -46,6 +52,15 @@ def run(commands: Sequence[Sequence[str]]) -> int:
       process.kill()
     for reader in readers:
       reader.join(GRACE)  # a process that one of them left behind keeps its output open
+
+
+def _end_with_parent() -> None:
+  """Let the system kill this process when its parent is killed.
+
+  It would go on without a reader of its output and, where that ends one of several processes, wait
+  for ever with the directory held.
+  """
+  _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(started: Sequence[subprocess.Popen]) -> int:
