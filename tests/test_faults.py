@@ -1,30 +1,37 @@
-"""The study of kills: its table, and that it goes on where it was stopped."""
+"""The study of kills: what it sends and notes, its table, and that it goes on where it stopped."""
 
-from experiments.faults import run
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.faults import run, stages
 
 
-def line(number, stage, signals, same=True):
-  kills = [{'signal': int(s), 'seconds': 1.0, 'status': -int(s)} for s in signals]
-  return {'trial': number, 'stage': stage, 'kills': kills, 'same': same, 'tracebacks': 0}
+def line(number, stage, kinds, same=True, sent=True):
+  kills = [{'kind': kind, 'sent': sent, 'in_a_save': kind == 'SIGKILL'} for kind in kinds]
+  return {'trial': number, 'stage': stage, 'kills': kills, 'same': same}
 
 
 def test_the_table_counts_what_was_sent_and_what_became_of_it():
-  kill, term = run.SIGNALS
   lines = [
-    line(0, 'train', [kill, 0]),
-    line(1, 'train', [term], False),
-    line(2, 'evaluate', [kill]),
+    line(0, 'train', ['SIGKILL', 'SIGTERM twice']),
+    line(1, 'train', ['SIGKILL'], same=False),
+    line(2, 'evaluate', ['SIGKILL'], sent=False),
+    line(3, 'evaluate', ['SIGTERM at a write']),
   ]
   assert run.table(lines).splitlines()[2:] == [
-    '| train | 2 | 1 | 1 | 1 | 0 |',
-    '| evaluate | 1 | 1 | 0 | 1 | 0 |',
-    '| all | 3 | 2 | 1 | 2 | 0 |',
+    '| train | 2 | 3 | 2 | 0 | 0 | 0 | 1 | 2 | 1 |',
+    '| evaluate | 2 | 1 | 0 | 1 | 0 | 0 | 0 | 0 | 2 |',
+    '| all | 4 | 4 | 2 | 1 | 0 | 0 | 1 | 2 | 3 |',
   ]
 
 
 def test_trials_that_are_recorded_are_not_done_again(tmp_path, monkeypatch):
   done = []
-  monkeypatch.setattr(run.Study, 'undisturbed', lambda self, stage: None)
+  monkeypatch.setattr(run.Study, 'undisturbed', lambda self, stage, place: None)
   study = run.Study(run.SCALES['smoke'], tmp_path, 0)
 
   def trial(self, number):
@@ -32,11 +39,38 @@ def test_trials_that_are_recorded_are_not_done_again(tmp_path, monkeypatch):
       done.append(2)
       raise KeyboardInterrupt
     done.append(number)
-    return line(number, 'train', [9])
+    return line(number, 'train', ['SIGKILL'])
 
   monkeypatch.setattr(run.Study, 'trial', trial)
-  try:
+  with pytest.raises(KeyboardInterrupt):
     study.run()
-  except KeyboardInterrupt:
-    assert len(study.run()) == 4
+  assert len(study.run()) == 4
   assert done == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize('number', [0, run.KILL, run.TERM])
+def test_a_watched_command_ends_before_the_drawn_write(number, tmp_path):
+  folder, notes = tmp_path / 'here', tmp_path / 'notes'
+  folder.mkdir(), notes.mkdir()
+  writing = [f"open('{folder}/a', 'w')", f"open('{tmp_path}/elsewhere', 'w')"]
+  writing += [f"os.rename('{folder}/a', '{folder}/b')", f"os.mkdir('{folder}/c')"]
+  (tmp_path / 'writes_twice.py').write_text('\n'.join(['import os', *writing]))
+  words = [folder, notes, 2 if number else 0, number, '-m', 'writes_twice']
+  command = [sys.executable, '-m', 'experiments.faults.watched', *map(str, words)]
+  env = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
+  assert subprocess.run(command, env=env).returncode == -number
+  assert sorted(p.name for p in folder.iterdir()) == (['a'] if number else ['b', 'c'])
+  assert (notes / 'sent').exists() == bool(number)
+  assert [path.read_text() for path in notes.glob('writes.*')] == ([] if number else ['3'])
+
+
+def test_batches_of_several_processes_are_joined_and_a_line_cut_short_is_none(tmp_path):
+  write = lambda step, groups: json.dumps({'step': step, 'groups': groups}) + '\n'
+  for start, process, text in [
+    (0, 0, write(0, ['a', 'b']) + write(1, ['e', 'f'])),
+    (0, 1, write(0, ['c', 'd']) + write(1, ['g', 'h'])[:-5]),
+    (1, 0, write(0, ['a', 'b', 'c', 'x'])),
+  ]:
+    (tmp_path / f'start-{start}').mkdir(exist_ok=True)
+    (tmp_path / f'start-{start}/batches.{process}.jsonl').write_text(text)
+  assert stages.batches(tmp_path) == {0: [['a', 'b', 'c', 'd'], ['a', 'b', 'c', 'x']]}

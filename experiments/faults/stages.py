@@ -1,0 +1,184 @@
+"""The commands that are killed, where they run, and whether they made what they should."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from slm.base import files
+from slm.runs import checkpoint, load, rundir
+
+# What other devices may change, as sums are rounded in another order; see `distances`.
+TOLERANCE = {'losses': 1e-5, 'parameters': 1e-5}
+# The order of the trials, over and over: what is made of saves most often, what takes long once.
+TURNS = (
+  'prepare', 'train', 'distil', 'evaluate', 'minitron', 'meshes', 'processes', 'train', 'meshes',
+)  # fmt: skip
+_HASHED = ('.array_record', '.npy', '.npz')  # JSON holds times and paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Devices that a run trains on: simulated ones of one process, or one of each process."""
+
+  name: str = ''
+  devices: int = 1  # of a process
+  mesh: tuple[str, ...] = ()  # AXIS=SIZE
+  processes: int = 1
+
+  @property
+  def flags(self) -> list[str]:
+    """Return the flags of slm.train."""
+    return [f'--config.mesh.{size}' for size in self.mesh]
+
+
+ONE = Place()
+FOUR = Place('-fsdp-4', 4, ('data=1', 'fsdp=4'))
+EIGHT = Place('-data-2-fsdp-2-tensor-2', 8, ('data=2', 'fsdp=2', 'tensor=2'))
+TWO_PROCESSES = Place('-processes-2', processes=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A command that works in one directory from what the base directory holds.
+
+  Its starts take the places in turn. `like` is the stage whose result it should have, itself if
+  that is ''. With `trained` its directory holds a copy of the trained run.
+  """
+
+  command: Callable[[Path, Path], list[str]]
+  places: tuple[Place, ...] = (ONE,)
+  like: str = ''
+  trained: bool = False
+
+
+def stages(steps: int) -> dict[str, Stage]:
+  """Return the stages by name, in an order in which each finds what it needs."""
+  config = lambda keys: [f'--config.{key}={value}' for key, value in keys.items()]
+  training = {
+    'steps': steps, 'schedule.warmup': 2, 'tensorboard': False, 'data.batch_size': 8,
+    'eval.every': 10, 'eval.max_rows': 32, 'checkpoint.every': 5, 'objective.chunk': 64,
+  }  # fmt: skip
+  shape = {'embed': 32, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 16}
+  model = {f'model.{key}': value for key, value in {**shape, 'mlp': 64}.items()}
+
+  def train(name: str, *more: str) -> Callable[[Path, Path], list[str]]:
+    """Return the command of a model of 30 thousand parameters, saved every fifth step."""
+    keys = {**training, **model, 'log_every': 1, 'checkpoint.keep': 2}
+    return lambda here, base: [
+      'slm.train', f'--config={name}', *config(keys), f'--config.data.path={base}/prepare/data',
+      *(text.format(base=base) for text in more), f'--workdir={here}/run',
+    ]  # fmt: skip
+
+  def minitron(here: Path, base: Path) -> list[str]:
+    """Return a recipe with all its parts: probe, correction, scores, cut, distillation, export."""
+    short = training | {'steps': 10, 'schedule.warmup': 1, 'eval.every': 5}
+    keys = {f'{part}.{k}': v for part in ('recover', 'correct') for k, v in short.items()}
+    keys |= {'sizes': 'mlp=32', 'calibrate.rows': 32, 'probe.steps': 6, 'probe.worth': -1.0}
+    keys |= {'teacher': here / 'run', 'data': base / 'prepare/data', 'cut.align': 8}
+    return ['slm.minitron', '--config=minitron', *config(keys), f'--workdir={here}/recipe']
+
+  prepare = lambda here, base: [
+    'slm.data.prepare', f'--config=data:generic={base}/text.jsonl', f'--out={here}/data',
+    '--config.tokenizer.vocab=320', '--config.context=64', '--config.levels=(2,)',
+    '--config.dims=8', '--config.fit_windows=400', '--config.sizes=(2000,)',
+  ]  # fmt: skip
+  pretrain = train('pretrain')
+  evaluate = lambda here, base: ['slm.evaluate', f'--run={here}/run', '--on=generic/test']
+  distil = train('recover', *(f'--config.{k}={{base}}/train/run' for k in ('init', 'teacher')))
+  return {
+    'prepare': Stage(prepare),
+    'train': Stage(pretrain),
+    'distil': Stage(distil),
+    'evaluate': Stage(evaluate, trained=True),
+    'minitron': Stage(minitron, trained=True),
+    'meshes': Stage(pretrain, (ONE, FOUR, EIGHT), 'train'),
+    'processes': Stage(pretrain, (TWO_PROCESSES, TWO_PROCESSES, ONE), 'train'),
+  }
+
+
+def _runs(here: Path) -> Iterator[Path]:
+  """Yield the run directories below a directory."""
+  yield from (path.parent for path in sorted(here.rglob('checkpoints')))
+
+
+def _losses(run: Path) -> list[float]:
+  """Return the losses of every step, and of held-out rows where they were evaluated."""
+  lines = rundir.read_metrics(run)
+  return [line[key] for key in ('loss', 'eval_loss') for line in lines if key in line]
+
+
+def _parameters(run: Path) -> list[np.ndarray]:
+  return [np.asarray(x) for x in jax.tree.leaves(load.load(run, load.mesh_for(run)).theta)]
+
+
+def digest(here: Path) -> str:
+  """Hash what a stage made: rows, parameters, the losses of every step and held-out row."""
+  found = hashlib.sha256()
+  for path in sorted(here.rglob('*')):
+    if path.suffix in _HASHED:
+      found.update(f'{path.relative_to(here)} {files.sha256(path)}'.encode())
+    elif path.suffix == '.safetensors':  # its header may hold times and paths
+      for name, tensor in sorted(load_file(path).items()):
+        found.update(f'{path.relative_to(here)} {name}'.encode() + tensor.tobytes())
+  for run in _runs(here):
+    found.update(json.dumps([str(run.relative_to(here)), *_losses(run)]).encode())
+    for leaf in _parameters(run):
+      found.update(leaf.tobytes())
+  return found.hexdigest()
+
+
+def distances(here: Path, base: Path) -> dict[str, float]:
+  """Return how far a run is from another: largest relative difference of a loss, of parameters.
+
+  That of parameters is the norm of the difference over the norm.
+  """
+  a, b = np.array(_losses(here / 'run')), np.array(_losses(base / 'run'))
+  if a.shape != b.shape:
+    return dict.fromkeys(TOLERANCE, float('inf'))
+  flat = lambda run: np.concatenate([x.ravel() for x in _parameters(run / 'run')])
+  x, y = flat(here), flat(base)
+  norm = lambda v: float(np.linalg.norm(v))
+  return {'losses': float(np.max(np.abs(a - b) / b)), 'parameters': norm(x - y) / norm(y)}
+
+
+def damaged(here: Path) -> list[str]:
+  """Return what is wrong with the checkpoints below a directory."""
+  return [wrong for run in _runs(here) for _, wrong in checkpoint.verify(run) if wrong]
+
+
+def in_a_save(here: Path) -> bool:
+  """Return whether the newest save of a run below a directory is not finished and sealed."""
+  for run in _runs(here):
+    folder = run / 'checkpoints'
+    steps = checkpoint.saved_steps(folder)
+    if any('tmp' in path.name for path in folder.iterdir()):
+      return True
+    if steps and not (folder / str(steps[0]) / 'checksums.json').exists():
+      return True
+  return False
+
+
+def batches(notes: Path) -> dict[int, list[list[str]]]:
+  """Return what `watched` noted: by step, the hashes of the groups that were taken, each time.
+
+  The groups of several processes are joined, as far as all of them took the batch.
+  """
+  found = {}
+  for start in sorted(notes.glob('start-*')):
+    parts = [_noted(path) for path in sorted(start.glob('batches.*.jsonl'))]
+    for step in set.intersection(*map(set, parts)) if parts else ():
+      found.setdefault(step, []).append([group for part in parts for group in part[step]])
+  return found
+
+
+def _noted(path: Path) -> dict[int, list[str]]:
+  texts = path.read_text().splitlines(keepends=True)
+  lines: list[dict[str, Any]] = [json.loads(text) for text in texts if text.endswith('\n')]
+  return {line['step']: line['groups'] for line in lines}
