@@ -87,6 +87,21 @@ def test_collectives_are_counted_as_often_as_they_run_and_named_by_their_axes():
   assert {c.source for c in found} == {'mlp/dot', 'head/gather', ''}
 
 
+@pytest.mark.parametrize(
+  ('groups', 'axes'),
+  [
+    ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ('fsdp',)),
+    ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", ('fsdp',)),
+    ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", ('data',)),
+    ('[4,2]<=[2,4]T(1,0)', ('data',)),
+    ('[2,4]<=[8]', ('fsdp',)),
+    ('{}', ('data', 'fsdp')),
+  ],
+)
+def test_every_notation_of_groups_of_devices_is_read(groups, axes):
+  assert hlo._members(f'replica_groups={groups}, dimensions={{0}}', AXES, SHAPE)[0] == axes
+
+
 def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices():
   program = hlo.Program(PROGRAM)
   by_name = {x.name: x for x, _ in program.executed()}

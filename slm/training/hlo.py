@@ -267,13 +267,20 @@ def _group(attributes: str, devices: int) -> np.ndarray:
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
     return np.array([int(n) for n in listed[1].split(',')])
   if iota := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
-    numbers = [[int(n) for n in text.split(',')] if text else None for text in iota.groups()]
-    grid = np.arange(math.prod(numbers[1])).reshape(numbers[1])
-    grid = grid.transpose(numbers[2]) if numbers[2] else grid
-    return grid.reshape(numbers[0])[0]
-  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', attributes):
+    rows = int(iota[1].split(',')[0])
+    return _iota(iota[2], iota[3]).reshape(rows, -1)[0]
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    chosen = set(re.findall(r"'(\w+)'", mesh[2]))
-    return grid[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel()
+    order = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', mesh[2])  # of the devices in the mesh
+    listed = _iota(*order.groups()) if order else np.arange(devices)
+    chosen = set(re.findall(r"'(\w+)'", mesh[3]))
+    where = tuple(slice(None) if name in chosen else 0 for name in sizes)
+    return listed.reshape(list(sizes.values()))[where].ravel()
   return np.arange(devices)
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  """Return the numbers that HLO writes as [shape]T(order)."""
+  sizes = [int(n) for n in shape.split(',')]
+  grid = np.arange(math.prod(sizes)).reshape(sizes)
+  return grid.transpose([int(n) for n in order.split(',')]) if order else grid
