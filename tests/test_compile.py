@@ -157,6 +157,16 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():
   assert sent[16] == pytest.approx(sent[512], rel=0.02)
 
 
+def test_a_projected_network_sends_matrices_of_its_models_size():
+  """However many bases they are sums of."""
+  sent = {}
+  for capacity in (2, 16):
+    changes = {'reparam.capacity': capacity, 'reparam.clusters': 4, 'data.level': 4}
+    step = aot.compile_step(tiny('project', data__rows_per_group=2, **changes), jax.devices())
+    sent[capacity] = sum(c.bytes for c in step.collectives)
+  assert sent[16] == pytest.approx(sent[2], rel=0.02)
+
+
 def test_a_step_in_bfloat16_is_compiled_on_cpus_too():
   """XLA aborted the process here."""
   step = aot.compile_step(tiny(dtype='bfloat16', mesh__data=2, mesh__fsdp=4), jax.devices())

@@ -243,6 +243,9 @@ def _replace(shared: Params, made: dict[Path, jax.Array], grouped: bool) -> Para
   blocks = dict(flatten(shared['blocks']))
   for path, weight in made.items():
     if grouped:
+      # Each device first forms its part of every group's matrix, then all of its own groups': that
+      # moves matrices of the model's size, where gathering the bases would move h times as much.
+      weight = constrain(weight, 'layers', 'groups', *AXES[path[-1]])
       weight = constrain(weight, 'layers', 'batch', *AXES[path[-1]])
     blocks[path] = weight if grouped else weight[:, 0]
   return {**shared, 'blocks': unflatten(blocks)}

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from slm.weights.axes import Params, leaf_axes
 
 # Logical axis -> mesh axes. `batch` is an axis of activations; `embed` is split in weights only.
+# `groups` are those of weights that are still split by `embed`.
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
+  'groups': ('data', 'expert'),
   'embed': ('fsdp',),
   'mlp': ('tensor',),
   'heads': ('tensor',),
