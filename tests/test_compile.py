@@ -12,6 +12,7 @@ import pytest
 
 from experiments import common
 from slm.models import flash
+from slm.models.config import DecoderConfig
 from slm.runs import config
 from slm.training import aot, hlo
 from slm.weights import chips
@@ -251,7 +252,8 @@ def test_flops_of_the_splash_kernel_are_those_of_the_blocks_that_it_computes():
   b, heads, t, c = 2, 4, 1024, 32
   shape = lambda n: jax.ShapeDtypeStruct((b, n, t, c), jnp.float32)
   inputs = (shape(heads), shape(2), shape(2), jax.ShapeDtypeStruct((b, t), jnp.int32))
-  attend = lambda *x: flash.splash(*x, c).sum()
+  cfg = DecoderConfig(vocab=1, head_dim=c, attention='splash')
+  attend = lambda *x: flash.attention(cfg, *x).sum()
   product = 2 * b * heads * c * 3 * 512**2  # three of four blocks
   assert aot.flops(jax.make_jaxpr(attend)(*inputs).jaxpr) == 2 * product
   gradient = jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(*inputs)

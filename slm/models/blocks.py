@@ -32,7 +32,7 @@ class Block(nn.Module):
     """Map x [b,t,d] and this layer's cache to the next x, the cache's new entries and routing.
 
     `kind` is the index of this layer on the leading axis of tables and mask, None without one. A
-    mask [b,t] is the segments of the rows, for the splash kernel.
+    mask [b,t] is the segments of the rows, for a kernel of flash.py.
     """
     c = self.cfg
     if kind is not None:
@@ -116,11 +116,10 @@ class Attention(nn.Module):
       # As an output of the scan over layers, the whole cache would be copied for every token.
       new = {'k': k, 'v': v}
       k, v = (jax.lax.dynamic_update_slice(cache[n], x, (0, 0, index, 0)) for n, x in new.items())
-    scale = c.query_scale or c.head_dim
     if mask.ndim == 2:
-      out = flash.splash(q, k, v, mask, scale)
+      out = flash.attention(c, q, k, v, mask)
     else:
-      out = layers.attention(q, k, v, mask, scale, c.attention_cap)
+      out = layers.attention(q, k, v, mask, c.query_scale, c.attention_cap)
     wo = param('wo', _init('wo', (2 * c.num_layers) ** -0.5))
     out = out.swapaxes(1, 2)
     observe.note(self, 'heads', observe.moments, out, real)

@@ -55,8 +55,9 @@ class DecoderConfig:
   dispatch: Literal['einsum', 'ragged'] = 'einsum'
   # recompute in the backward pass: none | dots: all but products with weights | full
   remat: Literal['none', 'dots', 'full'] = 'none'
-  # auto: splash on TPUs, where it can be had | splash: a kernel that holds no scores | reference
-  attention: Literal['auto', 'splash', 'reference'] = 'auto'
+  # kernels that hold no scores, splash on TPUs and triton on GPUs | auto: there, where they can be
+  # had, else reference: layers.py
+  attention: Literal['auto', 'splash', 'triton', 'reference'] = 'auto'
   unroll: int = 1  # layers per iteration of the scan
   name: Literal['decoder'] = 'decoder'
 

@@ -74,8 +74,8 @@ class Decoder(nn.Module):
       keys = jax.lax.dynamic_update_slice(cache['segments'], queries, (0, index))
       kv = {'k': cache['k'], 'v': cache['v']}
     t = queries.shape[1]
-    splash = not self.is_initializing() and flash.kernel(c, t, cache is not None) == 'splash'
-    mask = queries if splash else _mask(c, kinds, queries, keys, index)
+    kernel = 'reference' if self.is_initializing() else flash.kernel(c, t, cache is not None)
+    mask = _mask(c, kinds, queries, keys, index) if kernel == 'reference' else queries
 
     block = Block
     if REMAT[c.remat]:
