@@ -269,7 +269,7 @@ def _group(attributes: str, devices: int) -> np.ndarray:
   if iota := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
     rows = int(iota[1].split(',')[0])
     return _iota(iota[2], iota[3]).reshape(rows, -1)[0]
-  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
+  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}', attributes):
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     order = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', mesh[2])  # of the devices in the mesh
     listed = _iota(*order.groups()) if order else np.arange(devices)
