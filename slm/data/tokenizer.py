@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 
 from slm.base import files
 from slm.data import sidecars
@@ -302,9 +301,10 @@ def _piece_id(model: sentencepiece.SentencePieceProcessor, text: str) -> int | N
 
 def _with_prefix(content: bytes, prefix: bool) -> sentencepiece.SentencePieceProcessor:
   """Load a SentencePiece model that puts a space before every text, or none."""
-  model = sentencepiece_model_pb2.ModelProto.FromString(content)
-  model.normalizer_spec.add_dummy_prefix = prefix
-  return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+  # A message that is appended is merged, so no generated code is needed, whose version would have
+  # to agree with that of protobuf: normalizer_spec (field 3) { add_dummy_prefix (field 3) }.
+  content += bytes([3 << 3 | 2, 2, 3 << 3, prefix])
+  return sentencepiece.SentencePieceProcessor(model_proto=content)
 
 
 class HuggingFace(Tokenizer):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 
 from slm.base import files
 from slm.data import sidecars, tokenizer
@@ -149,6 +148,12 @@ def _alphabet(ids: Mapping[str, int], byte_fallback: bool) -> set[int]:
 
 
 def _sentencepiece(content: bytes) -> _Vocabulary:
+  from google.protobuf import runtime_version
+
+  try:
+    from sentencepiece import sentencepiece_model_pb2
+  except runtime_version.VersionError as e:  # Apache Beam requires a protobuf before 7
+    raise ValueError(f'cutting a SentencePiece vocabulary needs another protobuf: {e}') from None
   model = sentencepiece_model_pb2.ModelProto.FromString(content)
   pieces, spec = list(model.pieces), model.trainer_spec
   kind = type(pieces[0])
