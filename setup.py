@@ -53,6 +53,8 @@ setup(
     'hf': ['torch>=2.13', 'transformers>=5.23'],
     'gguf': ['gguf>=0.19'],
     'eval': ['lm-eval>=0.4.13'],
+    # Requires a protobuf before 7; what that takes away is in docs/data.md.
+    'beam': ['apache-beam>=2.77'],
     'sbert': ['sentence-transformers>=6.2'],
     # Writers of metrics.
     'wandb': ['wandb>=0.31'],

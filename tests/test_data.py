@@ -69,7 +69,7 @@ def test_main_document_of_a_row():
 
 def test_document_ids_name_the_text_of_each_row(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, '_SHARD', 400)
-  monkeypatch.setattr(prepare, '_SHARDS_PER_ROWS', 2)
+  monkeypatch.setattr(rows, 'BLOCK', 2)
   # One letter per document, so that a row shows which documents it holds.
   texts = [chr(ord('a') + i) * (30 + 17 * i) for i in range(20)]
   generic = toy.write_jsonl(tmp_path / 'generic.jsonl', texts[:12])

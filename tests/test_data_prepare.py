@@ -4,6 +4,7 @@ import codecs
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -141,6 +142,22 @@ def test_changed_config_and_sources_are_refused(cfg, tmp_path):
   expect('out: .*generic-1.jsonl has other content since', tmp_path, cfg.sets)
   plain.rename(tmp_path / 'elsewhere.jsonl')
   expect('out: .*generic-1.jsonl is gone since', tmp_path, cfg.sets)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'named', 'message'),
+  [
+    ({'out': 'gs://bucket/data'}, {}, 'out=gs://bucket/data: is written .* give a --runner'),
+    ({'sets': {'generic': {'all': 'gs://b/*.txt'}}}, {}, 'gs://b/.*: is read .* give a --runner'),
+    ({}, {'runner': 'flink'}, r'--runner=flink: needs apache-beam, pip install slm\[beam\]'),
+  ],
+)
+def test_apache_beam_is_named_where_it_is_needed(tmp_path, monkeypatch, changes, named, message):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  cfg = toy.config(tmp_path, **{'sets': toy.corpus(tmp_path)} | changes)
+  with pytest.raises(ValueError, match=message):
+    prepare.prepare(cfg, **named)
+  assert not (tmp_path / 'out').exists()
 
 
 def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):

@@ -36,6 +36,8 @@ LANGUAGES = {'sh', 'text', 'json'}  # of the blocks of a page; `sh` holds comman
 SMALLER = {
   'slm.data.prepare': '--config.tokenizer.vocab=400 --config.context=64 --config.fit_windows=600 '
   '--config.dims=8 --config.sizes=(2000,) --config.workers=1',
+  'slm.data.prepare --runner=direct': '--config.tokenizer.vocab=400 --config.context=64 '
+  '--config.fit_windows=600 --config.dims=8 --config.sizes=(2000,)',
   'slm.data.importance': '--tokens=5000',
   'slm.data.dsir': '--tokens=5000',
   'slm.train': '--config.steps=2 --config.schedule.warmup=1 --config.log_every=1 '
@@ -58,6 +60,16 @@ NOT_RUN = {
   'make setup': 'makes an environment',
   'python -m slm.launch --on=local --nodes=2 --submit -- train --config=configs/pretrain.py '
   '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_launch.py starts them',
+  "python -m slm.data.prepare --runner=flink --config='configs/data.py:generic=/mnt/corpus/"
+  "*.jsonl.gz' --out=/mnt/DATA -- --flink_master=HOST:8081 --parallelism=64 "
+  '--environment_type=DOCKER --environment_config=IMAGE': 'needs a cluster',
+  "python -m slm.data.prepare --runner=spark --config='configs/data.py:generic=/mnt/corpus/"
+  "*.jsonl.gz' --out=/mnt/DATA -- --spark_master_url=spark://HOST:7077 --environment_type=DOCKER "
+  '--environment_config=IMAGE': 'needs a cluster',
+  "python -m slm.data.prepare --runner=dataflow --config='configs/data.py:generic=gs://BUCKET/"
+  "corpus/*.jsonl.gz' --out=gs://BUCKET/DATA -- --project=NAME --region=us-central1 "
+  '--temp_location=gs://BUCKET/tmp --sdk_container_image=IMAGE --max_num_workers=200':
+    'needs an account',
   '. .venv/bin/activate': 'make quickstart makes the environment',
   'python -m slm.compile --topology=v5e:4x4 --config=configs/pretrain.py --context=1024 '
   '--config.mesh.data=1 --config.mesh.fsdp=-1 --config.dtype=bfloat16 '
@@ -85,7 +97,10 @@ NOT_RUN = {
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
 }  # fmt: skip
 # Extras that a command needs: where one is not installed, the command is skipped.
-NEEDS = {'slm.gguf import': 'gguf', 'slm.hf verify': 'transformers'}
+NEEDS = {
+  'slm.gguf import': 'gguf', 'slm.hf verify': 'transformers',
+  'slm.data.prepare --runner=direct': 'apache_beam',
+}  # fmt: skip
 
 
 class Command(NamedTuple):

@@ -45,6 +45,7 @@ ONLY = {
   'lm_eval': {'inference/harness.py', 'harness.py'},
   'matplotlib': {'reporting', 'data'},
   'yaml': {'runs/launch.py'},
+  'apache_beam': {'data/distributed.py', 'data/remote.py'},
 }
 
 

@@ -5,6 +5,7 @@ Windows are embedded by TF-IDF and SVD, or by a local Sentence-BERT model.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from slm.base import files
-from slm.data import documents
+from slm.data import documents, tokenizer
 
 Path = pathlib.Path
+FILE = 'model.safetensors'  # of the model, in clusters/
 # Hashing needs no stored vocabulary.
 _VECTORIZER = HashingVectorizer(
   n_features=1 << 16,
@@ -182,17 +184,23 @@ _load_once = functools.cache(load)
 def assign_shard(task: tuple[Path, documents.Cut]) -> dict[str, Any]:
   """Write the finest clusters of a shard's windows, int32 [windows], beside them (npz -> npy)."""
   model_path, cut = task
-  model, tok = _load_once(model_path), cut.tokenizer
-  windows_path = cut.out
-  tokens, offsets, _, _ = documents.load_windows(windows_path)
+  model, made = _load_once(model_path), documents.load_windows(cut.out)
+  clusters, flops = assign_windows(model, made, cut.tokenizer)
+  out = cut.out.with_suffix('.npy')
+  files.write_npy(out, clusters)
+  return {'files': [out.name], 'flops': flops}
+
+
+def assign_windows(
+  model: Model, made: documents.Windows, tok: tokenizer.Tokenizer
+) -> tuple[np.ndarray, float]:
+  """Return the finest clusters of a shard's windows, int32 [windows], and the FLOPs spent."""
   clusters, flops = [np.zeros(0, np.int32)], 0.0
-  for start in range(0, len(offsets) - 1, _CHUNK):
-    edges = offsets[start : start + _CHUNK + 1]
-    texts = [tok.decode(tokens[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+  for start in range(0, len(made.splits), _CHUNK):
+    edges = made.offsets[start : start + _CHUNK + 1]
+    texts = [tok.decode(made.tokens[a:b]) for a, b in itertools.pairwise(edges)]
     with threadpoolctl.threadpool_limits(1):
       points, took = embed(model, texts)
       clusters.append(assign(model.centroids, points))
     flops += took + 2.0 * len(texts) * model.centroids.size
-  out = windows_path.with_suffix('.npy')
-  files.write_npy(out, np.concatenate(clusters))
-  return {'files': [out.name], 'flops': flops}
+  return np.concatenate(clusters), flops

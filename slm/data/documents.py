@@ -5,16 +5,18 @@ import functools
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.base import files
 from slm.data import installed, sources, tokenizer, work
-from slm.data.settings import PrepareConfig
+from slm.data.settings import ALL, PrepareConfig
 
 Path = pathlib.Path
+Sources = dict[str, dict[str, dict[str, int]]]  # set -> split -> file -> bytes
+SAMPLE = 10 << 20  # characters that a tokenizer is trained on
 _TASK = 32 << 20  # bytes of source files read by one task
 _SHARD = 8 << 20  # characters of text in one document shard
 _BUCKET = 4 << 20  # documents whose hashes are compared at once
@@ -43,24 +45,31 @@ def plan(sizes: dict[str, int]) -> list[tuple[str, ...]]:
   return [tuple(group) for group in groups]
 
 
+def tasks(
+  cfg: PrepareConfig, name: str, paths: dict[str, dict[str, int]], folder: Path
+) -> list[Read]:
+  """Return the reading tasks of a set, whose shards go to a folder, in order.
+
+  `paths` has the files of each split with their sizes in bytes.
+  """
+  made = []
+  for split, sizes in paths.items():
+    number = -1 if split == ALL else cfg.splits(name).index(split)
+    for i, group in enumerate(plan(sizes)):
+      made.append(Read(folder, f'{split}-{i:05d}', group, number, cfg))
+  return made
+
+
 def read(task: Read, parallel_map: installed.Map = map) -> dict[str, Any]:
   """Write the task's documents as shards: `.array_record` text and `.npy` sorted hashes.
 
   A row of the hashes is (128-bit hash in two words, split << 48 | position in the shard).
   """
-  documents = itertools.chain.from_iterable(
-    ((text, '') for text in installed.read(path, parallel_map))
-    if path.startswith('python:')
-    else sources.read(path, task.cfg.text_field, task.cfg.id_field)
-    for path in task.paths
-  )
   summary: dict[str, Any] = {'files': [], 'shards': [], 'documents': []}
-  documents = ((text, id) for text, id in documents if text.strip())
-  for number, first in enumerate(documents):
+  for number, shard in enumerate(shards(task, parallel_map)):
     name = f'{task.name}-{number:05d}'
     with work.record_writer(task.out / f'{name}.array_record') as writer:
-      hashes = list(_write(writer, itertools.chain([first], documents), task))
-    hashes = np.array(hashes, np.uint64).reshape(-1, 3)
+      hashes = hash_table(_written(writer, shard))
     files.write_npy(task.out / f'{name}.npy', hashes[np.lexsort(hashes.T[::-1])])
     summary['files'] += [f'{name}.array_record', f'{name}.npy']
     summary['shards'].append(name)
@@ -68,22 +77,49 @@ def read(task: Read, parallel_map: installed.Map = map) -> dict[str, Any]:
   return summary
 
 
-def _write(writer: Any, documents: Iterator[tuple[str, str]], task: Read) -> Iterator[Sequence]:
-  """Write documents until the shard is full; yield their rows of hashes."""
+def shards(
+  task: Read, parallel_map: installed.Map = map
+) -> Iterator[Iterator[tuple[bytes, Sequence[int]]]]:
+  """Yield iterators of (text, row of hashes), each a shard; one is read to its end first."""
+  documents = itertools.chain.from_iterable(
+    ((text, '') for text in installed.read(path, parallel_map))
+    if path.startswith('python:')
+    else sources.read(path, task.cfg.text_field, task.cfg.id_field)
+    for path in task.paths
+  )
+  documents = ((text, id) for text, id in documents if text.strip())
+  for first in documents:
+    yield _shard(itertools.chain([first], documents), task)
+
+
+def _shard(
+  documents: Iterator[tuple[str, str]], task: Read
+) -> Iterator[tuple[bytes, Sequence[int]]]:
+  """Yield the text and the row of hashes of documents until the shard is full."""
   size = 0
   for position, (text, id) in enumerate(documents):
     data = text.encode()
-    writer.write(data)
     digest = hashlib.blake2b(data, digest_size=16).digest()
     high, low = np.frombuffer(digest, '<u8').tolist()
     split = task.split
     if split < 0:
       identity = hashlib.blake2b(id.encode()).digest() if id else digest
       split = hash_split(identity, task.cfg.heldout)
-    yield high, low, split << 48 | position
+    yield data, (high, low, split << 48 | position)
     size += len(text)
     if size >= _SHARD:
       return
+
+
+def _written(writer: Any, shard: Iterator[tuple[bytes, Sequence[int]]]) -> Iterator[Sequence[int]]:
+  for data, row in shard:
+    writer.write(data)
+    yield row
+
+
+def hash_table(table: Iterable[Sequence[int]]) -> np.ndarray:
+  """Return rows of hashes as an array, uint64 [documents, 3]."""
+  return np.array(list(table), np.uint64).reshape(-1, 3)
 
 
 def hash_split(digest: bytes, heldout: tuple[float, float]) -> int:
@@ -94,7 +130,7 @@ def hash_split(digest: bytes, heldout: tuple[float, float]) -> int:
   return 1 if unit < validation else 2 if unit < validation + test else 0
 
 
-def _unpack(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unpack(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Return the splits and the positions in their shard of some rows of hashes."""
   packed = hashes[:, 2].astype(np.int64)
   return packed >> 48, packed & (2**48 - 1)
@@ -102,7 +138,7 @@ def _unpack(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def document_splits(shard: Path) -> np.ndarray:
   """Return the split of each document of a shard, int64 [documents]."""
-  split, position = _unpack(files.read_npy(shard.with_name(f'{shard.name}.npy'), mmap='r'))
+  split, position = unpack(files.read_npy(shard.with_name(f'{shard.name}.npy'), mmap='r'))
   return split[np.argsort(position)]
 
 
@@ -115,34 +151,44 @@ def duplicates(shards: dict[Path, int], others: dict[Path, int], out: Path) -> N
   one range of hashes at a time, which bounds the memory.
   """
   starts = np.cumsum([0, *shards.values()]).tolist()
-  all_shards = [*zip(shards, starts, strict=False), *((shard, -1) for shard in others)]
   with files.replacing(out) as temporary:
     keep = np.lib.format.open_memmap(temporary, 'w+', np.bool_, (starts[-1],))
     keep[:] = True
     num_buckets = (starts[-1] + sum(others.values())) // _BUCKET + 1
     edges = [b * 2**64 // num_buckets for b in range(num_buckets + 1)]
     for low, high in itertools.pairwise(edges):
-      parts, positions = [], []  # position -1: a held-out document of another set
-      for shard, start in all_shards:
-        hashes = files.read_npy(shard.with_name(f'{shard.name}.npy'), mmap='r')
-        first = np.searchsorted(hashes[:, 0], np.uint64(low), 'left')
-        last = np.searchsorted(hashes[:, 0], np.uint64(high - 1), 'right')
-        part = hashes[first:last]
-        split, position = _unpack(part)
-        if start < 0:
-          part = part[split > 0]
-          position = np.full(len(part), -1)
-        parts.append(part)
-        positions.append(position + max(start, 0))
-      hashes, position = np.concatenate(parts), np.concatenate(positions)
-      train = _unpack(hashes)[0] == 0
-      # Among copies: other sets' held-out documents, this set's, its training documents.
-      order = np.lexsort((position, train, position >= 0, hashes[:, 1], hashes[:, 0]))
-      hashes, position, train = hashes[order], position[order], train[order]
-      same = (hashes[1:, :2] == hashes[:-1, :2]).all(axis=1)
-      dropped = same & (position[1:] >= 0) & ((position[:-1] >= 0) | train[1:])
-      keep[position[1:][dropped]] = False
+      parts = [_between(shard, low, high) for shard in shards]
+      keep[copies(parts, starts[:-1], [_between(shard, low, high) for shard in others])] = False
     keep.flush()
+
+
+def _between(shard: Path, low: int, high: int) -> np.ndarray:
+  """Return the rows of a shard whose hashes begin with a word in [low, high)."""
+  hashes = files.read_npy(shard.with_name(f'{shard.name}.npy'), mmap='r')
+  first = np.searchsorted(hashes[:, 0], np.uint64(low), 'left')
+  last = np.searchsorted(hashes[:, 0], np.uint64(high - 1), 'right')
+  return hashes[first:last]
+
+
+def copies(
+  parts: Sequence[np.ndarray], starts: Sequence[int], others: Sequence[np.ndarray]
+) -> np.ndarray:
+  """Return which documents of a set `duplicates` drops, as positions in the set.
+
+  `parts` are rows of hashes of its shards, `starts` the number of its documents before each;
+  `others` are rows of other sets. All rows of a hash must be among them.
+  """
+  heldout = [part[unpack(part)[0] > 0] for part in others]
+  # Position -1: a held-out document of another set.
+  positions = [unpack(part)[1] + start for part, start in zip(parts, starts, strict=True)]
+  positions += [np.full(len(part), -1) for part in heldout]
+  hashes, position = np.concatenate([*parts, *heldout]), np.concatenate(positions)
+  train = unpack(hashes)[0] == 0
+  # Among copies: other sets' held-out documents, this set's, its training documents.
+  order = np.lexsort((position, train, position >= 0, hashes[:, 1], hashes[:, 0]))
+  hashes, position, train = hashes[order], position[order], train[order]
+  same = (hashes[1:, :2] == hashes[:-1, :2]).all(axis=1)
+  return position[1:][same & (position[1:] >= 0) & ((position[:-1] >= 0) | train[1:])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,28 +210,61 @@ class Cut:
 load_tokenizer = functools.cache(tokenizer.load)
 
 
+def _kept_mask(task: Cut) -> np.ndarray:
+  """Return whether each document of the shard is kept, bool [documents]."""
+  keep = files.read_npy(task.shard.with_name('keep.npy'), mmap='r')
+  return keep[task.start :][: len(document_splits(task.shard))]
+
+
 def _kept(task: Cut) -> Iterator[tuple[str, int]]:
   """Yield (text, split) of the shard's documents that are not duplicates."""
   splits = document_splits(task.shard)
-  keep = files.read_npy(task.shard.with_name('keep.npy'), mmap='r')[task.start :][: len(splits)]
   records = work.read_records(task.shard.with_name(f'{task.shard.name}.array_record'))
-  for data, split, kept in zip(records, splits.tolist(), keep, strict=True):
+  for data, split, kept in zip(records, splits.tolist(), _kept_mask(task), strict=True):
     if kept:
       yield data.decode(), split
 
 
 def cut(task: Cut) -> dict[str, Any]:
-  """Encode a shard's documents and write their windows: tokens, lengths, splits, documents (npz).
+  """Encode a shard's documents, write their windows (npz) and return what `encode` counts.
 
-  The document of a window is its number within its split from the start of the shard. The end token
-  follows a document's last token. `bytes` counts the predicted text only.
+  `duplicates` are the documents of each split that are not kept.
   """
-  tok, tokens, lengths, splits, owners = task.tokenizer, [], [], [], []
-  documents, size, targets = (np.zeros(task.num_splits, np.int64) for _ in range(3))
+  made, counts = encode(_kept(task), task.tokenizer, task.cfg.context, task.num_splits)
+  with files.replacing(task.out) as temporary, temporary.open('wb') as f:
+    np.savez(
+      f,
+      tokens=made.tokens,
+      lengths=np.diff(made.offsets).astype(np.int32),
+      splits=made.splits,
+      documents=made.documents,
+    )
   total = np.bincount(document_splits(task.shard), minlength=task.num_splits)
-  for text, split in _kept(task):
+  duplicates = (total - counts['documents']).tolist()
+  return {'files': [task.out.name], 'duplicates': duplicates} | counts
+
+
+class Windows(NamedTuple):
+  """The windows of a document shard; the document of one is its number in its split and shard."""
+
+  tokens: np.ndarray  # int32, of all windows one after the other
+  offsets: np.ndarray  # int64 [windows + 1], where each begins
+  splits: np.ndarray  # int32 [windows]
+  documents: np.ndarray  # int32 [windows]
+
+
+def encode(
+  kept: Iterable[tuple[str, int]], tok: tokenizer.Tokenizer, context: int, num_splits: int
+) -> tuple[Windows, dict[str, list[int]]]:
+  """Encode (text, split) of a shard's documents; return the windows and counts by split.
+
+  The end token follows a document's last token. `bytes` counts the predicted text only.
+  """
+  tokens, lengths, splits, owners = [np.zeros(0, np.int32)], [], [], []
+  documents, size, targets = (np.zeros(num_splits, np.int64) for _ in range(3))
+  for text, split in kept:
     ids = tok.encode(text)
-    for window in windows(ids, task.cfg.context, tok):
+    for window in windows(ids, context, tok):
       tokens.append(window)
       lengths.append(len(window))
       splits.append(split)
@@ -193,21 +272,17 @@ def cut(task: Cut) -> dict[str, Any]:
       targets[split] += len(window) - 1
     documents[split] += 1
     size[split] += len(text.encode()) - (0 if tok.begins else len(tok.decode(ids[:1]).encode()))
-  with files.replacing(task.out) as temporary, temporary.open('wb') as f:
-    np.savez(
-      f,
-      tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
-      lengths=np.array(lengths, np.int32),
-      splits=np.array(splits, np.int32),
-      documents=np.array(owners, np.int32),
-    )
-  return {
-    'files': [task.out.name],
+  made = Windows(
+    np.concatenate(tokens),
+    np.cumsum([0, *lengths], dtype=np.int64),
+    np.array(splits, np.int32),
+    np.array(owners, np.int32),
+  )
+  return made, {
     'documents': documents.tolist(),
-    'duplicates': (total - documents).tolist(),
     'bytes': size.tolist(),
     'tokens': targets.tolist(),
-    'windows': [splits.count(split) for split in range(task.num_splits)],
+    'windows': [splits.count(split) for split in range(num_splits)],
   }
 
 
@@ -223,11 +298,11 @@ def windows(ids: Sequence[int], context: int, tok: tokenizer.Tokenizer) -> Itera
     yield np.concatenate([begin, stream[start : start + context - len(begin)]])
 
 
-def load_windows(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Read a shard's windows: flat tokens, offsets [windows + 1], splits, documents [windows]."""
+def load_windows(path: Path) -> Windows:
+  """Read the windows that `cut` wrote."""
   with np.load(path, allow_pickle=False) as data:
     offsets = np.concatenate([[0], np.cumsum(data['lengths'], dtype=np.int64)])
-    return data['tokens'], offsets, data['splits'], data['documents']
+    return Windows(data['tokens'], offsets, data['splits'], data['documents'])
 
 
 def sample(tasks: Sequence[Cut], limit: int, seed: int) -> Iterator[str]:
@@ -235,17 +310,30 @@ def sample(tasks: Sequence[Cut], limit: int, seed: int) -> Iterator[str]:
 
   Up to 256 shards give equal shares: a sample of whole shards would depend on a few sources.
   """
+  counts = [np.count_nonzero(document_splits(t.shard)[_kept_mask(t)] == 0) for t in tasks]
+  chosen = choose_documents(counts, seed)
+  for i, order in chosen.items():
+    texts = [text for text, split in _kept(tasks[i]) if split == 0]
+    yield from take(texts, order, limit, len(chosen))
+
+
+def choose_documents(counts: Sequence[int], seed: int) -> dict[int, np.ndarray]:
+  """Choose shards to sample from and an order of the training documents of each.
+
+  `counts` [shards] are the training documents that are kept.
+  """
   rng = np.random.default_rng(seed)
-  chosen = [tasks[i] for i in rng.permutation(len(tasks))[:256]]
-  share = max(limit // max(len(chosen), 1), 1)
-  for task in chosen:
-    texts = [text for text, split in _kept(task) if split == 0]
-    used = 0
-    for i in rng.permutation(len(texts)):
-      if used >= share:
-        break
-      used += len(texts[i])
-      yield texts[i]
+  return {i: rng.permutation(counts[i]) for i in rng.permutation(len(counts))[:256].tolist()}
+
+
+def take(texts: Sequence[str], order: np.ndarray, limit: int, num_shards: int) -> Iterator[str]:
+  """Yield a shard's training documents in an order until it gave its share of `limit`."""
+  used = 0
+  for i in order:
+    if used >= max(limit // num_shards, 1):
+      return
+    used += len(texts[i])
+    yield texts[i]
 
 
 def sample_windows(tasks: Sequence[Cut], counts: Sequence[int], limit: int, seed: int) -> list[str]:
@@ -253,12 +341,23 @@ def sample_windows(tasks: Sequence[Cut], counts: Sequence[int], limit: int, seed
 
   `counts` [shards] are the training windows of each shard.
   """
-  chosen = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:limit])
-  edges, texts = np.cumsum([0, *counts]), []
-  for task, low, high in zip(tasks, edges, edges[1:], strict=False):
-    inside = chosen[(chosen >= low) & (chosen < high)] - low
-    if len(inside):
-      tokens, offsets, splits, _ = load_windows(task.out)
-      for i in np.flatnonzero(splits == 0)[inside]:
-        texts.append(task.tokenizer.decode(tokens[offsets[i] : offsets[i + 1]]))
+  texts = []
+  for task, chosen in zip(tasks, choose_windows(counts, limit, seed), strict=True):
+    if len(chosen):
+      texts += decode_training(load_windows(task.out), chosen, task.tokenizer)
   return texts
+
+
+def choose_windows(counts: Sequence[int], limit: int, seed: int) -> list[np.ndarray]:
+  """Choose `limit` training windows (or all): their numbers in each shard, ascending."""
+  chosen = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:limit])
+  edges = np.cumsum([0, *counts])
+  return [
+    chosen[(chosen >= low) & (chosen < high)] - low for low, high in itertools.pairwise(edges)
+  ]
+
+
+def decode_training(made: Windows, chosen: np.ndarray, tok: tokenizer.Tokenizer) -> list[str]:
+  """Decode some of a shard's training windows."""
+  places = np.flatnonzero(made.splits == 0)[chosen]
+  return [tok.decode(made.tokens[made.offsets[i] : made.offsets[i + 1]]) for i in places]

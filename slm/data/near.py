@@ -4,9 +4,10 @@ A training document is dropped if it is near a held-out document of any set, or 
 document of its own set. Signatures and their index stay in memory: 4 kB per document.
 """
 
+import functools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import datasketch
@@ -48,19 +49,49 @@ def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshol
   """
   total = sum(sum(shards.values()) for shards in sets.values())
   with console.Progress('near-duplicates', total, 'documents') as bar:
-    heldout = _Index(threshold)
-    for name, shards in sets.items():
-      for i, values in _signatures(shards, keep[name], training=False):
-        heldout.insert(f'{name} {i}', values)
+
+    def counted(name: str, training: bool) -> Iterator[tuple[int, np.ndarray]]:
+      for signed in _signatures(sets[name], keep[name], training):
+        yield signed
         bar.update(1)
-    for name, shards in sets.items():
-      earlier = _Index(threshold)
-      for i, values in _signatures(shards, keep[name], training=True):
-        bar.update(1)
-        if heldout.near(values) or earlier.near(values):
-          keep[name][i] = False
-        else:
-          earlier.insert(str(i), values)
+
+    heldout = (values for name in sets for _, values in counted(name, training=False))
+    training = {name: counted(name, training=True) for name in sets}
+    for name, i in repeats(heldout, training, threshold):
+      keep[name][i] = False
+
+
+def repeats(
+  heldout: Iterable[np.ndarray],
+  training: Mapping[str, Iterable[tuple[int, np.ndarray]]],
+  threshold: float,
+) -> Iterator[tuple[str, int]]:
+  """Yield (set, position) of the training documents that are near-duplicates.
+
+  `heldout` are the signatures of the held-out documents of all sets; `training` has the position
+  and the signature of each training document by set, in order.
+  """
+  apart = _Index(threshold)
+  for values in heldout:
+    apart.insert(values)
+  for name, signatures in training.items():
+    earlier = _Index(threshold)
+    for i, values in signatures:
+      if apart.near(values) or earlier.near(values):
+        yield name, i
+      else:
+        earlier.insert(values)
+
+
+def bands(values: np.ndarray, threshold: float) -> list[bytes]:
+  """Return the bands of a signature: documents that share none are not compared by `repeats`."""
+  ranges = _ranges(threshold)
+  return [bytes([number]) + values[a:b].tobytes() for number, (a, b) in enumerate(ranges)]
+
+
+@functools.cache
+def _ranges(threshold: float) -> list[tuple[int, int]]:
+  return datasketch.MinHashLSH(threshold, _PERMUTATIONS).hashranges
 
 
 class _Index:
@@ -69,11 +100,11 @@ class _Index:
   def __init__(self, threshold: float):
     self._threshold = threshold
     self._lsh = datasketch.MinHashLSH(threshold, _PERMUTATIONS)
-    self._signatures: dict[str, np.ndarray] = {}
+    self._signatures: list[np.ndarray] = []
 
-  def insert(self, key: str, values: np.ndarray) -> None:
-    self._lsh.insert(key, _minhash(values))
-    self._signatures[key] = values
+  def insert(self, values: np.ndarray) -> None:
+    self._lsh.insert(len(self._signatures), _minhash(values))
+    self._signatures.append(values)
 
   def near(self, values: np.ndarray) -> bool:
     """Return whether a document of the index is near the one with this signature."""

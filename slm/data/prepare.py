@@ -3,6 +3,8 @@ r"""Prepare text for training: drop duplicates, split, tokenise, cluster, pack i
   python -m slm.data.prepare --out=DIR                       installed Python text
   python -m slm.data.prepare --out=DIR \
     --config='configs/data.py:generic=/corpus/*.jsonl.gz,law.train=law/a.txt,law.test=law/b.txt'
+  python -m slm.data.prepare --runner=dataflow --out=gs://BUCKET/DATA \
+    --config='configs/data.py:generic=gs://BUCKET/*.jsonl.gz' -- --project=NAME --region=REGION ...
 
 The command can be killed at any moment and run again: complete files are kept, and those that are
 missing or have another size (--verify: another hash) are made again. A directory belongs to its
@@ -10,14 +12,18 @@ settings and to the names, sizes and hashes of its sources and tokenizer; others
 DIR/windows holds intermediate files and may be deleted afterwards. Exact copies of a document are
 dropped, from training first: no training document of any set is, word for word, a held-out document
 of this or another set. near_duplicates also drops near-duplicates (slm/data/near.py).
+
+With --runner=direct, flink, spark or dataflow, the extra slm[beam], Apache Beam makes the same rows
+on many machines; after -- stand its options. A pipeline that was killed begins again.
 """
 
 import dataclasses
 import functools
-import itertools
+import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,39 +44,101 @@ from slm.data import (
   tokenizer,
   work,
 )
-from slm.data.settings import ALL, PrepareConfig, TokenizerConfig
+from slm.data.settings import RUNNERS, PrepareConfig, TokenizerConfig
 
 Path = pathlib.Path
-Sources = dict[str, dict[str, dict[str, int]]]  # set -> split -> file -> bytes
-_SAMPLE = 10 << 20  # characters that a tokenizer is trained on
-_SHARDS_PER_ROWS = 16  # document shards (8 MB of text each) whose windows share a row shard
+Counts = dict[str, list[dict[str, Any]]]  # set -> shard -> what it holds of each split
 
 
-def prepare(cfg: PrepareConfig, verify: bool = False) -> dict[str, Any]:
+def prepare(
+  cfg: PrepareConfig, verify: bool = False, runner: str = '', options: Sequence[str] = ()
+) -> dict[str, Any]:
   """Make or complete a prepared data directory and return its manifest.
 
   Files that are missing or have another size are made again, with `verify` also those with another
-  hash.
+  hash. With a `runner` of Apache Beam, which takes `options`, the rows are the same; what a killed
+  pipeline made is made again, and an address (gs://...) as cfg.out gets no indexes and histograms:
+  called for a copy or a mount of it, the same makes these.
 
   Raises:
     ValueError: if the directory was made from other text or with another config, or another process
       is writing it.
   """
+  _check_runner(cfg, verify, runner, options)
+  if sources.is_address(cfg.out):
+    return _prepare_address(cfg, runner, options)
   out = Path(cfg.out)
   with artifact.hold(out):
     work.sweep(out)
-    paths = _sources(cfg, out)
+    paths = _sources(cfg, out, runner)
     if verify:
       _remove_damaged(out)
     previous = _readable_manifest(out)
     if not _complete(out, previous):
-      with work.Pool(cfg.workers) as pool:
-        _Preparation(cfg, pool).run(paths, previous)
+      _write_manifest(cfg, out, *_make(cfg, paths, runner, options), previous)
     if not all((out / 'clusters' / name).exists() for name in histograms.FILES):
       histograms.write(out)
     print((out / 'clusters' / 'histograms.md').read_text())
     _nested(cfg)
   return loader.manifest(out)
+
+
+def _make(
+  cfg: PrepareConfig, paths: documents.Sources, runner: str, options: Sequence[str]
+) -> tuple[Counts, dict[str, dict[str, float]]]:
+  """Make a directory but for its manifest; return what every shard holds, and costs by stage."""
+  if runner:
+    from slm.data import distributed
+
+    return distributed.run(cfg, paths, runner, options)
+  with work.Pool(cfg.workers) as pool:
+    return _Preparation(cfg, pool).run(paths)
+
+
+def _prepare_address(cfg: PrepareConfig, runner: str, options: Sequence[str]) -> dict[str, Any]:
+  """Make a directory at an address, by way of a copy of its small files; return its manifest."""
+  from slm.data import remote
+
+  with tempfile.TemporaryDirectory() as folder:
+    here, out = dataclasses.replace(cfg, out=folder), Path(folder)
+    remote.fetch(cfg.out, out, 'prepare.json', 'manifest.json')
+    paths = _sources(here, out, runner)
+    if not (out / 'manifest.json').exists():
+      remote.publish(out, cfg.out)  # the record of what it is made from, before anything is
+      made = _make(cfg, paths, runner, options)
+      remote.fetch(cfg.out, out, 'tokenizer/*', '*/*/rows-*.json', '*/*/rows-*.npy')
+      _write_manifest(here, out, *made, {})
+      remote.publish(out, cfg.out, last='manifest.json')
+    return loader.manifest(out)
+
+
+def _check_runner(cfg: PrepareConfig, verify: bool, runner: str, options: Sequence[str]) -> None:
+  """Raise ValueError if Beam is missing, or something needs a runner or does not go with it."""
+  if not runner:
+    if sources.is_address(cfg.out):
+      raise ValueError(f'--out={cfg.out}: is written through Apache Beam: give a --runner')
+    return
+  if not importlib.util.find_spec('apache_beam'):
+    raise ValueError(f'--runner={runner}: needs apache-beam, pip install slm[beam]')
+  if verify:
+    raise ValueError(f'--verify compares the files on this machine: not with --runner={runner}')
+  if cfg.workers:
+    raise ValueError(
+      f'workers={cfg.workers}: with --runner={runner} its own options, after --, say how many'
+    )
+  for name, splits in cfg.sets.items():
+    for spec in splits.values():
+      if spec.startswith('python:') and runner != 'direct':
+        raise ValueError(
+          f'sets.{name}: {spec} is the packages of one machine: not with --runner={runner}'
+        )
+  shared = [cfg.out, *(spec for splits in cfg.sets.values() for spec in splits.values()), cfg.sbert]
+  for path in shared if runner == 'dataflow' else ():
+    if path and not sources.is_address(path) and not path.startswith(tfds.PREFIX):
+      raise ValueError(f'{path}: workers of Dataflow do not see this machine: expected gs://...')
+  from slm.data import distributed
+
+  distributed.parse(runner, options)
 
 
 def _readable_manifest(out: Path) -> dict[str, Any]:
@@ -115,8 +183,13 @@ def _remove_damaged(out: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _sources(cfg: PrepareConfig, out: Path) -> Sources:
+def _sources(cfg: PrepareConfig, out: Path, runner: str = '') -> documents.Sources:
   """List the source files; refuse a directory made from other text or with another config."""
+  expand = sources.expand
+  if runner:
+    from slm.data import remote
+
+    expand = remote.expand
   record = out / 'prepare.json'
   config = artifact.plain(dataclasses.asdict(cfg)) | {'version': loader.VERSION}
   for key in ('out', 'workers'):
@@ -126,7 +199,7 @@ def _sources(cfg: PrepareConfig, out: Path) -> Sources:
     artifact.check_same(out, old['config'], config, 'what another config made')
   elif artifact.occupied(out):
     raise ValueError(f'{out}: is not empty and holds no {record.name}: choose another --out')
-  paths = {s: {k: sources.expand(v) for k, v in splits.items()} for s, splits in cfg.sets.items()}
+  paths = {s: {k: expand(v) for k, v in splits.items()} for s, splits in cfg.sets.items()}
   # Earlier versions recorded only the sizes of the texts.
   known = old.get('contents', {p: [size] for p, size in _flat(old.get('sources', {})).items()})
   contents = _contents(cfg, _flat(paths), known)
@@ -140,7 +213,7 @@ def _sources(cfg: PrepareConfig, out: Path) -> Sources:
   return paths
 
 
-def _flat(paths: Sources) -> dict[str, int]:
+def _flat(paths: documents.Sources) -> dict[str, int]:
   """Return the size of every source file of all sets."""
   return {p: n for splits in paths.values() for group in splits.values() for p, n in group.items()}
 
@@ -154,7 +227,7 @@ def _contents(
     if path.startswith('python:'):
       recorded = known.get(path, [])
       contents[path] = recorded if len(recorded) == 1 else [size, 0, installed.fingerprint()]
-    elif path.startswith(tfds.PREFIX):
+    elif path.startswith(tfds.PREFIX) or sources.is_address(path):
       contents[path] = [size]
     else:
       paths.append(Path(path))
@@ -194,44 +267,23 @@ class _Preparation:
     self._cfg, self._pool, self._out = cfg, pool, Path(cfg.out)
     self._cost: dict[str, dict[str, float]] = {}
 
-  def run(self, paths: Sources, previous: dict[str, Any]) -> None:
-    """Run all stages and write the manifest.
-
-    Raises:
-      ValueError: if a split's rows differ from those in the `previous` manifest.
-    """
+  def run(self, paths: documents.Sources) -> tuple[Counts, dict[str, dict[str, float]]]:
+    """Run all stages; return what every shard holds, and the cost of every stage."""
     cfg = self._cfg
     documents.load_tokenizer.cache_clear()
     shards = {name: self._read(name, paths[name]) for name in cfg.sets}
     self._mark_duplicates(shards)
     cuts = {name: self._cuts(name, sizes) for name, sizes in shards.items()}
-    tok = self._tokenizer(cuts['generic'])
+    self._tokenizer(cuts['generic'])
     tasks = {c.out.with_suffix('.json'): c for group in cuts.values() for c in group}
     done = self._run('windows', 'tokens and windows', documents.cut, tasks)
     summaries = {c.out: summary for c, summary in zip(tasks.values(), done, strict=True)}
-    sets = {
-      name: self._facts(name, [summaries[c.out] for c in group]) for name, group in cuts.items()
-    }
-    self._clusters(cuts, [summaries[c.out]['windows'][0] for c in cuts['generic']])
-    self._rows(cuts, summaries, sets)
-    made = dict(_splits({'sets': sets}))
-    for split, facts in _splits(previous):
-      if facts['sha256'] != made[split]['sha256']:
-        raise ValueError(
-          f'{self._out / split}: was damaged, and this version of slm makes other rows of its '
-          'text: delete the directory to prepare all of it again'
-        )
-    manifest = {
-      'version': loader.VERSION,
-      'columns': rows.columns(cfg.context),
-      'context': cfg.context,
-      'tokenizer': {key: getattr(tok, key) for key in ('name', 'vocab', 'fingerprint', 'begins')},
-      'levels': sorted(cfg.levels),
-      'seed': cfg.seed,
-      'sets': sets,
-      'cost': self._cost,
-    }
-    files.write_json(self._out / 'manifest.json', manifest)
+    counts = {name: [summaries[c.out] for c in group] for name, group in cuts.items()}
+    for name in cfg.sets:
+      _facts(cfg, name, counts[name])  # a split that holds nothing is refused before clusters
+    self._clusters(cuts, [shard['windows'][0] for shard in counts['generic']])
+    self._rows(cuts, counts)
+    return counts, self._cost
 
   def _run(
     self,
@@ -251,12 +303,10 @@ class _Preparation:
 
   def _read(self, name: str, paths: dict[str, dict[str, int]]) -> dict[Path, int]:
     """Read a set's documents; return the number of documents of every shard."""
-    cfg, folder, tasks = self._cfg, self._folder(name), {}
-    for split, sizes in paths.items():
-      number = -1 if split == ALL else cfg.splits(name).index(split)
-      for i, group in enumerate(documents.plan(sizes)):
-        stem = f'{split}-{i:05d}'
-        tasks[folder / f'{stem}.json'] = documents.Read(folder, stem, group, number, cfg)
+    cfg, folder = self._cfg, self._folder(name)
+    tasks = {
+      folder / f'{task.name}.json': task for task in documents.tasks(cfg, name, paths, folder)
+    }
     function, pool = documents.read, self._pool
     if any(path.startswith('python:') for sizes in paths.values() for path in sizes):
       # The pool scans the installed packages, so the task itself runs in this process.
@@ -306,39 +356,21 @@ class _Preparation:
       for shard, start in zip(shards, starts, strict=False)
     ]
 
-  def _tokenizer(self, cuts: list[documents.Cut]) -> tokenizer.Tokenizer:
+  def _tokenizer(self, cuts: list[documents.Cut]) -> None:
+    """Make the tokenizer, trained on the generic training documents or copied."""
     folder = self._out / 'tokenizer'
 
     def build(cfg: TokenizerConfig) -> dict[str, Any]:
-      sample = documents.sample(cuts, _SAMPLE, self._cfg.seed)
+      sample = documents.sample(cuts, documents.SAMPLE, self._cfg.seed)
       tokenizer.build(cfg.name, cfg.vocab, cfg.path, sample, folder)
       return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
 
     tasks = {folder / 'stage.json': self._cfg.tokenizer}
     self._run('tokenizer', 'tokenizer', build, tasks, work.Pool(1))
-    return documents.load_tokenizer(folder)
-
-  def _facts(self, name: str, summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add up what each split of a set holds; refuse a split that holds nothing."""
-    facts = {}
-    for i, split in self._cfg.made(name):
-      keys = ('documents', 'duplicates', 'windows', 'tokens', 'bytes')
-      total = {key: sum(summary[key][i] for summary in summaries) for key in keys}
-      if not total['documents']:
-        raise ValueError(
-          f'{name}/{split}: no documents left (duplicates removed: {total["duplicates"]}); give '
-          f'more text, other heldout shares, or sources per split ({name}.{split}=...)'
-        )
-      if split == 'train' and total['tokens'] < self._cfg.context - 1:
-        raise ValueError(
-          f'{name}/{split}: {total["tokens"]} tokens, less than one window of {self._cfg.context}'
-        )
-      facts[split] = total | {'bytes_per_token': total['bytes'] / total['tokens']}
-    return facts
 
   def _clusters(self, cuts: dict[str, list[documents.Cut]], counts: list[int]) -> None:
     """Fit clusters on the training windows of generic, `counts` per shard; assign all windows."""
-    cfg, path = self._cfg, self._out / 'clusters' / 'model.safetensors'
+    cfg, path = self._cfg, self._out / 'clusters' / cluster.FILE
 
     def fit(cuts: list[documents.Cut]) -> dict[str, Any]:
       sbert = cfg.sbert and str(Path(cfg.sbert).resolve())
@@ -353,30 +385,80 @@ class _Preparation:
     tasks = {c.out.with_suffix('.clusters.json'): (path, c) for c in every}
     self._run('clusters', 'windows to clusters', cluster.assign_shard, tasks)
 
-  def _rows(
-    self,
-    cuts: dict[str, list[documents.Cut]],
-    summaries: dict[Path, dict[str, Any]],
-    sets: dict[str, dict[str, dict[str, Any]]],
-  ) -> None:
-    """Pack every split's rows and complete its facts in `sets`."""
+  def _rows(self, cuts: dict[str, list[documents.Cut]], counts: Counts) -> None:
+    """Pack the rows of every split."""
     tasks: dict[Path, rows.Pack] = {}
     for name, group in cuts.items():
-      parts = range(0, len(group), _SHARDS_PER_ROWS)
       for number, split in self._cfg.made(name):
-        starts = np.cumsum([0, *(summaries[c.out]['documents'][number] for c in group)]).tolist()
+        starts = np.cumsum([0, *(shard['documents'][number] for shard in counts[name])]).tolist()
         folder = self._out / name / split
-        for i, first in enumerate(parts):
-          part = slice(first, first + _SHARDS_PER_ROWS)
-          stem = f'rows-{i:05d}-of-{len(parts):05d}'
+        for i, stem in enumerate(rows.names(len(group))):
+          part = slice(i * rows.BLOCK, (i + 1) * rows.BLOCK)
           windows = tuple(c.out for c in group[part])
           tasks[folder / f'{stem}.json'] = rows.Pack(
             folder, stem, windows, tuple(starts[:-1][part]), number, self._cfg.context
           )
-    done = self._run('rows', 'rows', rows.write, tasks)
-    packed = zip(tasks.values(), done, strict=True)
-    for folder, group in itertools.groupby(packed, lambda pair: pair[0].out):
-      sets[folder.parent.name][folder.name] |= rows.join(list(group))
+    self._run('rows', 'rows', rows.write, tasks)
+
+
+def _facts(
+  cfg: PrepareConfig, name: str, shards: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+  """Add up what the shards of a set hold of each split; refuse a split that holds nothing."""
+  facts = {}
+  for i, split in cfg.made(name):
+    keys = ('documents', 'duplicates', 'windows', 'tokens', 'bytes')
+    total = {key: sum(shard[key][i] for shard in shards) for key in keys}
+    if not total['documents']:
+      raise ValueError(
+        f'{name}/{split}: no documents left (duplicates removed: {total["duplicates"]}); give '
+        f'more text, other heldout shares, or sources per split ({name}.{split}=...)'
+      )
+    if split == 'train' and total['tokens'] < cfg.context - 1:
+      raise ValueError(
+        f'{name}/{split}: {total["tokens"]} tokens, less than one window of {cfg.context}'
+      )
+    facts[split] = total | {'bytes_per_token': total['bytes'] / total['tokens']}
+  return facts
+
+
+def _write_manifest(
+  cfg: PrepareConfig,
+  out: Path,
+  counts: Counts,
+  cost: dict[str, dict[str, float]],
+  previous: dict[str, Any],
+) -> None:
+  """Join the rows of every split and write the manifest.
+
+  Raises:
+    ValueError: if a split's rows differ from those in the `previous` manifest.
+  """
+  sets = {name: _facts(cfg, name, shards) for name, shards in counts.items()}
+  for name, splits in sets.items():
+    for split, facts in splits.items():
+      folder = out / name / split
+      stems = rows.names(len(counts[name]))
+      facts |= rows.join(folder, {stem: files.read_json(folder / f'{stem}.json') for stem in stems})
+  made = dict(_splits({'sets': sets}))
+  for split, facts in _splits(previous):
+    if facts['sha256'] != made[split]['sha256']:
+      raise ValueError(
+        f'{out / split}: was damaged, and this version of slm makes other rows of its '
+        'text: delete the directory to prepare all of it again'
+      )
+  tok = tokenizer.load(out / 'tokenizer')
+  manifest = {
+    'version': loader.VERSION,
+    'columns': rows.columns(cfg.context),
+    'context': cfg.context,
+    'tokenizer': {key: getattr(tok, key) for key in ('name', 'vocab', 'fingerprint', 'begins')},
+    'levels': sorted(cfg.levels),
+    'seed': cfg.seed,
+    'sets': sets,
+    'cost': cost,
+  }
+  files.write_json(out / 'manifest.json', manifest)
 
 
 def _nested(cfg: PrepareConfig) -> None:
@@ -409,11 +491,14 @@ def _intact(record: Path) -> bool:
     return False
 
 
-def _main(_: list[str]) -> None:
-  config = flags.FLAGS.config
+def _main(argv: list[str]) -> None:
+  config, runner = flags.FLAGS.config, flags.FLAGS.runner
+  if argv[1:] and not runner:
+    raise ValueError(f'unexpected argument {argv[1]!r}; flags are --name=value')
   if flags.FLAGS.out:
     config.out = flags.FLAGS.out
-  manifest = prepare(schema.read(PrepareConfig, config.to_dict()), flags.FLAGS.verify)
+  cfg = schema.read(PrepareConfig, config.to_dict())
+  manifest = prepare(cfg, flags.FLAGS.verify, runner or '', argv[1:])
   for split, facts in _splits(manifest):
     print(
       f'{split}: {facts["documents"]:,} documents ({facts["duplicates"]:,} duplicates dropped), '
@@ -427,4 +512,6 @@ def _main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('out', '', 'Directory to write to.')
   flags.DEFINE_bool('verify', False, 'Compare hashes too, and make damaged files again.')
-  console.run(_main, config='data', keys=PrepareConfig)
+  runners = 'Prepare with Apache Beam, whose options stand after --; default: without it.'
+  flags.DEFINE_enum('runner', None, list(RUNNERS), runners)
+  console.run(_main, config='data', keys=PrepareConfig, positional=True)

@@ -15,6 +15,7 @@ from slm.data import documents, work
 
 Path = pathlib.Path
 Rows = dict[str, np.ndarray]  # by column
+BLOCK = 16  # document shards (8 MB of text each) whose windows share a row shard
 _OPEN = 16  # unfinished rows per cluster
 _FULL = 4  # a row with fewer free positions than this is finished
 
@@ -125,22 +126,30 @@ class Pack:
 
 
 def write(task: Pack) -> dict[str, Any]:
+  """Pack the windows of a task and write its row shard, as `write_shard` does."""
+  return write_shard(task.out, task.name, _windows(task), task.context)
+
+
+def write_shard(
+  out: Path, name: str, windows: Iterator[tuple[int, int, np.ndarray]], context: int
+) -> dict[str, Any]:
   """Write a row shard (`.array_record`) and a table of its rows (`.npy`), int32 [rows, 4].
 
-  The columns are cluster, windows, predicted tokens and main document.
+  `windows` are (cluster, document, window)s. The columns of the table are cluster, windows,
+  predicted tokens and main document.
   """
-  table, digest, dtype = [], hashlib.sha256(), layout(columns(task.context))
-  with work.record_writer(task.out / f'{task.name}.array_record') as writer:
-    for cluster, row in pack(_windows(task), task.context):
-      windows = [window for _, window in row]
-      record = encode(packed(windows, task.context), dtype)
+  table, digest, dtype = [], hashlib.sha256(), layout(columns(context))
+  with work.record_writer(out / f'{name}.array_record') as writer:
+    for cluster, row in pack(windows, context):
+      parts = [window for _, window in row]
+      record = encode(packed(parts, context), dtype)
       writer.write(record)
       digest.update(record)
-      predicted = sum(map(len, windows)) - len(windows)
-      table.append((cluster, len(windows), predicted, main_document(row)))
-  files.write_npy(task.out / f'{task.name}.npy', np.array(table, np.int32).reshape(-1, 4))
+      predicted = sum(map(len, parts)) - len(parts)
+      table.append((cluster, len(parts), predicted, main_document(row)))
+  files.write_npy(out / f'{name}.npy', np.array(table, np.int32).reshape(-1, 4))
   return {
-    'files': [f'{task.name}.array_record', f'{task.name}.npy'],
+    'files': [f'{name}.array_record', f'{name}.npy'],
     'rows': len(table),
     'sha256': digest.hexdigest(),
   }
@@ -148,30 +157,46 @@ def write(task: Pack) -> dict[str, Any]:
 
 def _windows(task: Pack) -> Iterator[tuple[int, int, np.ndarray]]:
   for path, first in zip(task.windows, task.starts, strict=True):
-    tokens, offsets, splits, owners = documents.load_windows(path)
     clusters = files.read_npy(path.with_suffix('.npy'))
-    for i in np.flatnonzero(splits == task.split).tolist():
-      yield int(clusters[i]), first + int(owners[i]), tokens[offsets[i] : offsets[i + 1]]
+    yield from of_split(documents.load_windows(path), clusters, task.split, first)
 
 
-def join(parts: Sequence[tuple[Pack, dict[str, Any]]]) -> dict[str, Any]:
+def of_split(
+  made: documents.Windows, clusters: np.ndarray, split: int, first: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+  """Yield (cluster, document, window) of a shard's windows in a split.
+
+  `first` is the number of the split's documents before the shard.
+  """
+  for i in np.flatnonzero(made.splits == split).tolist():
+    window = made.tokens[made.offsets[i] : made.offsets[i + 1]]
+    yield int(clusters[i]), first + int(made.documents[i]), window
+
+
+def names(num_shards: int) -> list[str]:
+  """Return the names, without suffixes, of the row shards of a split in some document shards."""
+  count = -(-num_shards // BLOCK)
+  return [f'rows-{i:05d}-of-{count:05d}' for i in range(count)]
+
+
+def join(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Write a split's clusters.npy, documents.npy [rows], counts.npy [rows, 2] (windows, tokens).
 
-  `parts` are its packing tasks and their summaries. Returns the manifest's entries about its rows.
+  `parts` are the summaries of its row shards by name. Returns the manifest's entries about its
+  rows.
   """
-  folder = parts[0][0].out
-  table = np.concatenate([files.read_npy(folder / f'{task.name}.npy') for task, _ in parts])
+  table = np.concatenate([files.read_npy(folder / f'{name}.npy') for name in parts])
   stamps = {}
   for name, column in {'clusters.npy': 0, 'counts.npy': slice(1, 3), 'documents.npy': 3}.items():
     files.write_npy(folder / name, np.ascontiguousarray(table[:, column]))
     stamps[name] = files.stamp(folder / name)
-  shards = {f'{task.name}.array_record': summary for task, summary in parts if summary['rows']}
-  hashes = ''.join(summary['sha256'] for summary in shards.values())
+  shards = {f'{name}.array_record': part for name, part in parts.items() if part['rows']}
+  hashes = ''.join(part['sha256'] for part in shards.values())
   return {
     'rows': len(table),
     'sha256': hashlib.sha256(hashes.encode()).hexdigest(),
     'shards': list(shards),
-    'files': stamps | {shard: summary['files'][shard] for shard, summary in shards.items()},
+    'files': stamps | {shard: part['files'][shard] for shard, part in shards.items()},
   }
 
 

@@ -6,6 +6,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+# Where Apache Beam may run, and its names. Its default local runner may download a program; the one
+# here is part of the package.
+RUNNERS = {
+  'direct': 'FnApiRunner',
+  'flink': 'FlinkRunner',
+  'spark': 'SparkRunner',
+  'dataflow': 'DataflowRunner',
+}
 _RESERVED = ('windows', 'tokenizer', 'clusters', 'index')
 PLAIN = ('train', 'validation', 'test')
 ALL = 'all'  # the split name of a source whose documents are split by hash

@@ -32,14 +32,31 @@ def expand(spec: str) -> dict[str, int]:
     return {spec: 0}
   if spec.startswith(tfds.PREFIX):
     return tfds.expand(spec)
+  if is_address(spec):
+    raise ValueError(f'{spec}: is read through Apache Beam: give a --runner, or a path')
   matches = glob.glob(spec, recursive=True)  # noqa: PTH207 (pathlib cannot match absolute globs)
   paths = sorted(p for p in matches if pathlib.Path(p).is_file())
-  if not paths:
+  return check(spec, {path: pathlib.Path(path).stat().st_size for path in paths})
+
+
+def is_address(spec: str) -> bool:
+  """Return whether a path is an address that Apache Beam reads, such as gs://bucket/name."""
+  return bool(re.match(r'[a-z0-9]+://', spec))
+
+
+def check(spec: str, sizes: dict[str, int]) -> dict[str, int]:
+  """Return the sizes of the files that a source matched.
+
+  Raises:
+    FileNotFoundError: if there are none.
+    ValueError: if one is of a kind that is not read.
+  """
+  if not sizes:
     raise FileNotFoundError(f'{spec}: no file matches')
-  for path in paths:
+  for path in sizes:
     if not re.search(r'\.(jsonl|txt)(\.gz|\.zst)?$', path):
       raise ValueError(f'{path}: expected .jsonl or .txt, plain or with .gz or .zst')
-  return {path: pathlib.Path(path).stat().st_size for path in paths}
+  return sizes
 
 
 def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:

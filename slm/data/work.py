@@ -111,12 +111,13 @@ def run(
   todo = [path for path in tasks if not complete(path)]
   with console.Progress(description, len(tasks), 'task') as bar:
     bar.skip(len(tasks) - len(todo))
-    for _ in pool.map(_timed, [(function, path, tasks[path]) for path in todo]):
+    for _ in pool.map(timed, [(function, path, tasks[path]) for path in todo]):
       bar.update(1)
   return [read_json(path) for path in tasks]
 
 
-def _timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
+def timed(item: tuple[Callable[[Any], dict], Path, Any]) -> Path:
+  """Run (function, path of the summary, argument) and write the summary; return its path."""
   function, path, argument = item
   start = time.monotonic()
   summary = function(argument)
