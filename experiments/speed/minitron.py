@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.speed.run import HYPER, machine, make_batch
+from experiments.speed.run import machine
+from experiments.speed.steps import HYPER, make_batch
 from slm import models, objectives, reparam
 from slm.base import console, files
 from slm.data.loader import DataConfig

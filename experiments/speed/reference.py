@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import torch
 import transformers
 
 
-def _model(cfg: dict[str, Any], dtype: str) -> Any:
+def _model(cfg: Mapping[str, Any], dtype: str) -> Any:
   """Return a LlamaForCausalLM of slm's shape, tied embeddings, sdpa attention."""
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   torch.manual_seed(0)
@@ -33,7 +33,12 @@ def _model(cfg: dict[str, Any], dtype: str) -> Any:
 
 
 def _device() -> str:
-  return 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
+  """Return the device of both libraries: JAX's."""
+  if jax.default_backend() != 'gpu':
+    return 'cpu'
+  if not torch.cuda.is_available():
+    raise RuntimeError(f'expected torch with CUDA, as jax has it, found torch {torch.__version__}')
+  return 'cuda'
 
 
 def _wait() -> None:
@@ -41,31 +46,28 @@ def _wait() -> None:
     torch.cuda.synchronize()
 
 
-def no_compiler() -> str:
-  """Return why torch.compile has nothing to compile with on this machine; empty if it has."""
-  # Inductor's own choice is a CXX that is set, or else g++.
-  compiler = os.environ.get('CXX', 'g++')
-  if _device() == 'cpu' and shutil.which(compiler) is None:
-    return f'torch.compile: expected a C++ compiler, found no {compiler}; install it or set CXX'
-  return ''
-
-
 def train_step(
-  cfg: dict[str, Any], batch: dict[str, np.ndarray], dtype: str, compiled: bool = False
-) -> tuple[Callable[[], None], dict[str, Any]]:
+  cfg: Mapping[str, Any], batch: Mapping[str, np.ndarray], dtype: str, compiled: bool = False
+) -> Callable[[], None]:
   """Return one step: loss, backward, clipping, AdamW; float32 weights, autocast if bf16.
 
   With `compiled`, torch.compile takes the loss, and with it the backward pass.
+
+  Raises:
+    RuntimeError: if torch.compile has no C++ compiler.
   """
+  # Inductor's own choice on CPU is a CXX that is set, or else g++.
+  compiler = os.environ.get('CXX', 'g++')
+  if compiled and _device() == 'cpu' and shutil.which(compiler) is None:
+    raise RuntimeError(f'expected a C++ compiler, found no {compiler}; install it or set CXX')
+  device = _device()  # here, as torch.compile would trace into jax
   model = _model(cfg, 'float32').train()
   tx = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
   context = batch['inputs'].shape[-1]
   inputs, targets = (
-    torch.tensor(batch[name].reshape(-1, context)).long().to(_device())
+    torch.tensor(batch[name].reshape(-1, context)).long().to(device)
     for name in ('inputs', 'targets')
   )
-
-  device = _device()  # torch.compile would trace into jax
 
   def loss(inputs, targets):
     with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
@@ -81,13 +83,19 @@ def train_step(
     tx.step()
     _wait()
 
-  return run, {'tokens': inputs.numel()}
+  return run
 
 
 def decode(
-  cfg: dict[str, Any], rows: int, prompt: int, new_tokens: int, dtype: str
+  cfg: Mapping[str, Any], rows: int, prompt: int, new_tokens: int, dtype: str, compiled: bool
 ) -> Callable[[], None]:
-  """Return greedy `generate` with a cache."""
+  """Return greedy `generate` with a cache; `compiled`, a static one, whose steps are compiled.
+
+  Raises:
+    RuntimeError: if they would not be compiled: transformers does so on accelerators alone.
+  """
+  if compiled and _device() == 'cpu':
+    raise RuntimeError('generate compiles its steps on accelerators, found cpu')
   model = _model(cfg, dtype).eval()
   inputs = torch.randint(0, cfg['vocab'], (rows, prompt), device=_device())
   mask = torch.ones_like(inputs)
@@ -99,6 +107,7 @@ def decode(
         attention_mask=mask,
         do_sample=False,
         use_cache=True,
+        cache_implementation='static' if compiled else None,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
       )
@@ -107,13 +116,3 @@ def decode(
       raise ValueError(f'transformers generated {out.shape[1] - prompt} of {new_tokens} tokens')
 
   return run
-
-
-def versions() -> dict[str, str]:
-  """Name the versions of the contestants."""
-  threads = len(os.sched_getaffinity(0))
-  return {
-    'jax': jax.__version__,
-    'torch': f'{torch.__version__}, {threads} threads',
-    'transformers': transformers.__version__,
-  }

@@ -1,52 +1,73 @@
-"""Measure training and decoding speed beside torch and `transformers`, interleaved.
+"""Measure training and decoding speed beside torch and `transformers`.
 
 python -m experiments.speed.run --scale=cpu --out=experiments/speed/results
 """
 
 import dataclasses
+import functools
+import gc
+import importlib.metadata
 import json
 import os
 import platform
-import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
-from experiments.speed import reference
-from slm import models, objectives, reparam
+from experiments.speed import report, steps
 from slm.base import console, files
 from slm.inference import latency
-from slm.runs.config import section
-from slm.training import optim
-from slm.training.step import init_state, make_sums, make_train_step
-from slm.weights import tree
-from slm.weights.count import forward_flops, num_params
 
-HYPER = {'clip': 1.0, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1}
-CLUSTERS = 16
-COMPILED = 'train: torch.compile'
+
+class Training(NamedTuple):
+  """A batch of a decoder, who takes a step on it, and the teacher of who distils."""
+
+  model: Mapping[str, Any]
+  rows: int
+  context: int
+  who: tuple[str, ...]
+  teacher: Mapping[str, Any] | None = None
+
+
+class Decoding(NamedTuple):
+  """Numbers of prompts that are continued greedily with a cache, and by whom."""
+
+  model: Mapping[str, Any]
+  rows: tuple[int, ...]
+  prompt: int
+  new_tokens: int
+  who: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """What is measured: the contestants' shape, a training batch, decoding lengths, GEMMs."""
+  """What is measured.
 
-  model: dict[str, Any]
-  rows: int
-  context: int
+  Attributes:
+    train: batches by the name that their rows of the table have.
+    gemms: matrix products (m, k, n), each repeated to about `work` multiply-adds.
+    bars: what the ratio of a row should be, see report.ratios.
+    alone: rows are measured one by one, those of a library in a process of its own, which has the
+      memory of the device; else they are interleaved, so that other work of the machine affects all
+      alike.
+    limit: seconds after which nothing more is measured; 0: none.
+  """
+
   dtype: str
-  prompt: int
-  new_tokens: int
-  gemms: tuple[tuple[int, int, int], ...]  # m, k, n; the model's rate is a share of each
-  large: dict[str, Any] | None = None  # a second decoder, measured alone
-  large_rows: int = 0
+  train: Mapping[str, Training]
+  decode: Decoding
+  gemms: tuple[tuple[int, int, int], ...]
+  work: float
+  rounds: int
+  bars: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  alone: bool = False
+  limit: float = 0.0
 
 
 def decoder(embed: int, num_layers: int, head_dim: int, mlp: int, **rest: Any) -> dict[str, Any]:
@@ -57,241 +78,269 @@ def decoder(embed: int, num_layers: int, head_dim: int, mlp: int, **rest: Any) -
   return {'name': 'decoder', **shape, **rest}
 
 
+OTHERS = ('torch', 'torch.compile', 'transformers')  # all in torch
+EVERYBODY = (
+  'slm', 'slm, reference attention', 'slm, projected k=16', 'slm, distilled', 'torch',
+  'torch.compile',
+)  # fmt: skip
+DECODERS = ('slm', 'transformers', 'torch.compile')
+CPU, TINY = decoder(256, 8, 32, 688), decoder(32, 2, 16, 64)
+SMOLLM_135M = decoder(576, 30, 64, 1536, vocab=49_152, num_kv_heads=3)
+SMOLLM_360M = decoder(960, 32, 64, 2560, vocab=49_152, num_kv_heads=5)
+LARGE = decoder(2048, 24, 128, 5632, vocab=32_768, remat='dots')
+
 SCALES = {
-  'smoke': Scale(decoder(32, 2, 16, 64), 2, 16, 'float32', 4, 4, ((64, 64, 64),)),
-  'cpu': Scale(
-    decoder(256, 8, 32, 688),
-    8,
-    512,
+  'smoke': Scale(
     'float32',
-    32,
-    128,
-    ((4096, 256, 688), (4096, 256, 1024), (2048, 2048, 2048)),
+    {'train toy': Training(TINY, 2, 16, EVERYBODY, TINY), 'train': Training(TINY, 2, 8, ('slm',))},
+    Decoding(TINY, (1, 2), 4, 4, DECODERS),
+    gemms=((64, 64, 64),),
+    work=1e6,
+    rounds=2,
+    alone=True,
+    limit=300.0,
+  ),
+  'cpu': Scale(
+    'float32',
+    {
+      'train': Training(
+        CPU, 8, 512,
+        ('slm', 'slm, projected k=16', "slm, projected's specialist", 'torch', 'torch.compile'),
+      ),
+    },
+    Decoding(CPU, (1, 8), 32, 128, ('slm', 'transformers')),
+    gemms=((4096, 256, 688), (4096, 256, 1024), (2048, 2048, 2048)),
+    work=2e10,
+    rounds=20,
+    bars={
+      'train: torch': '>= 1.3',
+      'train: torch.compile': '>= 1.15',
+      'train: slm, projected k=16': '<= 1.3',
+      "train: slm, projected's specialist": '1',
+      'decode 1: transformers': '>= 3',
+      'decode 8: transformers': '>= 2',
+      'gemm 4096x256x688': '>= 0.6',
+      'gemm 4096x256x1024': '>= 0.6',
+      'gemm 2048x2048x2048': '>= 0.6',
+    },
   ),
   'gpu': Scale(
-    decoder(1024, 12, 64, 2752),
-    32,
-    1024,
     'bfloat16',
-    32,
-    128,
-    ((32768, 1024, 4096), (8192, 8192, 8192)),
-    large=decoder(2048, 24, 128, 5632, vocab=32768, remat='dots'),
-    large_rows=8,
-  ),
-}
-
-
-def make_batch(vocab: int, rows: int, context: int) -> dict[str, np.ndarray]:
-  """Return random rows [1 microbatch, rows groups, 1 row, context], one document each."""
-  tokens = np.random.default_rng(0).integers(0, vocab, (1, rows, 1, context + 1)).astype(np.int32)
-  shape = (1, rows, 1, context)
-  return {
-    'inputs': tokens[..., :-1],
-    'targets': tokens[..., 1:],
-    'weights': np.ones(shape, np.float32),
-    'segments': np.ones(shape, np.int32),
-    'positions': np.broadcast_to(np.arange(context, dtype=np.int32), shape),
-    'condition': np.arange(rows, dtype=np.int32)[None] % CLUSTERS,
-  }
-
-
-def train_step(
-  cfg: dict[str, Any], rep_cfg: dict[str, Any], scale: Scale, rows: int
-) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Return a compiled training step of slm as a function of nothing, and facts about it."""
-  model = models.build(section('model', cfg))
-  rep = reparam.build(section('reparam', rep_cfg), model.init)
-  forward = {'student': reparam.map_groups(rep, model.forward)}
-  objective = objectives.build(section('objective', {'name': 'next_token', 'chunk': 512}), forward)
-  tx = optim.build(section('optim', HYPER), lambda step: 1e-3, rep.independent)
-  step = make_train_step(make_sums(objective, rep, scale.dtype), tx, rep.independent)
-  theta = jax.jit(rep.init)(jax.random.key(0))
-  state = jax.jit(lambda t: init_state(t, tx, {}))(theta)
-  batch = jax.device_put(make_batch(model.cfg.vocab, rows, scale.context))
-  began = time.monotonic()
-  compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile()
-  facts = {
-    'tokens': rows * scale.context,
-    'flops': 3 * forward_flops(model.cfg, scale.context) * rows * scale.context,
-    'parameters': sum(num_params(model.cfg).values()),
-    'trained_parameters': sum(x.size for x in jax.tree.leaves(theta)),
-    'compile_seconds': time.monotonic() - began,
-  }
-  held = [state]
-
-  def run() -> None:
-    held[0], metrics = compiled(held[0], {}, batch)
-    jax.block_until_ready((held[0], metrics))
-
-  return run, facts
-
-
-def specialist_step(cfg: dict[str, Any], scale: Scale) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Return the training step of a dense model; a projected network's specialist is one."""
-  return train_step(cfg, {'name': 'full'}, scale, scale.rows)
-
-
-def gemm(m: int, k: int, n: int, dtype: str) -> tuple[Callable[[], None], dict[str, Any]]:
-  """Return the product of [m,k] and [k,n], repeated to about the length of a step."""
-  repeats = max(1, round(2e10 / (m * k * n)))
-  a, b = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate([(m, k), (k, n)]))
-  product = jax.jit(jnp.matmul)
-
-  def run() -> None:
-    for _ in range(repeats):
-      out = product(a, b)
-    out.block_until_ready()
-
-  return run, {'flops': 2.0 * m * k * n * repeats}
-
-
-def measure_training(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
-  """Measure the training contestants and the GEMMs."""
-  dense, project = {'name': 'full'}, {'name': 'project', 'clusters': CLUSTERS, 'capacity': 16}
-  project |= {'code': 16, 'leaves': ('w_gate', 'w_up', 'w_down'), 'shared_mix': True}
-  batch = make_batch(scale.model['vocab'], scale.rows, scale.context)
-  entries = {
-    'train: slm': train_step(scale.model, dense, scale, scale.rows),
-    'train: slm, projected k=16': train_step(scale.model, project, scale, scale.rows),
-    "train: slm, projected's specialist": specialist_step(scale.model, scale),
-    'train: torch': reference.train_step(scale.model, batch, scale.dtype),
-  }
-  if not reference.no_compiler():
-    entries[COMPILED] = reference.train_step(scale.model, batch, scale.dtype, compiled=True)
-  for shape in scale.gemms:
-    entries[f'gemm {"x".join(map(str, shape))}'] = gemm(*shape, scale.dtype)
-  times = latency.interleave({name: run for name, (run, _) in entries.items()}, rounds)
-  return {name: entries[name][1] | {'seconds': s} for name, s in times.items()}
-
-
-def measure_decoding(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
-  """Measure greedy cached decoding at one row and at eight."""
-  model = models.build(section('model', scale.model))
-  params = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.dtype(scale.dtype))
-  entries = {}
-  for rows in (1, 8):
-    entries[f'decode {rows}: slm'] = latency.decode(
-      model, params, rows, scale.prompt, scale.new_tokens
-    )
-    entries[f'decode {rows}: transformers'] = reference.decode(
-      scale.model, rows, scale.prompt, scale.new_tokens, scale.dtype
-    )
-  times = latency.interleave(entries, rounds)
-  tokens = {name: int(name.split()[1].rstrip(':')) * scale.new_tokens for name in entries}
-  return {name: {'tokens': tokens[name], 'seconds': s} for name, s in times.items()}
-
-
-def measure_large(scale: Scale, rounds: int) -> dict[str, dict[str, Any]]:
-  """Measure the large decoder's training step, if the scale has one."""
-  if scale.large is None:
-    return {}
-  run, facts = train_step(scale.large, {'name': 'full'}, scale, scale.large_rows)
-  seconds = latency.interleave({'train: slm, large': run}, rounds)
-  return {name: facts | {'seconds': s} for name, s in seconds.items()}
-
-
-def ratios(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-  """Return each bar's ratio, of the medians over the rounds and of the fastest rounds."""
-  slm, project = 'train: slm', 'train: slm, projected k=16'
-  seconds = [
-    ('training tokens/s, slm / torch', 'train: torch', slm, '>= 1.3'),
-    ('training tokens/s, slm / torch.compile', COMPILED, slm, '>= 1.15'),
-    ('projected step / dense step, seconds', project, slm, '<= 1.3'),
-    ('specialist step / dense step, seconds', "train: slm, projected's specialist", slm, '1'),
-  ]
-  for n, bar in ((1, '>= 3'), (8, '>= 2')):
-    what = f'decoding tokens/s at {n}, slm / transformers'
-    seconds.append((what, f'decode {n}: transformers', f'decode {n}: slm', bar))
-  rows = [(what, a, b, 1.0, bar) for what, a, b, bar in seconds if a in entries]
-  for name in entries:
-    if name.startswith('gemm'):
-      for step in (n for n in (slm, 'train: slm, large') if n in entries):
-        flops = entries[step]['flops'] / entries[name]['flops']
-        rows.append((f'FLOP/s, {step} / {name}', name, step, flops, '>= 0.6'))
-  return [
     {
-      'ratio': what,
-      'bar': bar,
-      **{
-        key: scale * of(entries[a]['seconds']) / of(entries[b]['seconds'])
-        for key, of in (('median', statistics.median), ('fastest', min))
-      },
-    }
-    for what, a, b, scale, bar in rows
-  ]
+      'train 135M': Training(SMOLLM_135M, 8, 2048, EVERYBODY, SMOLLM_360M),
+      'train 1.3B': Training(LARGE, 8, 1024, ('slm', 'torch', 'torch.compile')),
+    },
+    Decoding(SMOLLM_135M, (1, 8, 64), 32, 128, DECODERS),
+    gemms=((16_384, 576, 1536), (8192, 2048, 5632), (8192, 8192, 8192)),
+    work=2e13,
+    rounds=5,
+    alone=True,
+    limit=450.0,
+  ),
+}  # fmt: skip
 
 
-def table(result: dict[str, Any]) -> str:
-  """Write the markdown of a result."""
-  lines = [f'# Speed, {result["scale"]} scale', '']
-  lines += ['| ratio | of medians | of fastest rounds | bar |', '| --- | --- | --- | --- |']
-  for r in result['ratios']:
-    lines.append(f'| {r["ratio"]} | {r["median"]:.2f} | {r["fastest"]:.2f} | {r["bar"]} |')
-  lines += ['', '| contestant | median s | min s | max s | tokens/s | GFLOP/s |']
-  lines += ['| --- | --- | --- | --- | --- | --- |']
-  for name, e in result['entries'].items():
-    s = statistics.median(e['seconds'])
-    tokens = f'{e["tokens"] / s:,.0f}' if 'tokens' in e else ''
-    rate = f'{e["flops"] / s / 1e9:,.1f}' if 'flops' in e else ''
-    low, high = min(e['seconds']), max(e['seconds'])
-    lines.append(f'| {name} | {s:.3f} | {low:.3f} | {high:.3f} | {tokens} | {rate} |')
-  lines += ['', *(f'- not measured: {reason}' for reason in result['missing'])]
-  lines += [*(f'- {name}: {value}' for name, value in result['machine'].items()), '']
-  return '\n'.join(lines)
+def contestants(scale: Scale) -> dict[str, Callable[[], steps.Row]]:
+  """Return by row of the table what makes it ready to be timed."""
+  found: dict[str, Callable[[], steps.Row]] = {}
+  for shape in scale.gemms:
+    name = f'gemm {"x".join(map(str, shape))}'
+    found[name] = functools.partial(steps.gemm, *shape, scale.dtype, scale.work)
+  for batch, load in scale.train.items():
+    for who in load.who:
+      found[f'{batch}: {who}'] = functools.partial(_training, load, who, scale.dtype)
+  for who in scale.decode.who:
+    for rows in scale.decode.rows:
+      name = f'decode {rows}: {who}'
+      found[name] = functools.partial(_decoding, scale.decode, rows, who, scale.dtype)
+  return found
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-  """Draw every contestant's seconds, a dot per round and a line at the median."""
-  names = [n for n in result['entries'] if not n.startswith('gemm')]
-  figure = Figure(figsize=(8, 0.5 * len(names) + 1), layout='constrained')
-  ax = figure.subplots()
-  for y, name in enumerate(names):
-    seconds = result['entries'][name]['seconds']
-    colour = '#d55e00' if 'torch' in name or 'transformers' in name else '#0072b2'
-    ax.plot(seconds, [y] * len(seconds), 'o', color=colour, alpha=0.5)
-    ax.plot([statistics.median(seconds)], [y], '|', color=colour, markersize=22)
-  ax.set(yticks=range(len(names)), yticklabels=names, xlabel='seconds', xscale='log')
-  ax.invert_yaxis()
-  figure.savefig(path.with_suffix('.tmp'), format='png', dpi=150)
-  path.with_suffix('.tmp').rename(path)
+def _training(load: Training, who: str, dtype: str) -> steps.Row:
+  batch = (load.rows, load.context, dtype)
+  if who in OTHERS:
+    from experiments.speed import reference  # torch: ten seconds, and not in slm's processes
+
+    facts = steps.work(load.model, load.rows, load.context)
+    inputs = steps.make_batch(load.model['vocab'], load.rows, load.context)
+    run = reference.train_step(load.model, inputs, dtype, compiled=who == 'torch.compile')
+    return run, facts
+  if who == 'slm, reference attention':
+    return steps.train_step({**load.model, 'attention': 'reference'}, *batch)
+  if who == 'slm, projected k=16':
+    return steps.train_step(load.model, *batch, rep=steps.PROJECT)
+  if who == 'slm, distilled':
+    return steps.train_step(load.model, *batch, teacher=load.teacher)
+  return steps.train_step(load.model, *batch)  # a projected network's specialist is dense too
+
+
+def _decoding(load: Decoding, rows: int, who: str, dtype: str) -> steps.Row:
+  lengths = (rows, load.prompt, load.new_tokens, dtype)
+  if who not in OTHERS:
+    return steps.decode(load.model, *lengths)
+  from experiments.speed import reference
+
+  run = reference.decode(load.model, *lengths, compiled=who == 'torch.compile')
+  return run, {'tokens': rows * load.new_tokens}
+
+
+def measure(
+  names: list[str], makers: Mapping[str, Callable[[], steps.Row]], rounds: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+  """Measure rows interleaved; return their entries, and why others could not be measured."""
+  made, missing = {}, {}
+  for name in names:
+    try:
+      made[name] = makers[name]()
+    except (RuntimeError, ImportError) as error:  # no memory, no compiler, no torch
+      missing[name] = _line(error)
+  try:
+    times = latency.interleave({name: run for name, (run, _) in made.items()}, rounds)
+  except (RuntimeError, ImportError) as error:
+    return {}, missing | dict.fromkeys(made, _line(error))
+  return {name: made[name][1] | {'seconds': s} for name, s in times.items()}, missing
+
+
+def _line(error: Exception) -> str:
+  return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'[:300]
+
+
+def free() -> None:
+  """Give back what the last rows held on the device."""
+  jax.clear_caches()
+  gc.collect()
+  if 'torch' in sys.modules:
+    sys.modules['torch'].compiler.reset()
+    sys.modules['torch'].cuda.empty_cache()
+
+
+class Table:
+  """The result of a scale, in a directory; written whenever something is measured."""
+
+  def __init__(self, name: str, out: Path):
+    self.name, self.path = name, out / f'{name}.json'
+
+  def begin(self, rounds: int) -> None:
+    """Write a table without rows."""
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    start = {'scale': self.name, 'machine': machine(), 'rounds': rounds}
+    self._write(start | {'entries': {}, 'ratios': [], 'missing': {}})
+
+  def read(self) -> dict[str, Any]:
+    """Return what was measured so far."""
+    return files.read_json(self.path)
+
+  def add(self, entries: Mapping[str, Any], missing: Mapping[str, str]) -> None:
+    """Add rows, and the reasons of rows that there are not."""
+    result = self.read()
+    result['entries'] |= entries
+    both = result['missing'] | missing
+    result['missing'] = {name: why for name, why in both.items() if name not in result['entries']}
+    result['ratios'] = report.ratios(result['entries'], SCALES[self.name].bars)
+    self._write(result)
+
+  def _write(self, result: Mapping[str, Any]) -> None:
+    files.write_text(self.path, json.dumps(result, indent=2) + '\n')
+    files.write_text(self.path.with_suffix('.md'), report.table(result))
+
+
+def groups(scale: Scale, names: list[str]) -> Iterator[list[str]]:
+  """Yield rows that are measured together."""
+  if scale.alone:
+    yield from ([name] for name in names)
+    return
+  for decoding in (False, True):
+    if group := [n for n in names if n.startswith('decode') == decoding]:
+      yield group
+
+
+def here(scale: Scale, names: list[str], rounds: int, table: Table) -> None:
+  """Measure rows in this process."""
+  makers = contestants(scale)
+  if unknown := sorted(set(names) - set(makers)):
+    raise ValueError(f'--row: expected some of {list(makers)}, found {unknown[0]!r}')
+  for group in groups(scale, names):
+    table.add(*measure(group, makers, rounds))
+    free()
+
+
+def in_turn(scale: Scale, rounds: int, limit: float, table: Table) -> None:
+  """Measure the rows of slm, and then of torch, each library's in a process of its own.
+
+  A row that its process does not survive is named in the table, and the next ones are measured in
+  another process. Rows that the limit, in seconds, leaves no time for are named too.
+  """
+  end = time.monotonic() + limit
+  names = list(contestants(scale))
+  torch = [name for name in names if name.rpartition(': ')[2] in OTHERS]
+  for left in ([name for name in names if name not in torch], torch):
+    # What JAX takes of a GPU's memory at its start, torch would lack.
+    env = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': str(left != torch).lower()}
+    while left:
+      command = [sys.executable, '-m', 'experiments.speed.run', f'--scale={table.name}']
+      command += [f'--rounds={rounds}', f'--out={table.path.parent}', *(f'--row={n}' for n in left)]
+      try:
+        timeout = max(end - time.monotonic(), 0.1) if limit else None
+        status = subprocess.run(command, env=env, timeout=timeout).returncode
+        reason = f'its process ended with status {status}'
+      except subprocess.TimeoutExpired:
+        reason = f'--limit={limit:g} seconds were over'
+      done = table.read()
+      left = [n for n in left if n not in done['entries'] and n not in done['missing']]
+      over = bool(limit) and time.monotonic() > end
+      table.add({}, dict.fromkeys(left if over else left[:1], reason))
+      left = [] if over else left[1:]
 
 
 def machine() -> dict[str, str]:
-  """Name what was measured on."""
-  device = jax.devices()[0]
+  """Name what is measured on, and with which versions."""
+  device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
+  versions = {}
+  for package in ('jax', 'torch', 'transformers'):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "not installed: pip install -e '.[reference]'"
   return {
     'device': f'{device.platform} {device.device_kind}',
-    'processor': f'{platform.machine()}, {os.cpu_count()} cores',
+    'processor': f'{platform.machine()}, {os.cpu_count()} cores, {threads} threads of torch',
     'load before': f'{os.getloadavg()[0]:.2f}',
     'GLIBC_TUNABLES': os.environ.get('GLIBC_TUNABLES', 'none'),
-    **reference.versions(),
+    'python': platform.python_version(),
+    **versions,
   }
 
 
 def main(_: list[str]) -> None:
   """Measure a scale and write its json, markdown and plot."""
-  name = flags.FLAGS.scale
-  if name not in SCALES:
-    raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {name!r}')
-  scale, rounds = SCALES[name], flags.FLAGS.rounds
-  if name == 'gpu' and jax.default_backend() != 'gpu':
+  f = flags.FLAGS
+  if f.scale not in SCALES:
+    raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
+  scale, table = SCALES[f.scale], Table(f.scale, Path(f.out))
+  rounds, limit = f.rounds or scale.rounds, scale.limit if f.limit is None else f.limit
+  alone = scale.alone and not f.row
+  if alone:  # the memory is for the processes that measure
+    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  if f.scale == 'gpu' and jax.default_backend() != 'gpu':
     raise ValueError(f'--scale=gpu: expected a GPU, found {jax.default_backend()}')
-  out = Path(flags.FLAGS.out)
-  out.mkdir(parents=True, exist_ok=True)
-  result: dict[str, Any] = {'scale': name, 'machine': machine(), 'rounds': rounds}
-  entries = measure_training(scale, rounds)
-  entries |= measure_decoding(scale, rounds) | measure_large(scale, rounds)
-  missing = [reason] if (reason := reference.no_compiler()) else []
-  result |= {'entries': entries, 'ratios': ratios(entries), 'missing': missing}
-  files.write_text(out / f'{name}.json', json.dumps(result, indent=2) + '\n')
-  files.write_text(out / f'{name}.md', table(result))
-  plot(result, out / f'{name}.png')
-  print(table(result))
+  if not f.row or not table.path.exists():
+    table.begin(rounds)
+  if alone:
+    in_turn(scale, rounds, limit, table)
+  else:
+    here(scale, f.row or list(contestants(scale)), rounds, table)
+  if not f.row:
+    result = table.read()
+    report.plot(result, table.path.with_suffix('.png'))
+    print(report.table(result))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
-  flags.DEFINE_integer('rounds', 20, 'Interleaved repeats.')
+  flags.DEFINE_integer('rounds', 0, "Repeats of every row; 0: the scale's.")
+  flags.DEFINE_float(
+    'limit', None, "Seconds for all processes of gpu and smoke, 0: none; by default the scale's."
+  )
+  flags.DEFINE_multi_string('row', [], 'Measure this row alone, and add it to the table.')
   console.run(main)
