@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slm.weights.axes import Params, leaf_axes
 
 # Logical axis -> mesh axes. `batch` is an axis of activations; `embed` is split in weights only.
-# `groups` are those of weights that are still split by `embed`.
+# `groups` are those of weights that are still split by `embed`. In the weights of experts the axis
+# `experts` comes first and takes `expert`, all others are split over it too.
 RULES: dict[str, tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
-  'groups': ('data', 'expert'),
-  'embed': ('fsdp',),
+  'groups': ('data',),
+  'embed': ('fsdp', 'expert'),
   'mlp': ('tensor',),
   'heads': ('tensor',),
   'kv_heads': ('tensor',),
@@ -67,8 +69,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
   """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(sizes, len(devices))
+  # jax.make_mesh refuses sizes that are no product of the sides of a slice of TPUs, as 16 of 8x8.
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   # JAX's default, Explicit, rejects ordinary operations; see CONTRIBUTING.
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def fit_mesh(channels: int) -> Mesh:
