@@ -1,4 +1,4 @@
-r"""Compile a run's training step for a slice of TPUs that is not here, and print what it takes.
+r"""Compile a run's training step, or its decoding, for TPUs that are not here; print what it takes.
 
     python -m slm.compile --topology=v5e:16x16 --config=configs/pretrain.py \
       --config.mesh.fsdp=-1 --config.mesh.data=1 --config.model.vocab=32000 --context=1024
@@ -32,10 +32,14 @@ def main(_: list[str]) -> None:
     teacher = config.of(cfg.teacher).model if cfg.teacher else None
   chips = aot.devices(f.topology)
   try:
-    step = aot.compile_step(cfg, chips, teacher)
+    if f.decode:
+      step = aot.compile_decoding(cfg, chips, f.decode)
+    else:
+      step = aot.compile_step(cfg, chips, teacher)
   except aot.DoesNotFitError as e:
-    raise ValueError(f'{f.topology}: {e}; {advice(cfg, chips, teacher, f.autotune)}') from None
-  print(aot.report(cfg, step, f.topology, len(chips)))
+    more = 'take fewer rows' if f.decode else advice(cfg, chips, teacher, f.autotune)
+    raise ValueError(f'{f.topology}: {e}; {more}') from None
+  print(aot.report(cfg, step, f.topology, len(chips), f.decode))
 
 
 def advice(cfg, chips, teacher, search: bool) -> str:
@@ -60,5 +64,6 @@ def advice(cfg, chips, teacher, search: bool) -> str:
 if __name__ == '__main__':
   flags.DEFINE_string('topology', '', 'KIND:SHAPE of a slice, such as v5e:16x16 or v5p:4x4x4.')
   flags.DEFINE_integer('context', 0, 'Tokens per row, without data.')
+  flags.DEFINE_integer('decode', 0, 'Rows to decode, in place of a training step.')
   flags.DEFINE_bool('autotune', False, 'Look for a setting that fits, if this one does not.')
   console.run(main, config='base', keys=config.RunConfig)

@@ -1,8 +1,10 @@
 """Programs compiled ahead of time: what is read from HLO, what a step takes, what does not fit."""
 
 import dataclasses
+import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -185,6 +187,17 @@ def test_a_teacher_needs_no_run():
     aot.compile_step(cfg, jax.devices())
 
 
+def test_decoding_is_compiled_from_shapes():
+  cfg = tiny(mesh__data=-1, mesh__fsdp=1)
+  found = aot.compile_decoding(cfg, jax.devices(), 16)
+  assert found.tokens == 16 * 16  # half of the context, of every row
+  assert found.memory['weights'] == 4 * sum(num_params(cfg.model).values())
+  # The head only for the last token of the prompt; the keys of the whole cache, masked or not.
+  assert 0.5 < found.flops / found.model_flops < 1.5
+  with pytest.raises(ValueError, match='--decode=9: expected a multiple of the 8 chips'):
+    aot.compile_decoding(cfg, jax.devices(), 9)
+
+
 def test_errors_of_the_compiler_are_one_line():
   used = 'RESOURCE_EXHAUSTED: Ran out of memory\nUsed 20.10G of 15.75G hbm. Exceeded by 4.35G.'
   error = aot._explained(RuntimeError(used))
@@ -228,15 +241,55 @@ def compiled(*flags):
   return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.skipif(not LIBTPU, reason='SLM_LIBTPU is not set: make libtpu')
-def test_a_step_is_compiled_for_tpus_that_are_not_here():
+needs_libtpu = pytest.mark.skipif(not LIBTPU, reason='SLM_LIBTPU is not set: make libtpu')
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_tpus_that_are_not_here_is_refused():
   flags = [f'--config.{key}={value}' for key, value in TINY.items()]
-  done = compiled('--topology=v5e:2x2', '--config=pretrain', '--context=128', *flags)
-  assert done.returncode == 0, done.stderr
-  assert 'compiled for                 v5e:2x2, 4 chips; mesh fsdp 4' in done.stdout
   big = ['--config.model.embed=4096', '--config.model.num_layers=64', '--config.model.mlp=16384']
   done = compiled('--topology=v5e:2x2', '--config=pretrain', '--context=128', *flags, *big)
   assert done.returncode == 1 and 'of memory on a chip; --autotune tries' in done.stderr
+
+
+# What experiments/scale compiles, in small.
+EVERY = """
+import json
+from test_compile import tiny
+from slm.training import aot
+from slm.weights import sharding
+clusters = {'reparam.clusters': 4, 'data.level': 4}
+wide = {'dtype': 'bfloat16', 'context': 128, 'model__head_dim': 128}
+configs = {
+  'dense': tiny(**wide),
+  'projected': tiny('project', data__rows_per_group=2, **clusters, **wide),
+  'mixture': tiny('mixture', data__rows_per_group=4, mesh__fsdp=1, mesh__expert=4, **clusters, **wide),
+  'routed': tiny('moe', model__dispatch='ragged', mesh__expert=2, **wide),
+  'distilled': tiny('recover', init='', teacher='', **wide),
+}
+chips = aot.devices('v5e:2x2')
+for name, cfg in configs.items():
+  step = aot.compile_step(cfg, chips, cfg.model if name == 'distilled' else None)
+  print(name, json.dumps([step.flops / step.model_flops, step.memory, step.unknown]))
+# 8 is no product of sides of 4x4.
+sharding.make_mesh({'fsdp': 2, 'data': 1, 'expert': 8}, aot.devices('v5e:4x4'))
+print(aot.report(configs['dense'], aot.compile_decoding(configs['dense'], chips, 8), 'v5e:2x2', 4, 8))
+"""  # noqa: E501
+
+
+@needs_libtpu
+def test_every_kind_of_model_is_compiled_for_tpus_that_are_not_here(tmp_path):
+  paths = os.pathsep.join([LIBTPU, str(pathlib.Path(__file__).parent), '.'])
+  env = os.environ | {'PYTHONPATH': paths, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, '-c', EVERY], capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr
+  *steps, report = done.stdout.split('\n', 5)
+  for line in steps:
+    name, _, found = line.partition(' ')
+    ratio, memory, unknown = json.loads(found)
+    assert 1 <= ratio < 1.6 and memory['XLA temporaries'] and not unknown, name
+  assert 'compiled for                 v5e:2x2, 4 chips; mesh fsdp 4' in report
+  assert 'decoding                     at least' in report
 
 
 def test_without_libtpu_the_extra_is_named():

@@ -1,4 +1,4 @@
-"""Compile a run's training step for chips that are not here, and work out what it takes there.
+"""Compile a run's programs for chips that are not here, and work out what they take there.
 
 XLA's own TPU compiler runs on any machine where libtpu is installed (jax.experimental.topologies).
 Memory is its assignment of buffers; times are the roofline of what the program computes, moves and
@@ -10,29 +10,33 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 
-from slm import objectives
+from slm import models, objectives
 from slm.base import console
 from slm.models.config import DecoderConfig
+from slm.models.decode import generate
 from slm.objectives.setup import ROWS
 from slm.runs import checkpoint, load
 from slm.runs.config import RunConfig
 from slm.training import hlo, plan
 from slm.training.program import Program
-from slm.weights import chips, sharding
+from slm.weights import chips, sharding, tree
+from slm.weights.count import forward_flops
 
 # Without these libtpu asks the machine which TPU it is, and says on stderr that it is none.
 _NO_TPU = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
   'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip is held, so that compilations can run side by side
 }
 # How the compiler says that a program needs more memory than a chip has.
 _NO_ROOM = (
@@ -44,9 +48,10 @@ _REMAT = ('none', 'dots', 'full')  # what a backward pass recomputes, in the ord
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What a training step takes on one chip.
+  """What a program, a training step or the decoding of a batch, takes on one chip.
 
   Attributes:
+    tokens: that all chips together train on, or append.
     memory: bytes by purpose; a key that starts with 'XLA' is the compiler's.
     flops: that are computed, recomputation included.
     model_flops: that the model needs (plan.step_flops), of one chip.
@@ -55,6 +60,7 @@ class Compiled:
     unknown: the number of loops whose length is not known: the two above count them once.
   """
 
+  tokens: int
   memory: Mapping[str, float]
   flops: float
   model_flops: float
@@ -82,6 +88,8 @@ def devices(topology: str) -> list[Any]:
     raise ValueError("--topology: compiling for TPUs needs libtpu: pip install 'slm[tpu]'")
   for name, value in _NO_TPU.items():
     os.environ.setdefault(name, value)
+  # Programs for chips that are not here can be written to JAX's cache, but not read from it.
+  jax.config.update('jax_enable_compilation_cache', False)
   # A chip of v4 is one device if its cores are joined; libtpu joins those of v5p by itself.
   options = {'chip_config_name': 'megachip'} if topology.startswith('v4') else {}
   try:
@@ -112,13 +120,7 @@ def compile_step(
     frozen['base'] = load.base_outline(cfg, rep, mesh)
   state = checkpoint.abstract(program.shapes, program.layout)
   batch = _batch(cfg, rep, setup, mesh)
-  # A concrete mesh in the context would run eager operations on the chips, which are not here.
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    traced = program.trace(ROWS, state, frozen, batch)
-    try:
-      compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as e:
-      raise _explained(e) from None
+  trace = lambda: program.trace(ROWS, state, frozen, batch)
   kinds = {
     'weights': state.theta,
     'optimiser moments': state.opt_state,
@@ -126,17 +128,63 @@ def compile_step(
     'weights trained beside': state.beside,
     'batch': batch,
   }
-  memory = {name: _bytes(tree) for name, tree in kinds.items()}
+  needed = plan.step_flops(cfg, model, rep, program.shapes.theta, setup.flops)
+  return _compile(trace, kinds, mesh, needed, cfg.data.batch_size * cfg.context)
+
+
+def compile_decoding(cfg: RunConfig, slice_devices: list[Any], rows: int) -> Compiled:
+  """Compile greedy decoding by a run's model, one specialist if it holds several, on its mesh.
+
+  Of the context, the first half is the prompt, the rest is appended to all `rows` of them.
+
+  Raises:
+    DoesNotFitError: if the program needs more memory than a chip has, saying how much.
+    ValueError: if weights or rows do not divide over the mesh.
+  """
+  mesh = sharding.make_mesh(vars(cfg.mesh), slice_devices)
+  if rows % (shards := sharding.batch_devices(mesh)):
+    raise ValueError(f'--decode={rows}: expected a multiple of the {shards} chips that split rows')
+  model = models.build(cfg.model)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda x: tree.cast(x, jnp.dtype(cfg.dtype)), shapes)
+  params = checkpoint.abstract(shapes, sharding.shardings(shapes, mesh))
+  prompt = cfg.context // 2
+  where = sharding.batch_sharding(mesh)
+  prompts = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=where)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  appended = cfg.context - prompt
+  trace = lambda: generate.trace(model, params, prompts, prompts, key, max_tokens=appended)
+  needed = rows * cfg.context * forward_flops(cfg.model, cfg.context)
+  kinds = {'weights': params, 'batch': prompts}
+  return _compile(trace, kinds, mesh, needed, rows * appended)
+
+
+def _compile(
+  trace: Callable[[], jax.stages.Traced],
+  kinds: Mapping[str, Any],
+  mesh: jax.sharding.Mesh,
+  model_flops: float,
+  tokens: int,
+) -> Compiled:
+  """Compile what `trace` gives; `kinds` are its arguments by purpose."""
+  # A concrete mesh in the context would run eager operations on the chips, which are not here.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = trace()
+    try:
+      compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+      raise _explained(e) from None
+  memory = {name: _bytes(held) for name, held in kinds.items()}
   analysis = compiled.memory_analysis()
   memory['XLA temporaries'] = float(analysis.temp_size_in_bytes)
   memory['XLA results'] = float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
   memory['XLA program'] = float(analysis.generated_code_size_in_bytes)
-  needed = plan.step_flops(cfg, model, rep, program.shapes.theta, setup.flops)
   text = hlo.Program(compiled.as_text())
   return Compiled(
+    tokens,
     {name: n for name, n in memory.items() if n},
-    flops(traced.jaxpr.jaxpr) / len(slice_devices),
-    needed / len(slice_devices),
+    flops(traced.jaxpr.jaxpr) / mesh.size,
+    model_flops / mesh.size,
     text.traffic(),
     text.collectives(mesh.axis_names, mesh.devices.shape),
     len(text.unknown),
@@ -241,8 +289,8 @@ def smaller(cfg: RunConfig, count: int) -> list[tuple[str, RunConfig]]:
   return options[1:]
 
 
-def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
-  """Format what a step and the run take on a slice."""
+def report(cfg: RunConfig, step: Compiled, topology: str, count: int, decode: int = 0) -> str:
+  """Format what a step and the run take on a slice, or the decoding of `decode` rows."""
   chip = chips.CHIPS[chips.TPUS[topology.partition(':')[0]]]
   lines: list[str] = []
   add = lambda title, value: lines.append(f'{title:28} {value}')
@@ -254,7 +302,7 @@ def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
     'memory per chip', f'{total / 1e9:.3g} GB, {total / chip.bytes:.0%} of {chip.bytes / 1e9:.3g}'
   )
   lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in step.memory.items()]
-  add('collectives per step', 'bytes that each chip sends')
+  add('collectives', 'bytes that each chip sends')
   merged: dict[tuple, list[float]] = {}
   for c in step.collectives:
     entry = merged.setdefault((c.kind, c.axes), [0, 0.0])
@@ -269,11 +317,12 @@ def report(cfg: RunConfig, step: Compiled, topology: str, count: int) -> str:
     add('counted once', f'{step.unknown} loops whose length is not known')
   least = max(times.values())
   parts = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in times.items())
-  add('step', f'at least {1e3 * least:.3g} ms ({parts})')
-  tokens = cfg.data.batch_size * cfg.context
+  what = 'decoding' if decode else 'step'
+  add(what, f'at least {1e3 * least:.3g} ms ({parts})')
   mfu = step.model_flops / (least * chip.flops)
-  add('tokens/s', f'at most {tokens / least:,.0f}, an MFU of {mfu:.0%}')
-  hours = least * cfg.steps / 3600
-  whole = f'{tokens * cfg.steps:.3g} tokens in {console.duration(3600 * hours)}'
-  add('run', f'{cfg.steps:,} steps, {whole} or more, {hours * count:,.3g} chip-hours')
+  add('tokens/s', f'at most {step.tokens / least:,.0f}, an MFU of {mfu:.0%}')
+  if not decode:
+    hours = least * cfg.steps / 3600
+    whole = f'{step.tokens * cfg.steps:.3g} tokens in {console.duration(3600 * hours)}'
+    add('run', f'{cfg.steps:,} steps, {whole} or more, {hours * count:,.3g} chip-hours')
   return '\n'.join(lines)
