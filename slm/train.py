@@ -28,7 +28,8 @@ def main(_: list[str]) -> None:
   console.required('workdir')
   if given['distributed']['enable']:
     processes.connect(given['distributed'])
-  result = train(given, f.workdir, f.profile)
+  with processes.ending():
+    result = train(given, f.workdir, f.profile)
   if jax.process_index() == 0:
     print(json.dumps(result))
 

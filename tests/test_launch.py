@@ -1,6 +1,5 @@
 """Commands for other machines: the printed text, its quoting, and what is checked before it."""
 
-import json
 import os
 import re
 import shlex
@@ -14,8 +13,7 @@ import pytest
 import yaml
 from absl import flags
 
-from slm.base import files
-from slm.runs import foreground, launch, rundir
+from slm.runs import foreground, launch
 
 ROOT = Path(__file__).parent.parent
 # What a shell, sbatch, YAML and Kubernetes could each misread.
@@ -68,16 +66,18 @@ def test_slurm_script():
   expected = ['srun', 'env', *ENV, *python('slurm', '--config.distributed.enable=True')]
   assert words(command) == shlex.split(command) == expected
   assert after == (
-    '# Ended by a signal (time limit, memory, a lost process): continue from the last checkpoint.\n'
-    'if [ "$status" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then\n'
+    '# Ended by a signal (time limit, memory) or a lost process, not by an error: continue.\n'
+    'if { [ "$status" -gt 128 ] || [ "$status" -eq 75 ]; } &&\n'
+    '  [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then\n'
     '  scontrol requeue "$SLURM_JOB_ID"\nfi\nexit "$status"\n'
   )
 
 
 @pytest.mark.parametrize(
-  ('status', 'count', 'requeues'), [(0, 0, 0), (1, 0, 0), (143, 1, 1), (137, 2, 0)]
+  ('status', 'count', 'requeues'),
+  [(0, 0, 0), (1, 0, 0), (143, 1, 1), (137, 2, 0), (75, 0, 1), (75, 2, 0)],
 )
-def test_slurm_script_queues_again_only_after_a_signal(tmp_path, status, count, requeues):
+def test_slurm_script_queues_again_only_after_a_signal_or_a_loss(tmp_path, status, count, requeues):
   for name, body in {
     'srun': f'exit {status}',
     'scontrol': f'echo "$*" >> {tmp_path}/asked',
@@ -107,7 +107,14 @@ def test_jobset_of_a_tpu_slice():
   pod = work['template']['spec']
   (container,) = pod['containers']
   assert work['completions'] == work['parallelism'] == 64
-  assert manifest['spec']['failurePolicy'] == {'maxRestarts': 10}
+  # An error, with exit status 1, ends the JobSet; all else starts it again.
+  (error,) = work['podFailurePolicy']['rules']
+  exit_codes = {'containerName': container['name'], 'operator': 'In', 'values': [1]}
+  assert error == {'action': 'FailJob', 'onExitCodes': exit_codes}
+  policy = manifest['spec']['failurePolicy']
+  (rule,) = policy['rules']
+  assert policy['maxRestarts'] == 10 and rule['action'] == 'FailJobSet'
+  assert rule['onJobFailureReasons'] == ['PodFailurePolicy'] and work['backoffLimit'] == 0
   assert pod['nodeSelector'] == {
     'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
     'cloud.google.com/gke-tpu-topology': '16x16',
@@ -233,34 +240,13 @@ def test_what_is_not_here_cannot_be_submitted_from_here(monkeypatch):
       launch.submit(on, job, launch.TARGETS[on].template(job))
 
 
-def test_local_processes_train_and_their_output_is_told_apart(tiny_data, tmp_path):
-  settings = {
-    'data.path': tiny_data, 'data.batch_size': 4, 'steps': 2, 'schedule.warmup': 1, 'log_every': 1,
-    'tensorboard': False, 'eval.every': 0, 'eval.max_rows': 8, 'model.embed': 16,
-    'model.num_layers': 1, 'model.num_heads': 2, 'model.num_kv_heads': 2, 'model.head_dim': 8,
-    'model.mlp': 32,
-  }  # fmt: skip
-  command = [sys.executable, '-m', 'slm.launch', '--on=local', '--nodes=2', '--submit', '--']
-  command += [
-    'train',
-    f'--workdir={tmp_path}/a run',
-    *(f'--config.{k}={v}' for k, v in settings.items()),
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
-  results = [line for line in done.stdout.splitlines() if '] {' in line]
-  assert [json.loads(line.removeprefix('[0] '))['steps'] for line in results] == [2]
-  assert '[0] pretrain a run: reading data' in done.stderr
-  assert files.read_json(tmp_path / 'a run/result.json')['steps'] == 2
-  assert rundir.read_starts(tmp_path / 'a run')[0]['environment']['processes'] == 2
-
-
 def test_one_that_dies_ends_the_others(monkeypatch, capfd):
   monkeypatch.setattr(foreground, 'GRACE', 0.5)
   began = time.monotonic()
   sleeper = [sys.executable, '-c', 'print("here", flush=True); import time; time.sleep(60)']
   killed = ['sh', '-c', 'sleep 1; kill -9 $$']
   assert foreground.run([sleeper, killed, ['true']]) == 128 + signal.SIGKILL
+  assert foreground.run([['true'], ['true']]) == 0
   assert foreground.run([['true'], ['sh', '-c', 'echo no >&2; exit 3']]) == 3
   assert time.monotonic() - began < 30
   out, err = capfd.readouterr()

@@ -59,7 +59,8 @@ NOT_RUN = {
   'make model': 'downloads 93 MB; a random model stands in its place',
   'make setup': 'makes an environment',
   'python -m slm.launch --on=local --nodes=2 --submit -- train --config=configs/pretrain.py '
-  '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_launch.py starts them',
+  '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_processes.py'
+  ' starts them',
   "python -m slm.data.prepare --runner=flink --config='configs/data.py:generic=/mnt/corpus/"
   "*.jsonl.gz' --out=/mnt/DATA -- --flink_master=HOST:8081 --parallelism=64 "
   '--environment_type=DOCKER --environment_config=IMAGE': 'needs a cluster',

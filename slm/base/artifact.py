@@ -74,6 +74,12 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
         folder.rmdir()
 
 
+def release() -> None:
+  """Remove the locks of this process, which ends without leaving `hold`."""
+  for path in _held:
+    path.unlink(missing_ok=True)
+
+
 def _take(path: Path) -> int:
   """Lock a file, write its holder into it, and return its open descriptor."""
   while True:

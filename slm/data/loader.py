@@ -450,18 +450,23 @@ def evaluation_batches(
   level: int = 0,
   index: str = '',
   max_rows: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[tuple[int, np.ndarray, Batch]]:
   """Yield (condition, row ids int64 [batch_size], batch) once over a split, in a fixed order.
 
-  Leaves are [batch_size, context]. With a level, every batch has one cluster. Padding rows have
-  id -1 and weight 0. `max_rows` limits the rows to that many, evenly spaced.
+  Leaves are [batch_size / process_count, context]: each process reads its slice of the rows. With a
+  level, every batch has one cluster. Padding rows have id -1 and weight 0. `max_rows` limits the
+  rows to that many, evenly spaced.
   """
   data = Split(path, set, split, index, level)
   ids = spaced(data.ids, max_rows)
   clusters = data.clusters[ids] if level else np.zeros(len(ids), np.int32)
+  local = batch_size // process_count
+  here = slice(process_index * local, (process_index + 1) * local)
   for cluster in np.unique(clusters).tolist():
     chosen = ids[clusters == cluster]
     for start in range(0, len(chosen), batch_size):
       part = chosen[start : start + batch_size]
       part = np.pad(part, (0, batch_size - len(part)), constant_values=-1).astype(np.int64)
-      yield cluster, part, rows.batch(data.read(part))
+      yield cluster, part, rows.batch(data.read(part[here]))

@@ -61,13 +61,15 @@ def rows(
   batch_size = -(-batch_size // devices) * devices
   evaluated, losses_by_batch = [], []
   cluster, params = None, None
+  process_index, process_count = processes.local_share(mesh)
   batches = loader.evaluation_batches(
-    path, data_set, split, batch_size, level=level, index=index, max_rows=max_rows
-  )
+    path, data_set, split, batch_size, level=level, index=index, max_rows=max_rows,
+    process_index=process_index, process_count=process_count,
+  )  # fmt: skip
   for condition, ids, batch in batches:
     if condition != cluster:
       cluster, params = condition, specialist(condition)
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    batch = processes.global_rows(batch, mesh)
     values = np.asarray(row_losses(params, batch), np.float64)
     real = ids >= 0
     evaluated.append(ids[real])

@@ -75,8 +75,11 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-      return  # closing would wait for a process that has ended
+    # What all processes raise together leaves here too; for the rest, closing would wait for the
+    # others, which have ended or wait for this one.
+    alone = error and not isinstance(error, FloatingPointError)
+    if alone and jax.process_count() > 1:
+      return
     with self._errors('saved'):
       try:
         self._sealed.result()

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from slm.base import arguments
 from slm.runs import config, foreground, load, rundir
+from slm.runs.processes import LOST
 from slm.weights import chips, sharding
 
 TRAIN = 'train'  # the command that runs as several processes
@@ -129,8 +130,9 @@ def slurm(job: Job) -> str:
     *([f'cd {shlex.quote(job.dir)} || exit'] if job.dir else []),
     f'srun {job.line(job.nodes * job.tasks > 1)}',
     'status=$?',
-    '# Ended by a signal (time limit, memory, a lost process): continue from the last checkpoint.',
-    f'if [ "$status" -gt 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} ]; then',
+    '# Ended by a signal (time limit, memory) or a lost process, not by an error: continue.',
+    f'if {{ [ "$status" -gt 128 ] || [ "$status" -eq {LOST} ]; }} &&',
+    f'  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} ]; then',
     '  scontrol requeue "$SLURM_JOB_ID"',
     'fi',
     'exit "$status"',
@@ -139,7 +141,10 @@ def slurm(job: Job) -> str:
 
 
 def gke(job: Job) -> str:
-  """Return a JobSet manifest: a pod per host, all of which start again if one fails."""
+  """Return a JobSet manifest: a pod per host, all of which start again if one is lost.
+
+  An error, exit status 1 of any of them, ends the JobSet.
+  """
   several, keys = job.hosts > 1, {}
   if not job.topology:  # JAX detects the hosts of TPUs; those of GPUs only with a role to read pods
     keys = {'coordinator': f'{job.name}-slm-0-0.{job.name}:{job.port}', 'num_processes': job.hosts}
@@ -165,13 +170,19 @@ def gke(job: Job) -> str:
     container['resources']['limits'] = {'nvidia.com/gpu': str(job.gpus)}
   pod['containers'] = [{key: value for key, value in container.items() if value}]
   work = {'completionMode': 'Indexed', 'completions': job.hosts, 'parallelism': job.hosts}
-  work |= {'backoffLimit': 0, 'template': {'spec': pod}}
+  bad = {'containerName': 'slm', 'operator': 'In', 'values': [1]}
+  work |= {
+    'backoffLimit': 0,
+    'podFailurePolicy': {'rules': [{'action': 'FailJob', 'onExitCodes': bad}]},
+    'template': {'spec': pod},
+  }
+  ends = {'name': 'error', 'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}
   manifest = {
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
     'kind': 'JobSet',
     'metadata': {'name': job.name},
     'spec': {
-      'failurePolicy': {'maxRestarts': job.restarts},
+      'failurePolicy': {'maxRestarts': job.restarts, 'rules': [ends]},
       'replicatedJobs': [{'name': 'slm', 'replicas': 1, 'template': {'spec': work}}],
     },
   }

@@ -1,24 +1,42 @@
-"""Several processes of one run: connecting, agreeing and ending together."""
+"""Several processes of one run: connecting, agreeing and ending together.
+
+The first that ends early leaves its status and the reason with JAX's coordinator, in process 0,
+where the others find them: all end with the same line and status, in seconds, even while they wait
+for it. A process that is killed leaves nothing: the others end with status LOST.
+"""
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the only place of the coordinator's client
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from slm.base import artifact
+from slm.weights import sharding
 
-_LAST = 3.0  # seconds that process 0 outlives the others, which JAX aborts without it
+LOST = 75  # exit status of a process that lost another, as EX_TEMPFAIL: the same command continues
+_LOSS = 'another process has ended; started again, all of them continue'
+_ENDED = 'slm/ended'  # the coordinator's key of what the first process to end says
+_EVERY = 0.5  # seconds between looks at it
+_LAST = 2.0  # seconds in which all processes read it; process 0, which keeps it, outlives them
+# Errors of JAX that are this process's own; all others follow from the loss of another.
+_OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')
+_one_end = threading.Lock()  # taken for good by the thread that ends this process
+_said: list[int] = []  # the status with which it ends, once its line is printed
 
 
 def connect(cfg: Mapping[str, Any]) -> None:
@@ -35,7 +53,7 @@ def connect(cfg: Mapping[str, Any]) -> None:
     raise ValueError(
       f'distributed.coordinator: expected host:port of process 0, found {coordinator!r}'
     )
-  faulthandler.disable()  # JAX aborts if process 0 is lost; Python's stack explains nothing then
+  faulthandler.disable()  # Python's stack does not explain why JAX aborts
   # JAX's own timeout ends in a stack of C++ frames: this one comes first.
   alarm = threading.Timer(cfg['timeout'], _time_out, [cfg])
   alarm.daemon = True
@@ -53,21 +71,69 @@ def connect(cfg: Mapping[str, Any]) -> None:
     raise ValueError(f'distributed.{key}={cfg[key]!r}: {e}') from None
   finally:
     alarm.cancel()
+  ctypes.CDLL(None).signal(signal.SIGABRT, _aborting)  # Python's own handlers come too late
 
 
 def _time_out(cfg: Mapping[str, Any]) -> None:
   place = f'at distributed.coordinator={cfg["coordinator"]!r} ' if cfg['coordinator'] else ''
-  _exit(
+  _say(
+    LOST,
     f'distributed: after {cfg["timeout"]} s not all {cfg["num_processes"] or ""} processes have '
-    f'met {place}(distributed.timeout)'
+    f'met {place}(distributed.timeout)',
   )
+  os._exit(LOST)
 
 
-def _exit(message: str, delay: float = 0.0) -> None:
-  """End this process without waiting for the others, as JAX would."""
+def _say(status: int, message: str) -> None:
   print(f'error: {message}', file=sys.stderr, flush=True)
-  time.sleep(delay)
-  os._exit(1)
+  _said.append(status)
+  artifact.release()
+
+
+def _end(status: int, message: str) -> NoReturn:
+  """End this process with the status and message of the first of all to end.
+
+  At once: JAX would wait for the others, which wait for this one, and abort with a C++ stack.
+  """
+  _one_end.acquire()
+  client, seconds = distributed.global_state.client, _LAST / (1 + bool(jax.process_index()))
+  try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was the first
+      client.key_value_set(_ENDED, json.dumps([status, message]))
+    status, message = json.loads(client.key_value_try_get(_ENDED))
+  except jax.errors.JaxRuntimeError:  # process 0 has gone: JAX aborts, and says more before it
+    _one_end.release()
+    time.sleep(seconds)
+  _say(status, message)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.wait_at_barrier(_ENDED, round(seconds * 1000))
+  if not jax.process_index():
+    time.sleep(_EVERY)  # the others leave the barrier at the same moment
+  os._exit(status)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborting(_: int) -> None:
+  """End this process, with one line, where JAX aborts it: on the loss of process 0, for one."""
+  if not _said:  # without _one_end, whose holder may wait for the thread that this is
+    _say(LOST, f'process {distributed.global_state.process_id}: JAX aborts as {_LOSS}')
+  os._exit(_said[0])
+
+
+def _lost(index: int, why: object) -> NoReturn:
+  """End this process because another has been killed, or its machine is lost."""
+  text = ' '.join(str(why).split())[:500]
+  _end(LOST, f'process {index}: {text}: {_LOSS}')
+
+
+def _watch(index: int, over: threading.Event) -> None:
+  """End this process as soon as another has ended early, until training is over."""
+  while not over.wait(_EVERY):
+    try:
+      _end(*json.loads(distributed.global_state.client.key_value_try_get(_ENDED)))
+    except jax.errors.JaxRuntimeError as e:
+      if not str(e).startswith('NOT_FOUND') and not over.is_set():
+        _lost(index, e)
 
 
 def exchange(text: str) -> list[str]:
@@ -111,6 +177,21 @@ def agree(cfg: Mapping[str, Any]) -> None:
       raise ValueError(f'process {index} has another config than process 0: {difference}')
 
 
+def local_share(mesh: Mesh) -> tuple[int, int]:
+  """Return which of how many equal parts of the batch the devices of this process hold."""
+  rows = sharding.batch_devices(mesh)
+  places = sharding.batch_sharding(mesh).addressable_devices_indices_map((rows,))
+  ranges = [s.indices(rows) for (s,) in places.values()]
+  start, stop = min(r[0] for r in ranges), max(r[1] for r in ranges)
+  return start // (stop - start), rows // (stop - start)
+
+
+def global_rows(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
+  """Make global arrays of this process's part of the rows, which are dimension `axis`."""
+  split = sharding.batch_sharding(mesh, axis)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
+
+
 @contextlib.contextmanager
 def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   """Hold a directory, or `name` in it, for all processes; process 0 takes the lock."""
@@ -121,16 +202,18 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-  """End one of several processes at once on an error, with one line.
-
-  JAX would wait for the others, which wait for this one, and abort with a C++ stack.
-  """
+  """End all of several processes at once on an error in one of them, with one line."""
+  index, over = jax.process_index(), threading.Event()
+  if jax.process_count() > 1:
+    threading.Thread(target=_watch, args=(index, over), daemon=True).start()
   try:
     yield
   except (ValueError, OSError, FloatingPointError, RuntimeError) as e:
     if jax.process_count() == 1:
       raise
-    text = ' '.join(str(e).split())[:500]
-    if isinstance(e, jax.errors.JaxRuntimeError):
-      text += ': another process has ended; started again, all of them continue'
-    _exit(f'process {jax.process_index()}: {text}', 0.0 if jax.process_index() else _LAST)
+    if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(_OWN):
+      _lost(index, e)
+    text = ' '.join(str(e).split())[:2000]
+    _end(1, text if re.match(r'process \d+[ :]', text) else f'process {index}: {text}')
+  finally:
+    over.set()

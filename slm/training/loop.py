@@ -49,7 +49,7 @@ def train(given: Mapping[str, Any], workdir: str | Path, profile: str = '') -> d
     return files.read_json(workdir / 'result.json')
   processes.together(lambda: main and writers.check(cfg.writers))
   mesh = sharding.make_mesh(vars(cfg.mesh))
-  with processes.hold(workdir), processes.ending(), jax.set_mesh(mesh):
+  with processes.hold(workdir), jax.set_mesh(mesh):
     processes.together(lambda: _extends(workdir, cfg))  # again: another run may have held it
     if main:
       (workdir / 'result.json').unlink(missing_ok=True)
@@ -99,15 +99,11 @@ class _Run:
 
   def _open_data(self) -> loader.Loader:
     """Open the batches of the groups of rows on this process's devices."""
-    d = self.cfg.data
-    groups = d.batch_size // d.rows_per_group // d.accum
-    slices = sharding.batch_sharding(self.mesh).addressable_devices_indices_map((groups,))
-    ranges = [s.indices(groups) for (s,) in slices.values()]
-    start, stop = min(r[0] for r in ranges), max(r[1] for r in ranges)
-    share = {'process_index': start // (stop - start), 'process_count': groups // (stop - start)}
+    cfg, (index, count) = self.cfg, processes.local_share(self.mesh)
     return loader.build(
-      d, seed=self.cfg.seed, tokenizer=self.cfg.tokenizer, look_up=self.setup.look_up, **share
-    )
+      cfg.data, seed=cfg.seed, tokenizer=cfg.tokenizer, look_up=self.setup.look_up,
+      process_index=index, process_count=count,
+    )  # fmt: skip
 
   def initial_state(self) -> State:
     """Draw theta, or start from the weights of cfg.init, laid out on the mesh."""
@@ -152,8 +148,7 @@ class _Run:
 
   def global_batch(self, batch: dict[str, np.ndarray]) -> Batch:
     """Make global arrays of this process's rows, groups split over the batch axes."""
-    split = sharding.batch_sharding(self.mesh, axis=1)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
+    return processes.global_rows(batch, self.mesh, axis=1)
 
   def step(self, kind: str, state: State, batch: Batch, record: Recorder) -> tuple[State, Any]:
     """Take a step on a batch; compile for each kind and shape of batch once."""
