@@ -25,6 +25,7 @@ setup(
     'absl-py>=2.5',
     'array-record>=0.8.6',
     'datasketch>=2.0',
+    'etils[epath]>=1.15',
     'flax>=0.12.8',
     'grain>=0.2.18',
     'jax>=0.10.2',
@@ -55,6 +56,8 @@ setup(
     'eval': ['lm-eval>=0.4.13'],
     # Requires a protobuf before 7; what that takes away is in docs/data.md.
     'beam': ['apache-beam>=2.77'],
+    # Data at gs:// addresses; s3fs and adlfs do the same for s3:// and az://.
+    'gcs': ['gcsfs>=2026.9'],
     'sbert': ['sentence-transformers>=6.2'],
     # Writers of metrics.
     'wandb': ['wandb>=0.31'],

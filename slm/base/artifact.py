@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,8 +50,13 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   The lock of a dead process is taken over. A directory made here that stays empty is removed.
 
   Raises:
-    ValueError: if another process holds the lock: its number, its machine and since when.
+    ValueError: if another process holds the lock: its number, its machine and since when; or if
+      the directory is an address, where neither locks nor appending exist.
   """
+  if re.match(r'[a-z0-9]+:/', str(folder)):  # gs:/, as Path makes of gs://
+    raise ValueError(
+      f'{folder}: expected a directory: runs at an address need a mount of it on all machines'
+    )
   path = (folder / f'{name}.lock').absolute()
   if path in _held:
     yield

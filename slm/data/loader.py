@@ -18,7 +18,7 @@ from grain.experimental import index_shuffle
 from grain.sources import ArrayRecordDataSource
 
 from slm.base import files
-from slm.data import rows, work
+from slm.data import rows, sources, work
 from slm.data.tokenizer import load as load_tokenizer
 
 VERSION = 3
@@ -89,6 +89,8 @@ _INDEX = {'set': str, 'split': str, 'rows_sha256': str, 'sha256': str}
 
 def manifest(path: str | Path) -> dict[str, Any]:
   """Read and check the manifest of a prepared data directory."""
+  if sources.is_address(str(path)):
+    raise ValueError(f'{path}: an address: this command reads data of this machine, copy them')
   path = Path(path) / 'manifest.json'
   if not path.exists():
     raise FileNotFoundError(f'{path}: not found; make it with python -m slm.data.prepare')

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slm.base import artifact, schema
-from slm.data import loader
+from slm.data import copies, loader
 from slm.models import Config as ModelConfig
 from slm.reparam import Config as ReparamConfig
 from slm.reparam.dense import FullConfig
@@ -276,6 +276,8 @@ def of(ref: str | Path) -> RunConfig:
 def resolve(config: Mapping[str, Any]) -> RunConfig:
   """Derive the keys that data and other runs decide, and make paths absolute.
 
+  Data at an address become their copy on this machine.
+
   Raises:
     ValueError: if a value is impossible or two do not fit together.
   """
@@ -283,6 +285,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   path = given['data']['path']
   if not path:
     raise ValueError('data.path: expected the directory made by slm.data.prepare, found nothing')
+  path = copies.local(path)
   manifest = loader.manifest(path)
   vocab = manifest['tokenizer']['vocab']
   inherit(given)

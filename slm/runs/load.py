@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from slm import models, reparam
 from slm.base import files
-from slm.data import loader, tokenizer
+from slm.data import copies, loader, tokenizer
 from slm.reparam.dense import FullConfig
 from slm.runs import checkpoint, config, ledger, rundir
 from slm.runs.config import RunConfig
@@ -141,11 +141,15 @@ def served_step(ref: str | Path) -> int | None:
 
 
 def data_path(run: str | Path, data: str = '') -> str:
-  """Return `data`, or else the data directory of a run; raise ValueError if there is neither."""
+  """Return `data`, or the data directory of a run, or the copy of what is an address.
+
+  Raises:
+    ValueError: if there is neither, or as `copies.local` does.
+  """
   path = data or config.of(run).data.path
   if not path:
     raise ValueError(f'{run}: names no data directory of its own: name one with --data')
-  return path
+  return copies.local(path)
 
 
 def mesh_for(run: str | Path) -> Mesh:
