@@ -1,14 +1,16 @@
 """Checkpoints that are damaged, cannot be saved or are of an earlier version."""
 
 import errno
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from slm import checkpoint as command
-from slm.base import files
+from slm.base import console, files
 from slm.objectives import heldout
 from slm.runs import checkpoint, load, rundir
 from slm.training import loop
@@ -129,6 +131,38 @@ def test_a_restart_seals_what_a_killed_process_had_saved(run, tiny_config_of, ca
   (run / 'checkpoints/6/checksums.json').unlink()  # it was killed between the two
   again(run, tiny_config_of)
   assert verify(capsys, run) == ([f'{run}@{step}: as it was written' for step in (2, 4, 6)], '')
+
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(
+  signals, whole, run, tiny_config_of, monkeypatch
+):
+  """The first waits until it is read, the second does not; Orbax makes errors of its own of it."""
+  orbax, read = checkpoint.ocp.training.Checkpointer.load_checkpointables, []
+
+  def load_checkpointables(self, step, abstract):
+    try:
+      for _ in range(signals):
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as e:
+      raise ValueError('while reading array index') from e
+    read.append(step)
+    return orbax(self, step, abstract)
+
+  before = signal.signal(signal.SIGTERM, console._interrupt)
+  monkeypatch.setattr(
+    checkpoint.ocp.training.Checkpointer, 'load_checkpointables', load_checkpointables
+  )
+  try:
+    with pytest.raises(console.Interrupted):
+      again(run, tiny_config_of)
+    assert signal.getsignal(signal.SIGTERM) is console._interrupt
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert read == [6][: 2 - signals]
+  monkeypatch.undo()
+  again(run, tiny_config_of)
+  assert losses(run) == losses(whole)
 
 
 def test_multiples_are_kept_and_named_like_other_checkpoints(tiny_config_of, tmp_path):

@@ -13,14 +13,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from slm.base import files
+from slm.base import console, files
 from slm.runs import processes, rundir
 
 policies = ocp.training.preservation_policies
@@ -59,14 +59,15 @@ class Checkpoints:
     # Replicas share the writing of an array only in parts of at least 1 MB: cutting takes a program
     # per shape and device.
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
-    self._checkpointer = ocp.training.Checkpointer(
-      self._directory,
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=policies.AnyPreservationPolicy(always),
-      # A reader must not: another process's unfinished save looks like a leftover.
-      cleanup_tmp_directories=bool(keep),
-      context=context,
-    )
+    with _signals_held():
+      self._checkpointer = ocp.training.Checkpointer(
+        self._directory,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=policies.AnyPreservationPolicy(always),
+        # A reader must not: another process's unfinished save looks like a leftover.
+        cleanup_tmp_directories=bool(keep),
+        context=context,
+      )
     self._sealer = concurrent.futures.ThreadPoolExecutor(1)
     self._sealed = self._sealer.submit(lambda: None)  # the latest save
     self._saving, self._size = 0, 0  # its step and bytes
@@ -134,10 +135,13 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _errors(self, done: str, step: int | None = None) -> Iterator[None]:
-    """Turn any error of Orbax into one line that names the checkpoint."""
+    """Turn any error of Orbax into one line that names the checkpoint; hold signals meanwhile."""
     try:
-      yield
+      with _signals_held():
+        yield
     except Exception as e:  # noqa: BLE001 (Orbax and tensorstore raise errors of any class)
+      if isinstance(_first(e), (console.Interrupted, KeyboardInterrupt)):  # the second signal
+        raise _first(e) from None
       step = self._saving if step is None else step
       text = f'{self._directory}: step {step} cannot be {done} ({_first_line(e)})'
       if files.no_space(e):
@@ -259,10 +263,16 @@ def damage(folder: Path, item: str = '') -> str:
     return str(e)
 
 
-def _first_line(error: BaseException) -> str:
-  """Return the start of the message of an error's first cause; Orbax adds pages to it."""
+def _first(error: BaseException) -> BaseException:
+  """Return an error's first cause."""
   while error.__cause__ or error.__context__:
     error = error.__cause__ or error.__context__
+  return error
+
+
+def _first_line(error: BaseException) -> str:
+  """Return the start of the message of an error's first cause; Orbax adds pages to it."""
+  error = _first(error)
   return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}'
 
 
@@ -273,14 +283,14 @@ def abstract(tree: Any, shardings: Any) -> Any:
   )
 
 
-class StopSignal:
-  """Records SIGTERM and SIGINT, so that the loop can save before it stops.
+class _Signals:
+  """Records the first SIGTERM or SIGINT; a second one acts at once.
 
-  With several processes JAX's own handler records SIGTERM, and they agree on the step.
+  With several processes JAX's own handler records SIGTERM.
   """
 
-  def __enter__(self) -> 'StopSignal':
-    self._received = 0
+  def __enter__(self) -> Self:
+    self.received = 0
     self._before = {}
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and jax.process_count() == 1:
@@ -293,11 +303,27 @@ class StopSignal:
       signal.signal(s, handler)
 
   def _receive(self, number: int, _: object) -> None:
-    self._received = number
-    self.__exit__()  # a second signal acts at once
+    self.received = number
+    self.__exit__()
+
+
+class StopSignal(_Signals):
+  """Records SIGTERM and SIGINT, so that the loop can save before it stops.
+
+  Several processes agree on the step.
+  """
 
   def __call__(self, step: int) -> int:
     """Return the signal received before a step, 0 if there was none."""
     if jax.process_count() > 1:
       return signal.SIGTERM * multihost_utils.reached_preemption_sync_point(step)
-    return self._received
+    return self.received
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+  """Hold back a signal while Orbax works, whose event loop would make an error of it."""
+  with _Signals() as signals:
+    yield
+  if signals.received:
+    signal.raise_signal(signals.received)
