@@ -170,7 +170,7 @@ class Study:
       shutil.copytree(self._base / 'train/run', here / 'run')
 
   def undisturbed(self, name: str, place: Place = stages.ONE) -> dict[str, Any]:
-    """Return the seconds, number of writes and digest of a stage that nothing disturbs; done once.
+    """Return the seconds, number of writes and hashes of a stage that nothing disturbs; done once.
 
     It is done twice, the second time with all programs compiled before, and has to make the same.
     """
@@ -189,12 +189,12 @@ class Study:
           seconds = time.monotonic() - began
           if problems := started.problems([0]):
             raise ValueError(f'{label}, which nothing disturbed: {"; ".join(problems)}')
-        digests.append(stages.digest(here))
-      if len(set(digests)) > 1:
+        digests.append(stages.digests(here))
+      if digests[0] != digests[1]:
         raise ValueError(f'{label}: made something else the second time')
       writes = max(int(path.read_text()) for path in notes.glob('writes.*'))
       value = {'seconds': seconds, 'writes': writes}
-      value |= {'digest': digests[0], **self._distances(here, place)}
+      value |= {'digests': digests[0], **self._distances(here, place)}
       files.write_json(record, value)
     return files.read_json(record)
 
@@ -272,8 +272,10 @@ class Study:
     if len(stage.places) > 1:
       off = stages.distances(here, self._base / stage.like)
       problems += [f'{k} differ by {v:.2g}' for k, v in off.items() if v > stages.TOLERANCE[k]]
-    elif stages.digest(here) != self.undisturbed(name)['digest']:
-      problems.append('made something else')
+    else:
+      was, now = self.undisturbed(name)['digests'], stages.digests(here)
+      other = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
+      problems += [f'made something else: {", ".join(other)}'] * bool(other)
     usual = stages.batches(self._out / 'notes' / (stage.like or name))
     taken = stages.batches(notes)
     if usual.keys() != taken.keys() & usual.keys():
@@ -288,14 +290,17 @@ class Study:
       for place in self._stages[name].places:
         self.undisturbed(name, place)
     record = self._out / 'trials.jsonl'
-    lines = [json.loads(x) for x in record.read_text().splitlines()] if record.exists() else []
+    texts = record.read_text().splitlines() if record.exists() else []
+    lines = {line['trial']: line for line in map(json.loads, texts)}
     with console.Progress('trials', self._scale.trials, 'trial') as bar:
       bar.skip(len(lines))
-      for number in range(len(lines), self._scale.trials):
-        lines.append(self.trial(number))
-        files.write_text(record, ''.join(json.dumps(line) + '\n' for line in lines))
-        bar.update(1)
-    return lines
+      for number in range(self._scale.trials):
+        if number not in lines:
+          lines[number] = self.trial(number)
+          texts = [json.dumps(lines[key]) + '\n' for key in sorted(lines)]
+          files.write_text(record, ''.join(texts))
+          bar.update(1)
+    return [lines[number] for number in sorted(lines)]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

@@ -64,13 +64,14 @@ def stages(steps: int) -> dict[str, Stage]:
   training = {
     'steps': steps, 'schedule.warmup': 2, 'tensorboard': False, 'data.batch_size': 8,
     'eval.every': 10, 'eval.max_rows': 32, 'checkpoint.every': 5, 'objective.chunk': 64,
+    'log_every': 1,  # else the metrics have a line more where a signal made it save
   }  # fmt: skip
   shape = {'embed': 32, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 16}
   model = {f'model.{key}': value for key, value in {**shape, 'mlp': 64}.items()}
 
   def train(name: str, *more: str) -> Callable[[Path, Path], list[str]]:
     """Return the command of a model of 30 thousand parameters, saved every fifth step."""
-    keys = {**training, **model, 'log_every': 1, 'checkpoint.keep': 2}
+    keys = {**training, **model, 'checkpoint.keep': 2}
     return lambda here, base: [
       'slm.train', f'--config={name}', *config(keys), f'--config.data.path={base}/prepare/data',
       *(text.format(base=base) for text in more), f'--workdir={here}/run',
@@ -118,19 +119,26 @@ def _parameters(run: Path) -> list[np.ndarray]:
   return [np.asarray(x) for x in jax.tree.leaves(load.load(run, load.mesh_for(run)).theta)]
 
 
-def digest(here: Path) -> str:
-  """Hash what a stage made: rows, parameters, the losses of every step and held-out row."""
-  found = hashlib.sha256()
+def digests(here: Path) -> dict[str, str]:
+  """Hash what a stage made: files of rows and numbers; of every run, parameters and losses."""
+  found = {}
   for path in sorted(here.rglob('*')):
+    name = str(path.relative_to(here))
     if path.suffix in _HASHED:
-      found.update(f'{path.relative_to(here)} {files.sha256(path)}'.encode())
+      found[name] = files.sha256(path)
     elif path.suffix == '.safetensors':  # its header may hold times and paths
-      for name, tensor in sorted(load_file(path).items()):
-        found.update(f'{path.relative_to(here)} {name}'.encode() + tensor.tobytes())
+      found[name] = _hash(*(x for pair in sorted(load_file(path).items()) for x in pair))
   for run in _runs(here):
-    found.update(json.dumps([str(run.relative_to(here)), *_losses(run)]).encode())
-    for leaf in _parameters(run):
-      found.update(leaf.tobytes())
+    found[f'{run.relative_to(here)} losses'] = _hash(json.dumps(_losses(run)))
+    found[f'{run.relative_to(here)} parameters'] = _hash(*_parameters(run))
+  return found
+
+
+def _hash(*parts: str | np.ndarray) -> str:
+  """Hash texts and arrays."""
+  found = hashlib.sha256()
+  for part in parts:
+    found.update(part.encode() if isinstance(part, str) else part.tobytes())
   return found.hexdigest()
 
 
