@@ -52,3 +52,15 @@ def test_damaged_arrays_are_one_line(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match='x.npy: truncated or damaged'):
       files.read_npy(path)
+
+
+@pytest.mark.parametrize('shape', [(12, 2), (7,), (0, 2)])
+def test_an_array_in_parts_is_the_same_file(tmp_path, shape):
+  array = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+  files.write_npy(tmp_path / 'whole.npy', array)
+  files.write_npy_parts(tmp_path / 'parts.npy', shape, array.dtype, [array[:3], array[3:]])
+  assert (tmp_path / 'parts.npy').read_bytes() == (tmp_path / 'whole.npy').read_bytes()
+  parts = [*files.read_npy_parts(tmp_path / 'parts.npy', 5)]
+  np.testing.assert_array_equal(np.concatenate([array[:0], *parts]), array)
+  with pytest.raises(ValueError, match=r'parts.npy: expected \d+ entries, found'):
+    files.write_npy_parts(tmp_path / 'parts.npy', (99, *shape[1:]), array.dtype, [array])

@@ -71,6 +71,31 @@ def test_training_documents_near_others_go_and_held_out_ones_stay(tmp_path):
   assert counts['near'] == {('generic', 'train'): 36, ('law', 'train'): 9, ('law', 'test'): 4}
 
 
+def test_only_what_shares_a_band_is_compared_and_nothing_near_is_missed(tmp_path, monkeypatch):
+  compared, masks = near._compared, []
+  make = lambda name: prepare.prepare(
+    toy.config(
+      tmp_path,
+      corpus(tmp_path),
+      out=str(tmp_path / name),
+      sizes=(),
+      near_duplicates=0.8,
+      levels=(2,),
+    )
+  )['sets']
+
+  def recorded(sets, keep, threshold):
+    masks.append(compared(sets, keep, threshold))
+    return masks[-1]
+
+  monkeypatch.setattr(near, '_compared', recorded)
+  some = make('some')
+  monkeypatch.setattr(near, '_compared', lambda sets, keep, threshold: keep)
+  assert make('all') == some
+  (mask,) = masks
+  assert {name: int(kept.sum()) for name, kept in mask.items()} == {'generic': 12, 'law': 4}
+
+
 def test_a_similarity_is_a_share(tmp_path):
   with pytest.raises(ValueError, match='near_duplicates=1.5: expected a similarity'):
     toy.config(tmp_path, {'generic': {'all': 'x.txt'}}, near_duplicates=1.5)

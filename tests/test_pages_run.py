@@ -96,6 +96,8 @@ NOT_RUN = {
   'python -m experiments.speed.run --scale=cpu': 'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=gpu': 'needs a GPU',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
+  "python -m experiments.speed.prepare --corpus='corpus/*.jsonl.gz' --gigabytes=0.1,1,4":
+    'minutes, and measures this machine',
 }  # fmt: skip
 # Extras that a command needs: where one is not installed, the command is skipped.
 NEEDS = {

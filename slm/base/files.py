@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,31 @@ def write_npy(path: Path, array: np.ndarray) -> None:
   """Write one array, not pickled."""
   with replacing(path) as temporary, temporary.open('wb') as f:
     np.save(f, array, allow_pickle=False)
+
+
+def write_npy_parts(
+  path: Path, shape: Sequence[int], dtype: np.dtype, parts: Iterable[np.ndarray]
+) -> None:
+  """Write an array as `write_npy` does, from parts along its first axis, one at a time.
+
+  Raises:
+    ValueError: if the parts do not add up to the shape.
+  """
+  with replacing(path) as temporary, temporary.open('wb') as f:
+    header = np.lib.format.header_data_from_array_1_0(np.empty((0, *shape[1:]), dtype))
+    np.lib.format.write_array_header_1_0(f, header | {'shape': tuple(shape)})
+    length = 0
+    for part in parts:
+      f.write(part.astype(dtype).tobytes())
+      length += len(part)
+    if length != shape[0]:
+      raise ValueError(f'{path}: expected {shape[0]} entries, found {length}')
+
+
+def read_npy_parts(path: Path, size: int = 1 << 20) -> Iterator[np.ndarray]:
+  """Read an array in parts of `size` along its first axis, which are not kept in memory."""
+  for start in range(0, len(read_npy(path, 'r')), size):
+    yield np.array(read_npy(path, 'r')[start : start + size])
 
 
 def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:

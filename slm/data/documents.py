@@ -19,7 +19,7 @@ Sources = dict[str, dict[str, dict[str, int]]]  # set -> split -> file -> bytes
 SAMPLE = 10 << 20  # characters that a tokenizer is trained on
 _TASK = 32 << 20  # bytes of source files read by one task
 _SHARD = 8 << 20  # characters of text in one document shard
-_BUCKET = 4 << 20  # documents whose hashes are compared at once
+_BUCKET = 1 << 20  # documents whose hashes are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +350,9 @@ def sample_windows(tasks: Sequence[Cut], counts: Sequence[int], limit: int, seed
 
 def choose_windows(counts: Sequence[int], limit: int, seed: int) -> list[np.ndarray]:
   """Choose `limit` training windows (or all): their numbers in each shard, ascending."""
-  chosen = np.sort(np.random.default_rng(seed).permutation(sum(counts))[:limit])
+  # What is permuted grows with the text: 4 bytes per window, and the same numbers as in 8.
+  numbers = np.arange(sum(counts), dtype=np.int32 if sum(counts) < 2**31 else np.int64)
+  chosen = np.sort(np.random.default_rng(seed).permutation(numbers)[:limit].astype(np.int64))
   edges = np.cumsum([0, *counts])
   return [
     chosen[(chosen >= low) & (chosen < high)] - low for low, high in itertools.pairwise(edges)

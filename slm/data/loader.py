@@ -150,11 +150,7 @@ class Split:
     self.facts = facts(path, self.name)
     folder = self.path / set / split
     self.record = rows.layout(self.manifest['columns'])
-    with files.reading(self.path / 'manifest.json'):
-      stamps = self.facts.get('files', {})
-      problems = [problem for _, problem in work.damages(folder / 'rows', stamps, content=False)]
-    if problems:
-      raise ValueError(f'{problems[0]}: slm.data.prepare makes it again')
+    _check_files(self.path, self.name, self.facts)
     with _reading_records(folder):
       self.source = ArrayRecordDataSource([str(folder / s) for s in self.facts['shards']])
     self.clusters = files.read_npy(folder / 'clusters.npy')
@@ -200,6 +196,15 @@ class Split:
     return columns
 
 
+def _check_files(path: Path, name: str, facts: dict[str, Any]) -> None:
+  """Raise ValueError if a file of SET/SPLIT is missing or has another size than was recorded."""
+  with files.reading(path / 'manifest.json'):
+    stamps = facts.get('files', {})
+    problems = [problem for _, problem in work.damages(path / name / 'rows', stamps, content=False)]
+  if problems:
+    raise ValueError(f'{problems[0]}: slm.data.prepare makes it again')
+
+
 @contextlib.contextmanager
 def _reading_records(folder: Path) -> Iterator[None]:
   """Turn what the reader of records raises into a ValueError of one line that names the folder."""
@@ -243,8 +248,15 @@ def parents(path: str | Path, level: int) -> np.ndarray:
 
 def window_counts(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:
   """Count windows per cluster at a level: float64 [level]."""
-  data = Split(path, set, split, index, level)
-  return np.bincount(data.clusters[data.ids], data.counts[data.ids, 0], minlength=level)
+  if index:
+    data = Split(path, set, split, index, level)
+    return np.bincount(data.clusters[data.ids], data.counts[data.ids, 0], minlength=level)
+  folder, above, total = Path(path) / set / split, parents(path, level), np.zeros(level)
+  _check_files(Path(path), f'{set}/{split}', facts(path, f'{set}/{split}'))
+  parts = [files.read_npy_parts(folder / name) for name in ('clusters.npy', 'counts.npy')]
+  for clusters, counts in zip(*parts, strict=True):
+    total += np.bincount(above[clusters], counts[:, 0], minlength=level)
+  return total
 
 
 def histogram(path: str, set: str, split: str, level: int, index: str = '') -> np.ndarray:

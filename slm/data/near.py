@@ -1,7 +1,8 @@
 """Near-duplicates: documents that share most of their word 5-grams (MinHash and LSH).
 
 A training document is dropped if it is near a held-out document of any set, or an earlier training
-document of its own set. Signatures and their index stay in memory: 4 kB per document.
+document of its own set. Only documents that share a band of their signatures with
+another are compared: these take 4 kB of memory each, all others about 25 bytes.
 """
 
 import functools
@@ -47,11 +48,12 @@ def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshol
   `sets` maps every set to its shards and their numbers of documents. Documents are near if their
   estimated Jaccard similarity is at least `threshold`.
   """
-  total = sum(sum(shards.values()) for shards in sets.values())
+  compared = _compared(sets, keep, threshold)
+  total = sum(map(np.count_nonzero, compared.values()))
   with console.Progress('near-duplicates', total, 'documents') as bar:
 
     def counted(name: str, training: bool) -> Iterator[tuple[int, np.ndarray]]:
-      for signed in _signatures(sets[name], keep[name], training):
+      for signed in _signatures(sets[name], compared[name], training):
         yield signed
         bar.update(1)
 
@@ -59,6 +61,40 @@ def mark(sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshol
     training = {name: counted(name, training=True) for name in sets}
     for name, i in repeats(heldout, training, threshold):
       keep[name][i] = False
+
+
+def _compared(
+  sets: dict[str, dict[Path, int]], keep: dict[str, np.ndarray], threshold: float
+) -> dict[str, np.ndarray]:
+  """Return the kept documents, by set, that share a band with another: all others are near none."""
+  shards = [
+    (shard.with_name(f'{shard.name}.minhash.npy'), part)
+    for name in sets
+    for shard, part in zip(
+      sets[name], np.split(keep[name], np.cumsum([*sets[name].values()])[:-1]), strict=True
+    )
+  ]
+  shared = np.zeros(sum(np.count_nonzero(kept) for _, kept in shards), bool)
+  for low, high in _ranges(threshold):
+    hashes = np.concatenate([_hash(files.read_npy(p, 'r')[kept, low:high]) for p, kept in shards])
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    same = hashes[1:] == hashes[:-1]
+    shared[order[1:][same]] = shared[order[:-1][same]] = True
+  compared = {name: kept.copy() for name, kept in keep.items()}
+  sizes = np.cumsum([np.count_nonzero(kept) for kept in compared.values()])
+  for kept, part in zip(compared.values(), np.split(shared, sizes[:-1]), strict=True):
+    kept[kept] = part
+  return compared
+
+
+def _hash(band: np.ndarray) -> np.ndarray:
+  """Return a 64-bit hash of every row: equal rows have equal ones."""
+  total = np.zeros(len(band), np.uint64)
+  for column in band.T.astype(np.uint64):
+    total = (total ^ column) * np.uint64(0x9E3779B97F4A7C15)
+    total ^= total >> np.uint64(29)
+  return total
 
 
 def repeats(

@@ -185,15 +185,16 @@ def join(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
   `parts` are the summaries of its row shards by name. Returns the manifest's entries about its
   rows.
   """
-  table = np.concatenate([files.read_npy(folder / f'{name}.npy') for name in parts])
-  stamps = {}
+  total, stamps = sum(part['rows'] for part in parts.values()), {}
   for name, column in {'clusters.npy': 0, 'counts.npy': slice(1, 3), 'documents.npy': 3}.items():
-    files.write_npy(folder / name, np.ascontiguousarray(table[:, column]))
+    tables = (files.read_npy(folder / f'{part}.npy')[:, column] for part in parts)
+    shape = (total, 2) if name == 'counts.npy' else (total,)
+    files.write_npy_parts(folder / name, shape, np.dtype(np.int32), tables)
     stamps[name] = files.stamp(folder / name)
   shards = {f'{name}.array_record': part for name, part in parts.items() if part['rows']}
   hashes = ''.join(part['sha256'] for part in shards.values())
   return {
-    'rows': len(table),
+    'rows': total,
     'sha256': hashlib.sha256(hashes.encode()).hexdigest(),
     'shards': list(shards),
     'files': stamps | {shard: part['files'][shard] for shard, part in shards.items()},
