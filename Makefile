@@ -47,7 +47,7 @@ $(VENV)/.test: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.test
-	SLM_LIBTPU=$(wildcard $(LIBTPU)) $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	SLM_LIBTPU=$(wildcard $(LIBTPU)) $(PY) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
 # Installs torch and transformers, which the tests compare with where they are present.
 reference: $(VENV)/.test

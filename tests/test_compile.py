@@ -149,6 +149,8 @@ def test_a_step_is_compiled_from_shapes():
   assert weights * 8 == pytest.approx(4 * sum(num_params(cfg.model).values()), rel=0.01)
   text = aot.report(cfg, step, 'v5e:2x4', 8)
   assert 'mesh fsdp 8' in text and 'v5e:2x4, 8 chips' in text
+  least = max(aot.seconds(step, chips.CHIPS['tpu-v5e']).values())
+  assert f'{least * cfg.steps / 3600 * 8:,.3g} chip-hours' in text
 
 
 def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():

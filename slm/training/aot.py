@@ -307,16 +307,16 @@ def report(cfg: RunConfig, step: Compiled, topology: str, count: int, decode: in
   for c in step.collectives:
     entry = merged.setdefault((c.kind, c.axes), [0, 0.0])
     entry[0], entry[1] = entry[0] + c.count, entry[1] + c.bytes
-  for (kind, axes), (count, moved) in sorted(merged.items(), key=lambda x: -x[1][1]):
+  for (kind, axes), (times, moved) in sorted(merged.items(), key=lambda x: -x[1][1]):
     over = ', '.join(axes) or 'one chip'
-    lines.append(f'  {kind:18} {over:14} {count:6,} times {moved / 1e6:12,.1f} MB')
-  times = seconds(step, chip)
+    lines.append(f'  {kind:18} {over:14} {times:6,} times {moved / 1e6:12,.1f} MB')
+  bounds = seconds(step, chip)
   add('FLOPs per chip', f'{step.flops:.3g}, {step.model_flops / step.flops:.0%} of them the model')
   add('memory traffic per chip', f'{step.traffic / 1e9:.3g} GB')
   if step.unknown:
     add('counted once', f'{step.unknown} loops whose length is not known')
-  least = max(times.values())
-  parts = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in times.items())
+  least = max(bounds.values())
+  parts = ', '.join(f'{name} {1e3 * t:.3g} ms' for name, t in bounds.items())
   what = 'decoding' if decode else 'step'
   add(what, f'at least {1e3 * least:.3g} ms ({parts})')
   mfu = step.model_flops / (least * chip.flops)
