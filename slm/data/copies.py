@@ -32,8 +32,8 @@ def local(path: str) -> str:
 
   A copy lies in $SLM_CACHE, by default ~/.cache/slm, under the hash of the manifest, so that other
   data are another copy. It has the rows, clusters, indexes and tokenizer, not what only
-  `slm.data.prepare` needs. Of what it has already, only files that the manifest has no hash of, small
-  ones, are read again.
+  `slm.data.prepare` needs. Of what it has already, only files without a hash in the
+  manifest, small ones, are read again.
 
   Raises:
     ValueError: if such addresses are not read.
