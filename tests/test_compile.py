@@ -53,6 +53,13 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %row = f32[1,16]{1,0} dynamic-slice(%p.4, %p.5, %zero), dynamic_slice_sizes={1,16}
 }
 
+%nested (p.6: f32[100,16], p.7: s32[]) -> f32[1,16] {
+  %p.6 = f32[100,16]{1,0} parameter(0)
+  %p.7 = s32[] parameter(1)
+  %same = f32[1600]{0} bitcast(%p.6)
+  ROOT %fused = f32[1,16]{1,0} fusion(%same, %p.7), kind=kLoop, calls=%taken
+}
+
 ENTRY %main (a: bf16[8,16], b: f32[64,16], c: f32[100,16], n: s32[]) -> f32[] {
   %a = bf16[8,16]{1,0} parameter(0)
   %b = f32[64,16]{1,0} parameter(1)
@@ -68,6 +75,7 @@ ENTRY %main (a: bf16[8,16], b: f32[64,16], c: f32[100,16], n: s32[]) -> f32[] {
   %pair = ((f32[2,16], f32[4,16]), (f32[8,16], f32[16,16])) all-gather-start(%n, %c), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
   %kernel = (f32[8,16]{1,0}, f32[4,4]{1,0:S(1)}) custom-call(%b, %a), custom_call_target="tpu_custom_call"
   %taken.1 = f32[1,16]{1,0} fusion(%c, %n), kind=kLoop, calls=%taken
+  %nested.1 = f32[1,16]{1,0} fusion(%c, %n), kind=kLoop, calls=%nested
   ROOT %end = f32[] constant(0)
 }
 """  # noqa: E501
@@ -112,6 +120,7 @@ def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices():
   assert program._written(permute) == 0 and program._read(permute, by_name) == 8 * 16 * 2
   assert program._written(taken) == 16 * 4
   assert program._read(taken, by_name) == 16 * 4 + 4  # a row of 100, and its number
+  assert program._read(by_name['nested.1'], by_name) == 16 * 4 + 4
   kernel = by_name['kernel']
   moved = program._written(kernel) + program._read(kernel, by_name)
   assert moved == 8 * 16 * 4 + 64 * 16 * 4 + 8 * 16 * 2

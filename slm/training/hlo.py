@@ -23,6 +23,7 @@ _FREE = {
   'after-all', 'partition-id', 'replica-id', 'async-start', 'async-done', 'async-update', 'iota',
   'custom-call', 'optimization-barrier', 'domain',
 }  # fmt: skip
+_SLICES = ('dynamic-slice', 'slice', 'gather')
 # Instructions in a fusion that hand on what they get, to a collective that runs meanwhile.
 _HANDED_ON = {'parameter', 'tuple', *COLLECTIVES}
 
@@ -197,23 +198,39 @@ class Program:
   def _read(self, x: Instruction, by_name: dict[str, Instruction]) -> float:
     """Return the bytes that an instruction reads from main memory."""
     inner, total = self._inner(x), 0.0
-    parameters = {y.attributes.partition(')')[0]: y.name for y in inner if y.op == 'parameter'}
     for i, name in enumerate(x.operands):
       operand = by_name.get(name)
       whole = sum(operand.sizes(on_chip=False)) if operand else 0.0
-      if not whole:
-        continue
-      users = [y for y in inner if parameters.get(str(i)) in y.operands]
-      if users and all(y.op in _HANDED_ON for y in users):
-        continue
-      sliced = [y for y in users if y.op in ('dynamic-slice', 'slice', 'gather')]
-      in_place = [y for y in users if y.op == 'dynamic-update-slice']
-      if users and len(sliced) + len(in_place) == len(users):
-        whole = min(whole, sum(sum(y.sizes()) for y in sliced))
-      elif x.op in ('dynamic-slice', 'slice', 'gather', 'slice-start'):
+      if inner:
+        whole = min(whole, self._taken(inner, _parameter(inner, i), whole))
+      elif x.op in (*_SLICES, 'slice-start'):
         whole = min(whole, sum(x.sizes()[-1:]))
       total += whole
     return total
+
+  def _taken(self, inner: list[Instruction], name: str, whole: float) -> float:
+    """Return the bytes that a fusion's instructions read of its array `name`, of `whole` bytes."""
+    total = 0.0
+    for y in inner:
+      if name not in y.operands or y.op in _HANDED_ON:
+        continue
+      if y.op in _SLICES:
+        total += sum(y.sizes())
+      elif y.op == 'bitcast':
+        total += self._taken(inner, y.name, whole)
+      elif y.op == 'fusion':
+        nested = self._inner(y)
+        places = [i for i, operand in enumerate(y.operands) if operand == name]
+        total += sum(self._taken(nested, _parameter(nested, i), whole) for i in places)
+      elif y.op != 'dynamic-update-slice' or y.operands[0] != name:
+        return whole
+    return total
+
+
+def _parameter(inner: list[Instruction], i: int) -> str:
+  """Return the name of a fusion's i-th parameter."""
+  found = (y for y in inner if y.op == 'parameter' and y.attributes.partition(')')[0] == str(i))
+  return next(y.name for y in found)
 
 
 def _constant(x: Instruction) -> int:
