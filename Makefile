@@ -11,7 +11,7 @@ WHEELS ?= models
 # Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart model setup test reference libtpu lint smoke smoke-newest clean
+.PHONY: quickstart model setup test test-beam reference libtpu lint smoke smoke-newest clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
@@ -66,6 +66,12 @@ lint: $(VENV)/.test
 smoke: $(VENV)/.installed
 	bash tests/smoke.sh $(PY)
 
+# Beam needs an older protobuf than transformers does with SentencePiece: an environment of its own.
+test-beam:
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
+	.venv-beam/bin/python -m pytest tests/test_beam.py
+
 # The same on the newest releases of what slm requires, where a Python of 3.12 or newer is at hand.
 NEWEST := .venv-newest/bin/python
 smoke-newest:
@@ -80,4 +86,4 @@ smoke-newest:
 
 # Leaves runs/: what is trained there took time.
 clean:
-	rm -rf $(VENV) .venv-newest
+	rm -rf $(VENV) .venv-newest .venv-beam
