@@ -12,7 +12,7 @@ from experiments.speed import report, run
 @pytest.fixture
 def table(tmp_path):
   table = run.Table('smoke', tmp_path)
-  table.begin(rounds=1)
+  table.begin(rounds=1, busy=0)
   return table
 
 

@@ -3,6 +3,7 @@
 python -m experiments.speed.run --scale=cpu --out=experiments/speed/results
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -220,10 +221,11 @@ class Table:
   def __init__(self, name: str, out: Path):
     self.name, self.path = name, out / f'{name}.json'
 
-  def begin(self, rounds: int) -> None:
+  def begin(self, rounds: int, busy: int) -> None:
     """Write a table without rows."""
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    start = {'scale': self.name, 'machine': machine(), 'rounds': rounds}
+    about = machine() | {'processes that computed meanwhile': str(busy)}
+    start = {'scale': self.name, 'machine': about, 'rounds': rounds}
     self._write(start | {'entries': {}, 'ratios': [], 'missing': {}})
 
   def read(self) -> dict[str, Any]:
@@ -292,6 +294,18 @@ def in_turn(scale: Scale, rounds: int, limit: float, table: Table) -> None:
       left = [] if over else left[1:]
 
 
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+  """Keep as many processes computing, as other work of a machine would."""
+  others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(count)]
+  try:
+    yield
+  finally:
+    for other in others:
+      other.kill()
+      other.wait()
+
+
 def machine() -> dict[str, str]:
   """Name what is measured on, and with which versions."""
   device, threads = jax.devices()[0], len(os.sched_getaffinity(0))
@@ -324,11 +338,12 @@ def main(_: list[str]) -> None:
   if f.scale == 'gpu' and jax.default_backend() != 'gpu':
     raise ValueError(f'--scale=gpu: expected a GPU, found {jax.default_backend()}')
   if not f.row or not table.path.exists():
-    table.begin(rounds)
-  if alone:
-    in_turn(scale, rounds, limit, table)
-  else:
-    here(scale, f.row or list(contestants(scale)), rounds, table)
+    table.begin(rounds, f.busy)
+  with busy(f.busy):
+    if alone:
+      in_turn(scale, rounds, limit, table)
+    else:
+      here(scale, f.row or list(contestants(scale)), rounds, table)
   if not f.row:
     result = table.read()
     report.plot(result, table.path.with_suffix('.png'))
@@ -342,5 +357,6 @@ if __name__ == '__main__':
   flags.DEFINE_float(
     'limit', None, "Seconds for all processes of gpu and smoke, 0: none; by default the scale's."
   )
+  flags.DEFINE_integer('busy', 0, 'Other processes that compute meanwhile.')
   flags.DEFINE_multi_string('row', [], 'Measure this row alone, and add it to the table.')
   console.run(main)
