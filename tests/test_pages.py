@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # In the order in which they are read: what one makes, the next ones use.
 GUIDES = (
   'data', 'training', 'specialising', 'advice', 'pruning', 'interchange', 'evaluating', 'machines',
-  'architecture', 'troubleshooting',
+  'scale', 'architecture', 'troubleshooting',
 )  # fmt: skip
 PAGES = [ROOT / 'README.md', *(ROOT / f'docs/{name}.md' for name in GUIDES)]
 PAGES += [*sorted(ROOT.glob('experiments/*/README.md')), ROOT / 'CONTRIBUTING.md']
@@ -23,3 +23,8 @@ def test_links_within_the_project_lead_somewhere(page):
 
 def test_no_guide_is_left_out():
   assert {path.stem for path in ROOT.glob('docs/*.md')} == set(GUIDES)
+
+
+def test_the_page_on_scale_has_the_table_of_its_experiment():
+  table = (ROOT / 'experiments/scale/results/table.md').read_text()
+  assert table in (ROOT / 'docs/scale.md').read_text()

@@ -78,6 +78,9 @@ NOT_RUN = {
   '--config.model.num_layers=12 --config.model.mlp=2048 --config.model.num_heads=12 '
   '--config.model.num_kv_heads=12 --config.model.head_dim=64':
     'needs libtpu; tests/test_compile.py compiles for TPUs',
+  'python -m experiments.scale.run --out=runs/scale':
+    'an hour, and libtpu; tests/test_compile.py compiles the same in small',
+  "pip install -e '.[tpu]'": 'changes the environment',
   "pip install -e '.[eval]'": 'changes the environment',
   "pip install -e '.[reference]'": 'changes the environment',
   'python -m slm.harness run --model=slm --model_args=pretrained=runs/slm-law --tasks=arc_easy':

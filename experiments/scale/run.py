@@ -1,0 +1,123 @@
+"""Compile published models for slices of TPUs that are not here, and tabulate what they take.
+
+    python -m experiments.scale.run --out=runs/scale
+    python -m experiments.scale.run --out=runs/scale --only=slm,moe --slices=v5e-256
+
+Needs libtpu (pip install -e '.[tpu]'); all of them take about an hour of one core. What a
+compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for again; OUT/table.md
+is written after each. Nothing runs on a chip: times are bounds, as those of slm.compile.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments.scale import cells
+from slm.base import artifact, console, files
+from slm.reporting import tables
+from slm.runs import load
+from slm.training import aot
+from slm.weights import chips, sharding
+from slm.weights.tree import flatten
+
+
+def compile_cell(name: str, slice_name: str, out: Path) -> None:
+  """Compile a cell for a slice, and write what it takes: as JSON for the table, and as text."""
+  cell, topology = cells.CELLS[name], cells.SLICES[slice_name]
+  devices = aot.devices(topology)
+  cfg, teacher = cells.training(cell, len(devices))
+  found: dict[str, Any] = {'topology': topology, 'chips': len(devices)}
+  found['mesh'] = sharding.mesh_shape(vars(cfg.mesh), len(devices))
+  began = time.monotonic()
+  try:
+    if cell.decode:
+      step = aot.compile_decoding(cfg, devices, cell.decode * len(devices))
+    else:
+      step = aot.compile_step(cfg, devices, teacher)
+  except ValueError as e:
+    found['error'] = str(e)
+  else:
+    chip = chips.CHIPS[chips.TPUS[topology.partition(':')[0]]]
+    found |= dataclasses.asdict(step) | {'seconds': aot.seconds(step, chip)}
+    found['memory share'] = sum(step.memory.values()) / chip.bytes
+    found['mfu'] = step.model_flops / (max(found['seconds'].values()) * chip.flops)
+    text = aot.report(cfg, step, topology, len(devices), cell.decode * len(devices))
+    files.write_text(out.with_suffix('.txt'), text + '\n')
+  theta = jax.eval_shape(load.build(cfg)[1].init, jax.random.key(0))
+  found['trained'] = sum(x.size for _, x in flatten(theta))
+  found['compile seconds'] = time.monotonic() - began
+  files.write_json(out, found)
+
+
+def table(out: Path) -> tables.Table:
+  """Return a row per compilation that is there."""
+  head = [
+    'model', 'slice', 'parameters', 'memory, GB', 'of the chip', 'copies of the state', 'sent, GB',
+    'FLOPs', 'step at least', 'limit', 'tokens/s at most', 'MFU at most',
+  ]  # fmt: skip
+  rows = []
+  for name, cell in cells.CELLS.items():
+    for slice_name in cells.SLICES:
+      path = out / slice_name / f'{name}.json'
+      if path.exists():
+        rows.append([cell.title, slice_name, *_row(files.read_json(path))])
+  return head, rows
+
+
+def _row(found: dict[str, Any]) -> list[str]:
+  trained = tables.count(found['trained'])
+  if 'error' in found:
+    return [trained, found['error'], *['–'] * 8]
+  memory, seconds = found['memory'], found['seconds']
+  state = memory.get('optimiser moments', 0) * found['chips'] / (8 * found['trained'])
+  limit = max(seconds, key=seconds.get)
+  sent = sum(c['bytes'] for c in found['collectives'])
+  return [
+    trained,
+    f'{sum(memory.values()) / 1e9:.2f}',
+    f'{found["memory share"]:.0%}',
+    f'{state:.2f}' if state else '–',
+    f'{sent / 1e9:,.0f}' if sent >= 1e11 else f'{sent / 1e9:.3g}',
+    f'{found["flops"]:.2e}'.replace('e+', 'e'),
+    f'{seconds[limit]:.3g} s' if seconds[limit] >= 1 else f'{1e3 * seconds[limit]:.3g} ms',
+    limit,
+    f'{found["tokens"] / seconds[limit]:.3g}'.replace('e+0', 'e'),
+    f'{found["mfu"]:.0%}',
+  ]
+
+
+def main(_: list[str]) -> None:
+  """Compile what is not there yet, each in a process of its own, and write the table."""
+  f = flags.FLAGS
+  console.required('out')
+  out = Path(f.out)
+  only, slices = f.only or list(cells.CELLS), f.slices or list(cells.SLICES)
+  for given, known in ((only, cells.CELLS), (slices, cells.SLICES)):
+    if unknown := set(given) - set(known):
+      raise ValueError(f'expected some of {", ".join(known)}; found {", ".join(sorted(unknown))}')
+  aot.devices(cells.SLICES[slices[0]])  # says what is missing before a process is started
+  fits = lambda name, s: s in cells.CELLS[name].slices
+  todo = [(n, s, out / s / f'{n}.json') for n in only for s in slices if fits(n, s)]
+  context = multiprocessing.get_context('spawn')
+  with artifact.hold(out), console.Progress('compile', len(todo), 'programs') as progress:
+    for name, slice_name, path in todo:
+      progress.say(f'{name} for {slice_name}')
+      if not path.exists():  # a process each: XLA keeps memory, and may end the process
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+          pool.submit(compile_cell, name, slice_name, path).result()
+        files.write_text(out / 'table.md', tables.markdown(table(out)))
+      progress.update(1)
+  print(tables.text(table(out)))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('out', '', 'Directory of the results.')
+  flags.DEFINE_list('only', [], 'Models, of experiments/scale/cells.py; none: all.')
+  flags.DEFINE_list('slices', [], 'Slices, of experiments/scale/cells.py; none: all.')
+  console.run(main)
