@@ -97,6 +97,11 @@ NOT_RUN = {
     'minutes: starts and kills processes; tests/test_faults.py has its parts',
   'python -m experiments.faults.run --scale=full --out=runs/faults': 'hours',
   'python -m experiments.speed.run --scale=cpu': 'minutes, and measures this machine',
+  "python -m experiments.speed.run --scale=cpu --out=runs/idle --row='train: slm' "
+  "--row='train: torch' --row='train: torch.compile'": 'minutes, and measures this machine',
+  'python -m experiments.speed.run --scale=cpu --out=runs/busy --busy=1 --rounds=5 '
+  "--row='train: slm' --row='train: torch' --row='train: torch.compile'":
+    'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=gpu': 'needs a GPU',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
   "python -m experiments.speed.prepare --corpus='corpus/*.jsonl.gz' --gigabytes=0.1,1,4":
