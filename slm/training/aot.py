@@ -231,7 +231,7 @@ def _explained(error: Exception) -> ValueError:
 def flops(jaxpr: Any) -> float:
   """Count the FLOPs of the matrix products of a traced program, as often as its loops run.
 
-  Kernels are those of flash.py: causal, with blocks of as many queries as keys.
+  Kernels are flash.py's for TPUs: causal, with blocks of as many queries as keys.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
