@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import toy
 
-from slm.data import documents, importance, loader, prepare, rows, settings, work
+from slm.data import (
+  decontaminate,
+  documents,
+  importance,
+  loader,
+  prepare,
+  rows,
+  settings,
+  work,
+)
 
 pytest.importorskip('apache_beam')
 
@@ -185,6 +194,30 @@ def test_what_a_function_raises_is_one_line(tmp_path):
   cfg = toy.config(tmp_path, {'generic': {'all': str(tmp_path / 'a.jsonl')}}, workers=0)
   with pytest.raises(ValueError, match=r"^\S+a.jsonl:2: no field 'text'; the line has body$"):
     prepare.prepare(cfg, runner='direct')
+
+
+@pytest.mark.parametrize('address', ['', 'toy:/'])
+def test_overlap_with_evaluations_is_the_same(address, tmp_path):
+  texts = toy.documents(list(toy.TOPICS), 60, 0)
+  for i in range(3):
+    toy.write_jsonl(tmp_path / f'train-{i}.jsonl{".gz" * (i % 2)}', texts[i::3])
+  exam = toy.write_jsonl(tmp_path / 'exam.jsonl', [*texts[:40:5], *toy.documents(['law'], 9, 7)])
+
+  def made(name, address, **named):
+    request = decontaminate.Request(
+      train=(f'{address}{tmp_path}/train-*',), eval=(str(exam),), out=str(tmp_path / name),
+      action='drop-rows', **named,
+    )  # fmt: skip
+    report = decontaminate.decontaminate(request)
+    out = tmp_path / name
+    clean = sorted(path for path in out.glob('clean/**/*') if path.is_file())
+    matches = b''.join(path.read_bytes() for path in sorted(out.glob('hits/*.jsonl')))
+    found = [(out / 'report.md').read_bytes(), matches.replace(b'toy:/', b'')]
+    return report['evaluations']['exam'], found, {path.name: path.read_bytes() for path in clean}
+
+  here = made('here', '', workers=1)
+  assert here[0]['overlapped'] == 8 and len(here[2]) == 3
+  assert made('piped', address, runner='direct')[1:] == here[1:]
 
 
 @pytest.mark.parametrize('runner, options', [

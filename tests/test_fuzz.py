@@ -19,7 +19,7 @@ import toy
 import zstandard
 
 from slm.base import console, files
-from slm.data import loader, sources, tokenizer
+from slm.data import contamination, loader, sources, tokenizer
 from slm.interchange import convert, families, weights
 from slm.models.config import DecoderConfig
 from slm.reporting import stats
@@ -46,6 +46,16 @@ def test_json_lines(suffix, tmp_path):
   path = tmp_path / f'text.jsonl{suffix}'
   path.write_bytes(pack(data))
   damaged(path, lambda path: [*sources.read(str(path), 'text', 'id')])
+
+
+def test_conversations(tmp_path):
+  turns = [{'role': 'user', 'content': 'what is it?'}, {'role': 'assistant', 'content': None}]
+  parts = [{'role': 'user', 'content': [{'type': 'text', 'text': 'look'}, {'type': 'image'}]}]
+  rows = [{'id': 1, 'messages': turns}, {'messages': parts}, {'context_options': ['a', 'b']}]
+  path = tmp_path / 'chat.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  source = contamination.Source('chat', str(path), ())
+  damaged(path, lambda path: contamination.items([source], contamination.Rule('all')))
 
 
 def read_tensors(path):

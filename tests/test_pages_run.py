@@ -104,6 +104,10 @@ NOT_RUN = {
     'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=gpu': 'needs a GPU',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
+  "python -m slm.data.decontaminate --train='CORPORA/*/train.jsonl.gz,CORPORA/posttrain/*_train."
+  "jsonl.gz' --eval='CORPORA/eval/*.jsonl.gz,CORPORA/posttrain/*_test.jsonl.gz,CORPORA/posttrain/"
+  "*eval*.jsonl.gz' --strip='(?m)^(Question|Context|Passage|Q): |^(Answer|A):$|(?s:^Choices:.*)' "
+  '--mask_numbers --out=runs/decontaminate': 'needs corpora',
   "python -m experiments.speed.prepare --corpus='corpus/*.jsonl.gz' --gigabytes=0.1,1,4":
     'minutes, and measures this machine',
 }  # fmt: skip

@@ -123,6 +123,35 @@ def run(
     return files.read_json(Path(path)), cost
 
 
+def run_tasks(
+  function: Callable[[Any], dict[str, Any]],
+  tasks: Mapping[Path, Any],
+  runner: str,
+  options: Sequence[str],
+) -> None:
+  """Run the tasks of `work.run` that are not complete, where every worker sees their folder.
+
+  A task is a dataclass with a `source`, whose path may be an address, and a `copy`: the path where
+  the worker has it.
+
+  Raises:
+    ValueError: if an option is wrong, or a function failed.
+  """
+  todo = [(function, path, task) for path, task in tasks.items() if not work.complete(path)]
+  pipeline = beam.Pipeline(options=parse(runner, options))
+  _ = pipeline | beam.Create(todo) | beam.Reshuffle() | 'task' >> beam.Map(_run_task)
+  try:
+    pipeline.run().wait_until_finish()
+  except Exception as e:
+    raise ValueError(_reason(e)) from e
+
+
+def _run_task(element: tuple[Callable[[Any], dict[str, Any]], Path, Any]) -> None:
+  function, path, task = element
+  with remote.local(task.source.path) as copy:
+    work.timed((function, path, dataclasses.replace(task, copy=copy)))
+
+
 def parse(runner: str, options: Sequence[str]) -> PipelineOptions:
   """Parse Beam's options; job servers of Flink and Spark know more of them than Beam does here.
 

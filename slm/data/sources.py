@@ -1,6 +1,7 @@
 """Documents from JSON-lines and text files, one at a time."""
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -8,8 +9,8 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -66,9 +67,20 @@ def read(path: str, text_field: str, id_field: str) -> Iterator[tuple[str, str]]
   elif re.search(r'\.txt(\.gz|\.zst)?$', path):
     yield from ((text, '') for text in _cut(lines(path, _PIECE)))
   else:
-    for number, line in enumerate(lines(path), 1):
-      if line.strip():
-        yield _record(f'{path}:{number}', line, text_field, id_field)
+    for number, record in records(path):
+      yield _document(f'{path}:{number}', record, text_field, id_field)
+
+
+def records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yield the number of each line that is not blank, from 1, and its JSON object."""
+  for number, line in enumerate(lines(path), 1):
+    if line.strip():
+      with files.reading(f'{path}:{number}', 'valid JSON'):
+        record = json.loads(line)
+      if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f'{path}:{number}: expected a JSON object, found {kind}')
+      yield number, record
 
 
 def lines(path: str, limit: int = -1) -> Iterator[str]:
@@ -81,17 +93,43 @@ def lines(path: str, limit: int = -1) -> Iterator[str]:
   # Decodes pieces that end inside a character, and drops a byte order mark.
   decoder = codecs.getincrementaldecoder('utf-8-sig')()
   try:
+    for line in raw_lines(path, limit):
+      number += at_start
+      at_start = line.endswith(b'\n')
+      yield decoder.decode(line)
+    decoder.decode(b'', final=True)
+  except UnicodeDecodeError as e:
+    raise ValueError(f'{path}:{number}: not UTF-8 ({e})') from None
+
+
+def raw_lines(path: str, limit: int = -1) -> Iterator[bytes]:
+  """Yield the lines of a file as they are, and lines over `limit` bytes in pieces.
+
+  Raises:
+    ValueError: if the file is cut short; names the line.
+  """
+  number, at_start = 0, True
+  try:
     with _open(path) as f:
       # Bytes, because text mode also ends lines at \r; JSON lines end at \n only.
       while line := f.readline(limit):
         number += at_start
         at_start = line.endswith(b'\n')
-        yield decoder.decode(line)
-      decoder.decode(b'', final=True)
+        yield line
   except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
     raise ValueError(f'{path}: truncated or unreadable after line {number} ({e})') from None
-  except UnicodeDecodeError as e:
-    raise ValueError(f'{path}:{number}: not UTF-8 ({e})') from None
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[bytes]) -> None:
+  """Write lines, compressed as the name says, into a file that appears when it is whole."""
+  with files.replacing(path) as temporary, contextlib.ExitStack() as stack:
+    f = stack.enter_context(temporary.open('wb'))
+    if path.suffix == '.gz':  # without name and time, so that equal lines are equal files
+      f = stack.enter_context(gzip.GzipFile('', 'wb', 6, f, mtime=0))
+    elif path.suffix == '.zst':
+      f = stack.enter_context(zstandard.ZstdCompressor().stream_writer(f))
+    for line in lines:  # zstandard's writer has no writelines
+      f.write(line)
 
 
 def _open(path: str) -> BinaryIO:
@@ -140,11 +178,9 @@ class _Zstd(io.RawIOBase):
     super().close()
 
 
-def _record(where: str, line: str, text_field: str, id_field: str) -> tuple[str, str]:
-  with files.reading(where, 'valid JSON'):
-    record = json.loads(line)
-  if not isinstance(record, dict):
-    raise ValueError(f'{where}: expected a JSON object, found {type(record).__name__}')
+def _document(
+  where: str, record: dict[str, Any], text_field: str, id_field: str
+) -> tuple[str, str]:
   for field in filter(None, (text_field, id_field)):
     if field not in record:
       raise ValueError(f'{where}: no field {field!r}; the line has {", ".join(sorted(record))}')
