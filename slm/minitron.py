@@ -8,6 +8,7 @@ verifies against transformers where that is installed, and writes a model card. 
 command of its own. The same command continues an interrupted recipe.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -21,7 +22,7 @@ def main(_: list[str]) -> None:
   """Run the recipe and print the summary, or plan it."""
   f = flags.FLAGS
   if f.dry_run:
-    print(dry_run(f.config.to_dict(), f.devices, f.chip, f.mfu)[-1])
+    print(dry_run(f.config.to_dict(), f.devices, f.chip, f.mfu, sys.argv[1:])[-1])
     return
   console.required('workdir')
   print(table(minitron(f.config.to_dict(), Path(f.workdir))))

@@ -6,6 +6,7 @@ The same command continues an interrupted run from its last checkpoint.
 """
 
 import json
+import sys
 
 import jax
 from absl import flags
@@ -23,7 +24,8 @@ def main(_: list[str]) -> None:
   if f.dry_run:
     data = given['data']['path']
     cfg = config.resolve(given) if data else config.without_data(given, f.context)
-    print(plan.text(plan.plan(cfg, f.devices, f.chip, f.mfu)))
+    planned = plan.plan(cfg, f.devices, f.chip, f.mfu)
+    print(plan.text(planned) + plan.exact(planned, sys.argv[1:]))
     return
   console.required('workdir')
   if given['distributed']['enable']:

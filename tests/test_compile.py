@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import common
+from slm.base import arguments
 from slm.models import flash
 from slm.models.config import DecoderConfig
 from slm.runs import config
-from slm.training import aot, hlo
+from slm.training import aot, hlo, plan, program
 from slm.weights import chips
 from slm.weights.count import num_params
 
@@ -147,9 +148,44 @@ def tiny(name='pretrain', context=32, **changes):
   return config.without_data(config.complete(given), context)
 
 
+def compile_step(cfg, teacher=None):
+  """Compile a step for the devices here; what it takes in as slm.train --dry_run says."""
+  step = aot.compile_step(cfg, jax.devices(), teacher)
+  planned = plan.plan(cfg, len(jax.devices()), 'tpu-v5e', 0.4, teacher)
+  assert planned['bytes per device'] == {
+    name: n for name, n in step.memory.items() if not name.startswith('XLA')
+  }
+  assert planned['FLOPs'] == step.model_flops * len(jax.devices()) * cfg.steps
+  assert planned['tokens'] == step.tokens * cfg.steps
+  return step
+
+
+NO_RUNS = {'__init__', 'base', 'data', 'minitron', 'minitron_published', 'minitron_quick'}
+CONFIGS = sorted({path.stem for path in arguments.CONFIGS.glob('*.py')} - NO_RUNS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_plan_and_the_compiled_step_take_the_same_arguments(name, monkeypatch):
+  """Of every config: counted on a mesh of devices, and on one of names."""
+  given = common.config(name, TINY | {'init': '', 'teacher': '', 'data.batch_size': 128})
+  if name == 'code':
+    network = common.config('project', {})['reparam']
+    given['reparam'] |= {
+      'of': network,
+      'histogram': [1 / network['clusters']] * network['clusters'],
+    }
+  cfg = config.without_data(config.complete(given), 32)
+  compiled = {}
+  monkeypatch.setattr(aot, '_compile', lambda _, kinds, *more: compiled.update(kinds) or more)
+  _, flops, tokens = aot.compile_step(cfg, jax.devices(), cfg.model)
+  planned = plan.plan(cfg, len(jax.devices()), 'tpu-v5e', 0.4, cfg.model)
+  assert planned['bytes per device'] == program.memory(compiled)
+  assert (planned['FLOPs'], planned['tokens']) == (flops * cfg.steps, tokens * cfg.steps)
+
+
 def test_a_step_is_compiled_from_shapes():
   cfg = tiny()
-  step = aot.compile_step(cfg, jax.devices())
+  step = compile_step(cfg)
   # The head's gradient costs 3 products as every other does: nothing is computed twice but
   # attention's scores, in the backward pass.
   assert 1 <= step.flops / step.model_flops < 1.15
@@ -166,7 +202,7 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():
   """However many chunks the loss has."""
   sent = {}
   for chunk in (512, 16):
-    step = aot.compile_step(tiny(objective__chunk=chunk), jax.devices())
+    step = compile_step(tiny(objective__chunk=chunk))
     sent[chunk] = sum(c.bytes for c in step.collectives)
   assert sent[16] == pytest.approx(sent[512], rel=0.02)
 
@@ -176,7 +212,7 @@ def test_a_projected_network_sends_matrices_of_its_models_size():
   sent = {}
   for capacity in (2, 16):
     changes = {'reparam.capacity': capacity, 'reparam.clusters': 4, 'data.level': 4}
-    step = aot.compile_step(tiny('project', data__rows_per_group=2, **changes), jax.devices())
+    step = compile_step(tiny('project', data__rows_per_group=2, **changes))
     sent[capacity] = sum(c.bytes for c in step.collectives)
   assert sent[16] == pytest.approx(sent[2], rel=0.02)
 
@@ -190,10 +226,10 @@ def test_a_step_in_bfloat16_is_compiled_on_cpus_too():
 def test_a_teacher_needs_no_run():
   teacher = dataclasses.replace(tiny().model, num_layers=3)
   cfg = tiny('recover', init='', teacher='', objective__states=('-1:-1',))
-  step = aot.compile_step(cfg, jax.devices(), teacher)
+  step = compile_step(cfg, teacher)
   assert step.memory['frozen weights'] > step.memory['weights']
   corrected = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, correct=0.5))
-  assert aot.compile_step(corrected, jax.devices(), teacher).memory['weights trained beside'] > 0
+  assert compile_step(corrected, teacher).memory['weights trained beside'] > 0
   with pytest.raises(ValueError, match='teacher: a distillation needs the shape'):
     aot.compile_step(cfg, jax.devices())
 
@@ -282,6 +318,7 @@ chips = aot.devices('v5e:2x2')
 for name, cfg in configs.items():
   step = aot.compile_step(cfg, chips, cfg.model if name == 'distilled' else None)
   print(name, json.dumps([step.flops / step.model_flops, step.memory, step.unknown]))
+assert len(aot.devices('v4:2x2x1')) == 4  # not 8: the two cores of a chip are one device
 # 8 is no product of sides of 4x4.
 sharding.make_mesh({'fsdp': 2, 'data': 1, 'expert': 8}, aot.devices('v5e:4x4'))
 print(aot.report(configs['dense'], aot.compile_decoding(configs['dense'], chips, 8), 'v5e:2x2', 4, 8))

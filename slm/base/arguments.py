@@ -4,9 +4,10 @@ import ast
 import difflib
 import inspect
 import re
+import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,22 @@ def arrange(argv: list[str], config: str, renamed: Mapping[str, str]) -> list[st
   config = _find(config)
   _check_keys(config, others)
   return [program, f'--config={config}', *others]
+
+
+def instead(module: str, argv: Sequence[str], without: Collection[str], *added: str) -> str:
+  """Return the command line that runs another module with these arguments but the flags `without`.
+
+  `argv` are as `arrange` returned them; a word without a dash is the value of the flag before it.
+  """
+  kept, dropping = [], False
+  for word in argv:
+    if word.startswith('-'):
+      name, _, value = word.lstrip('-').partition('=')
+      dropping = name in without
+      word = f'--config={_shown_file(value)}' if name == 'config' else word
+    if not dropping:
+      kept.append(word)
+  return shlex.join(['python', '-m', module, *added, *kept])
 
 
 def _find(config: str) -> str:

@@ -1,7 +1,7 @@
 """Minitron end to end: from a large model to a small one that transformers loads."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,14 +309,18 @@ def outline(given: Mapping[str, Any]) -> Outline:
 
 
 def dry_run(
-  given: Mapping[str, Any], devices: int, chip: str, mfu: float
+  given: Mapping[str, Any], devices: int, chip: str, mfu: float, argv: Sequence[str] = ()
 ) -> tuple[DecoderConfig, DecoderConfig, str]:
-  """Plan a recipe: the shapes of teacher and student, and the plan of the recovery as text."""
+  """Plan a recipe: the shapes of teacher and student, and the plan of the recovery as text.
+
+  `argv` are the arguments of the command, of which the last line is made (plan.exact).
+  """
   cfg, teacher, student, recover, correct = outline(given)
   text = f'{"teacher parameters":28} {sum(num_params(teacher).values()):,}\n'
-  text += plan.text(plan.plan(recover, devices, chip, mfu, teacher))
+  recovery = plan.plan(recover, devices, chip, mfu, teacher)
+  text += plan.text(recovery)
   if cfg.probe.steps:
     longest = _correction(recover, correct, '', cfg.probe.steps + correct.steps)
     text += '\n\nthe probe, and the correction of the teacher if it pays\n'
     text += plan.text(plan.plan(config.read(longest), devices, chip, mfu))
-  return teacher, student, text
+  return teacher, student, text + plan.exact(recovery, argv)

@@ -15,19 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 
-from slm import models, objectives
+from slm import models
 from slm.base import console
 from slm.models.config import DecoderConfig
 from slm.models.decode import generate
-from slm.objectives.setup import ROWS
-from slm.runs import checkpoint, load
+from slm.runs import checkpoint
 from slm.runs.config import RunConfig
-from slm.training import hlo, plan
-from slm.training.program import Program
+from slm.training import hlo, program
 from slm.weights import chips, sharding, tree
 from slm.weights.count import forward_flops
 
@@ -54,7 +51,7 @@ class Compiled:
     tokens: that all chips together train on, or append.
     memory: bytes by purpose; a key that starts with 'XLA' is the compiler's.
     flops: that are computed, recomputation included.
-    model_flops: that the model needs (plan.step_flops), of one chip.
+    model_flops: that the model needs (program.step_flops), of one chip.
     traffic: bytes read from and written to the chip's memory.
     collectives: communication, most bytes first.
     unknown: the number of loops whose length is not known: the two above count them once.
@@ -91,7 +88,7 @@ def devices(topology: str) -> list[Any]:
   # Programs for chips that are not here can be written to JAX's cache, but not read from it.
   jax.config.update('jax_enable_compilation_cache', False)
   # A chip of v4 is one device if its cores are joined; libtpu joins those of v5p by itself.
-  options = {'chip_config_name': 'megachip'} if topology.startswith('v4') else {}
+  options = {'chip_config_name': 'megacore'} if topology.startswith('v4') else {}
   try:
     found = topologies.get_topology_desc(topology, 'tpu', **options)
   except (RuntimeError, ValueError) as e:
@@ -111,25 +108,8 @@ def compile_step(
     ValueError: if the config does not fit the mesh.
   """
   mesh = sharding.make_mesh(vars(cfg.mesh), slice_devices)
-  model, rep = load.build(cfg)
-  load.check_groups(cfg, rep, sharding.batch_devices(mesh))
-  setup = objectives.outline(cfg, model, rep, mesh, teacher)
-  program = Program(cfg, model, rep, setup, mesh)
-  frozen = dict(setup.frozen)
-  if rep.base:
-    frozen['base'] = load.base_outline(cfg, rep, mesh)
-  state = checkpoint.abstract(program.shapes, program.layout)
-  batch = _batch(cfg, rep, setup, mesh)
-  trace = lambda: program.trace(ROWS, state, frozen, batch)
-  kinds = {
-    'weights': state.theta,
-    'optimiser moments': state.opt_state,
-    'frozen weights': frozen,
-    'weights trained beside': state.beside,
-    'batch': batch,
-  }
-  needed = plan.step_flops(cfg, model, rep, program.shapes.theta, setup.flops)
-  return _compile(trace, kinds, mesh, needed, cfg.data.batch_size * cfg.context)
+  step = program.outline(cfg, mesh, teacher)
+  return _compile(step.trace, step.kinds, mesh, step.flops, program.step_tokens(cfg))
 
 
 def compile_decoding(cfg: RunConfig, slice_devices: list[Any], rows: int) -> Compiled:
@@ -174,48 +154,15 @@ def _compile(
       compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
       raise _explained(e) from None
-  memory = {name: _bytes(held) for name, held in kinds.items()}
-  analysis = compiled.memory_analysis()
-  memory['XLA temporaries'] = float(analysis.temp_size_in_bytes)
-  memory['XLA results'] = float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-  memory['XLA program'] = float(analysis.generated_code_size_in_bytes)
   text = hlo.Program(compiled.as_text())
   return Compiled(
     tokens,
-    {name: n for name, n in memory.items() if n},
+    program.memory(kinds, compiled),
     flops(traced.jaxpr.jaxpr) / mesh.size,
     model_flops / mesh.size,
     text.traffic(),
     text.collectives(mesh.axis_names, mesh.devices.shape),
     len(text.unknown),
-  )
-
-
-def _batch(cfg, rep, setup, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Return the shapes of a batch as the loader makes it."""
-  d = cfg.data
-  groups = d.batch_size // d.rows_per_group // d.accum
-  row = np.zeros((1, 1, 1, cfg.context), np.int32)
-  leaves = dict.fromkeys(('inputs', 'targets', 'positions', 'segments'), row)
-  leaves['weights'] = row.astype(np.float32)
-  if setup.look_up:
-    leaves |= setup.look_up({'tokens': row, 'segments': row})
-  split = sharding.batch_sharding(mesh, axis=1)
-  batch = {
-    name: jax.ShapeDtypeStruct((d.accum, groups, d.rows_per_group, *x.shape[3:]), x.dtype)
-    for name, x in leaves.items()
-  }
-  histogram = ((d.level,), np.float32) if rep.histograms else ((), np.int32)
-  batch['condition'] = jax.ShapeDtypeStruct((d.accum, groups, *histogram[0]), histogram[1])
-  return {n: x.update(sharding=split) for n, x in batch.items()}
-
-
-def _bytes(tree: Any) -> float:
-  """Return the bytes of a tree's shapes on one device."""
-  return float(
-    sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
   )
 
 
@@ -322,7 +269,7 @@ def report(cfg: RunConfig, step: Compiled, topology: str, count: int, decode: in
   mfu = step.model_flops / (least * chip.flops)
   add('tokens/s', f'at most {step.tokens / least:,.0f}, an MFU of {mfu:.0%}')
   if not decode:
-    hours = least * cfg.steps / 3600
-    whole = f'{step.tokens * cfg.steps:.3g} tokens in {console.duration(3600 * hours)}'
-    add('run', f'{cfg.steps:,} steps, {whole} or more, {hours * count:,.3g} chip-hours')
+    cost = program.run_cost(cfg, least, count)
+    whole = f'{cost["tokens"]:.3g} tokens in {console.duration(3600 * cost["hours"])}'
+    add('run', f'{cfg.steps:,} steps, {whole} or more, {cost["chip-hours"]:,.3g} chip-hours')
   return '\n'.join(lines)

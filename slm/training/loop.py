@@ -17,8 +17,8 @@ from slm.data import loader
 from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import RunConfig
-from slm.training import optim, plan, tracing, writers
-from slm.training.program import Program
+from slm.training import optim, tracing, writers
+from slm.training.program import Program, step_flops
 from slm.training.recorder import Diverged, Recorder
 from slm.training.step import State, trained
 from slm.training.tracing import Trace
@@ -91,7 +91,7 @@ class _Run:
     self.program = Program(cfg, self.model, self.reparam, self.setup, mesh)
     self.shapes, self.layout = self.program.shapes, self.program.layout
     added = self.setup.flops
-    self.step_flops = plan.step_flops(cfg, self.model, self.reparam, self.shapes.theta, added)
+    self.step_flops = step_flops(cfg, self.model, self.reparam, self.shapes.theta, added)
     self.batches = self._open_data()
     self.materialize = jax.jit(self.reparam.materialize)
     self.compiled: dict[Any, Any] = {}

@@ -6,28 +6,26 @@ or an accelerator.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh
-from jax.tree_util import tree_leaves_with_path, tree_map_with_path
+from jax.sharding import AbstractMesh, AxisType
+from jax.tree_util import tree_leaves_with_path
 
-from slm import models, reparam
-from slm.base import console
+from slm import reparam
+from slm.base import arguments, console
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder
-from slm.objectives import distill, losses
-from slm.reparam.projection import CodeConfig
-from slm.runs import config, load
-from slm.runs.config import DistillConfig, RunConfig
-from slm.weights import axes, sharding, tree
+from slm.runs.config import RunConfig
+from slm.training import program
+from slm.weights import chips, sharding, tree
 from slm.weights.chips import CHIPS, Chip
 from slm.weights.count import active_params, forward_flops, num_params
 
@@ -35,6 +33,8 @@ HERE = 'cpu'  # this machine, whose speed is measured
 NAMES = (*sorted(CHIPS), HERE)
 _MEASURED_TOKENS = 4096  # tokens of a measured step, at most
 _MEASURED_SECONDS = 2.0
+# Flags that slm.compile does not have.
+_OF_THE_PLAN = ('dry_run', 'nodry_run', 'devices', 'chip', 'mfu', 'workdir', 'profile')
 
 
 def plan(
@@ -42,97 +42,105 @@ def plan(
 ) -> dict[str, Any]:
   """Count parameters, FLOPs, memory and time of a config on `devices` chips (0: the mesh's).
 
-  `teacher` is the shape of a teacher that cfg.teacher does not name yet. Memory is per device: what
-  is resident (weights, their gradients and moments in float32, the compute copy of the weights) and
-  what a microbatch's forward pass keeps for the backward pass. Temporaries of single operations and
-  the runtime's own memory come on top.
+  `teacher` is the shape of a teacher that cfg.teacher does not name yet. Memory is per device: the
+  step's arguments by kind, as slm.compile counts them, and beside them, for this machine, what XLA
+  assigns to the compiled step. For other chips that part is estimated: gradients in float32, the
+  compute copy of the weights, and what a microbatch's forward pass keeps for the backward pass.
 
   Raises:
-    ValueError: if the teacher of a distillation is unknown, or the mesh does not fit the devices or
-      the weights.
+    ValueError: as program.outline does, or if the mesh does not fit the devices, or the step this
+      machine.
   """
   if not 0 < mfu <= 1:
     raise ValueError(f'--mfu: expected a share in (0, 1], found {mfu}')
-  if cfg.teacher:
-    teacher = config.of(cfg.teacher).model
-  if isinstance(cfg.objective, DistillConfig) and not (teacher or cfg.teacher_cache):
-    raise ValueError('teacher: --dry_run of a distillation counts its forward passes; name a run')
   devices = devices or abs(math.prod(vars(cfg.mesh).values()))
-  mesh = AbstractMesh(sharding.mesh_shape(vars(cfg.mesh), devices), sharding.MESH_AXES)
-  model, rep = load.build(cfg)
-  load.check_groups(cfg, rep, sharding.batch_devices(mesh))
-  theta, shardings = load.theta_shardings(rep, mesh)
-  memory = _memory(cfg, model, rep, theta, shardings, mesh, teacher)
-  tokens = cfg.data.batch_size * cfg.context
-  added = distill.flops(cfg.objective, teacher, model.cfg, cfg.context) if teacher else 0.0
-  flops = step_flops(cfg, model, rep, theta, added)
+  axes = (AxisType.Auto,) * len(sharding.MESH_AXES)
+  mesh = AbstractMesh(sharding.mesh_shape(vars(cfg.mesh), devices), sharding.MESH_AXES, axes)
+  step = program.outline(cfg, mesh, teacher)
+  model, flops, tokens = step.model, step.flops, program.step_tokens(cfg)
   served, active = num_params(model.cfg), active_params(model.cfg)
   idle = 0.0  # FLOPs of experts that are computed but not chosen
   if chip == HERE:  # the time of a measured step includes them
-    hardware, mfu = _measure(model, cfg, devices, sum(memory.values())), 1.0
+    memory, hardware = _here(cfg, devices, teacher)
+    estimated, mfu = {}, 1.0
   else:
+    memory, estimated = program.memory(step.kinds), _estimated(cfg, step, mesh)
     hardware = CHIPS[chip]
     if model.cfg.dispatch == 'einsum':
       idle = 6.0 * tokens * (sum(served.values()) - sum(active.values()))
+  cost = program.run_cost(cfg, (flops + idle) / (devices * hardware.flops * mfu), devices)
   return {
     'served parameters': served,
     **({'active parameters': active} if model.cfg.num_experts else {}),
-    'trained parameters': _trained(theta),
+    'trained parameters': _trained(step.state.theta),
     'forward FLOPs per token': forward_flops(model.cfg, cfg.context),
     'training FLOPs per token': flops / tokens,
     'tokens per step': tokens,
     'steps': cfg.steps,
-    'tokens': tokens * cfg.steps,
-    'tokens per served parameter': tokens * cfg.steps / sum(served.values()),
+    'tokens': cost['tokens'],
+    'tokens per served parameter': cost['tokens'] / sum(served.values()),
     'FLOPs': flops * cfg.steps,
     'mesh': dict(mesh.shape),
     'bytes per device': memory,
+    'estimated bytes per device': estimated,
     'chip': chip,
     'chip bytes': hardware.bytes,
     'chip FLOP/s': hardware.flops,
     'assumed MFU': mfu,
-    'hours': (flops + idle) * cfg.steps / (devices * hardware.flops * mfu) / 3600,
+    'hours': cost['hours'],
+    'chip-hours': cost['chip-hours'],
   }
 
 
-def step_flops(
-  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, theta: Any, added: float
-) -> float:
-  """Count a training step's FLOPs: the model's passes, `added` per token, making the weights."""
-  per_token = 3 * forward_flops(model.cfg, cfg.context) + added
-  groups = cfg.data.batch_size // cfg.data.rows_per_group
-  made = reparam.materialize_flops(rep, theta, groups)
-  return cfg.data.batch_size * cfg.context * per_token + 3 * made
+def _here(
+  cfg: RunConfig, devices: int, teacher: DecoderConfig | None
+) -> tuple[dict[str, float], Chip]:
+  """Compile a run's step for this machine; return the bytes it takes, and the machine as a chip."""
+  room = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  refused = f'--chip={HERE} times a step on this machine, one device of {room / 1e9:.3g} GB; '
+  if devices > 1:
+    raise ValueError(f'{refused}the run is planned on {devices}: name another --chip')
+  whole = _compile(cfg, teacher)
+  memory = program.memory(whole[0].kinds, whole[1])
+  if (needed := sum(memory.values())) > room:
+    raise ValueError(f'{refused}the run needs {needed / 1e9:.3g} GB: name another --chip')
+  fewer = _fewer_rows(cfg)
+  step, compiled = whole if fewer == cfg else _compile(fewer, teacher)
+  return memory, Chip(step.flops / _seconds(step, compiled), room)
 
 
-def _measure(model: models.Model, cfg: RunConfig, devices: int, needed: float) -> Chip:
-  """Time forward and backward passes on some rows; return this machine as a chip."""
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if devices > 1 or needed > memory:
-    raise ValueError(
-      f'--chip={HERE} times a step on this machine, one device of {memory / 1e9:.3g} GB; the run '
-      f'needs {devices} of {needed / 1e9:.3g} GB: name another --chip'
-    )
-  context = cfg.context
-  rows = min(cfg.data.batch_size // cfg.data.accum, max(_MEASURED_TOKENS // context, 1))
-  ids = np.ones((rows, context), np.int32)
-  batch = {'inputs': ids, 'targets': ids, 'segments': ids, 'weights': ids.astype(np.float32)}
-  batch['positions'] = ids.cumsum(1, dtype=np.int32) - 1
+def _compile(cfg: RunConfig, teacher: DecoderConfig | None) -> tuple[program.Outline, Any]:
+  """Compile a run's step for one CPU of this machine."""
+  mesh = sharding.make_mesh(vars(cfg.mesh), jax.devices('cpu')[:1])
+  step = program.outline(cfg, mesh, teacher)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return step, step.trace().lower().compile()
 
-  def loss(params):
-    params = tree.cast(params, jnp.dtype(cfg.dtype))
-    return losses.token_losses(model.forward, params, batch, cfg.objective.chunk).sum()
 
-  with jax.default_device(jax.devices('cpu')[0]):
-    params = jax.jit(model.init)(jax.random.key(0))
-    step, seconds = jax.jit(jax.grad(loss)), []
-    jax.block_until_ready(step(params))  # compiles
-    while sum(seconds) < _MEASURED_SECONDS:
-      began = time.monotonic()
-      jax.block_until_ready(step(params))
-      seconds.append(time.monotonic() - began)
-  flops = 3 * rows * context * forward_flops(model.cfg, context)
-  return Chip(flops / statistics.median(seconds), memory)
+def _fewer_rows(cfg: RunConfig) -> RunConfig:
+  """Return a config with as few groups of rows in a step as are enough to time it."""
+  d = cfg.data
+  groups = d.batch_size // d.accum // d.rows_per_group
+  if d.order != 'every':  # where each expert has a group in a step
+    groups = min(groups, max(_MEASURED_TOKENS // (cfg.context * d.rows_per_group), 1))
+  d = dataclasses.replace(d, batch_size=groups * d.rows_per_group, accum=1)
+  return dataclasses.replace(cfg, data=d)
+
+
+def _seconds(step: program.Outline, compiled: Any) -> float:
+  """Return the median seconds of a step's calls."""
+  # No value of weights, rows or conditions changes what is computed.
+  fill = lambda x, where, value: jax.device_put(jnp.full(x.shape, value, x.dtype), where)
+  filled = lambda tree, value: jax.tree.map(lambda x: fill(x, x.sharding, value), tree)
+  theta = jax.jit(step.reparam.init, out_shardings=step.program.layout.theta)(jax.random.key(0))
+  state = step.program.init(theta, filled(step.state.beside, 0.01))
+  frozen, batch, seconds = filled(step.frozen, 0.01), filled(step.batch, 1), []
+  state, _ = jax.block_until_ready(compiled(state, frozen, batch))  # the first call is slower
+  while sum(seconds) < _MEASURED_SECONDS:
+    began = time.monotonic()
+    state, _ = jax.block_until_ready(compiled(state, frozen, batch))
+    seconds.append(time.monotonic() - began)
+  return statistics.median(seconds)
 
 
 def _trained(theta: dict[str, Any]) -> dict[str, int]:
@@ -145,81 +153,54 @@ def _trained(theta: dict[str, Any]) -> dict[str, int]:
   return counts
 
 
-def _count(shapes: Any, shardings: Any, times: Any = None) -> int:
-  """Count a tree's numbers on one device; `times` repeats leaves."""
-  leaves = map(jax.tree.leaves, (shapes, shardings, times or jax.tree.map(lambda _: 1, shapes)))
-  shards = ((where.shard_shape(x.shape), n) for x, where, n in zip(*leaves, strict=True))
-  return sum(n * math.prod(shape) for shape, n in shards)
-
-
-def _memory(cfg, model, rep, theta, shardings, mesh, teacher) -> dict[str, float]:
-  """Return the bytes on one device by purpose."""
-  d, decoder, tensor = cfg.data, model.cfg, mesh.shape['tensor']
+def _estimated(cfg: RunConfig, step: program.Outline, mesh: Any) -> dict[str, float]:
+  """Estimate the bytes on one device of what a compiler decides, by purpose."""
+  d, decoder, tensor = cfg.data, step.model.cfg, mesh.shape['tensor']
   groups = d.batch_size // d.rows_per_group // d.accum // sharding.batch_devices(mesh)
-  rows = groups * d.rows_per_group
-  trained = copy = _count(theta, shardings)
-  shared_groups = rep.clusters and not rep.independent
-  if shared_groups:  # every group of the device has its own matrices, sharded like dense ones
-    dense = jax.eval_shape(lambda t: rep.materialize(t, {}, 0), theta)
-    times = jax.tree.map(
-      lambda axis: 1 if axis is None else groups,
-      reparam.group_axes(rep, dense),
-      is_leaf=lambda axis: axis is None,
-    )
-    copy = _count(dense, sharding.shardings(dense, mesh), times)
-  recomputed = 0.0
+  rows, recomputed = groups * d.rows_per_group, 0.0
   if decoder.remat != 'none':
     whole = _kept(dataclasses.replace(decoder, remat='none'), cfg.context, cfg.dtype, tensor)
     recomputed = whole / decoder.num_layers
-  memory = {
-    'weights': 4.0 * trained,
-    'gradients': 4.0 * trained,
-    'optimiser moments': 8.0 * trained,
-    'compute copy of weights': 0.0,
-    'logits of a chunk': 8.0 * cfg.objective.chunk * decoder.vocab,  # and their gradient
+  logits = 8.0 * decoder.vocab  # and their gradient
+  if step.teacher:
+    logits += 4.0 * step.teacher.vocab
+  trained = program.memory({'': (step.state.theta, step.state.beside)})
+  return {
+    'gradients': sum(trained.values()),
+    **_copies(cfg, step, mesh, groups),
+    'logits of a chunk': cfg.objective.chunk * logits,
     'kept for the backward pass': rows * _kept(decoder, cfg.context, cfg.dtype, tensor),
     'one layer, recomputed': rows * recomputed,
   }
-  width = jnp.dtype(cfg.dtype).itemsize
-  if shared_groups or cfg.dtype != 'float32':
-    memory['compute copy of weights'] = float(width * copy)
-  if rep.base:
-    memory |= _frozen(cfg, model, rep, theta, mesh)
-  if teacher:  # its weights, their compute copy, and their gradient and moments if it learns
-    number = (16.0 if cfg.objective.correct else 4.0) + (0 if cfg.dtype == 'float32' else width)
-    memory['teacher'] = number * _share(teacher, mesh)
-    memory['logits of a chunk'] += 4.0 * cfg.objective.chunk * teacher.vocab
-  return memory
 
 
-def _share(model: DecoderConfig, mesh: Any) -> int:
-  """Return how many of a dense model's parameters are on one device."""
-  shapes = jax.eval_shape(models.build(model).init, jax.random.key(0))
-  return _count(shapes, sharding.shardings(shapes, mesh))
-
-
-def _frozen(cfg, model, rep, theta, mesh) -> dict[str, float]:
-  """Return the bytes of another run's frozen weights, and of the weights made from them.
-
-  Where theta has a number for every weight, its gradient takes the place of theirs.
-  """
-  base = load.base_outline(cfg, rep, mesh)
-  frozen = _count(base, jax.tree.map(lambda x: x.sharding, base))
-  names = [[key.key for key in path] for path, _ in tree_leaves_with_path(theta)]
-  changed = {n[-2] if n[-1] in axes.FACTORS else n[-1] for n in names}
-  if isinstance(cfg.reparam, CodeConfig):
-    changed |= set(cfg.reparam.of.leaves)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  keep = lambda path, x: x if path[-1].key in changed else None
-  count = lambda tree: _count(tree, sharding.shardings(tree, mesh))
-  made = count(tree_map_with_path(keep, shapes))
-  dense = {path[-1].key for path, _ in tree_leaves_with_path(shapes)}
-  separate = any(n[-1] not in dense for n in names)
-  width = jnp.dtype(cfg.dtype).itemsize
+def _copies(cfg, step, mesh, groups) -> dict[str, float]:
+  """Estimate the bytes of the weights that a step makes: from others, or in the compute type."""
+  rep, theta, width = step.reparam, step.state.theta, jnp.dtype(cfg.dtype).itemsize
+  if rep.independent:
+    dense, made = theta, set()
+  else:  # what is made from theta is no argument of the function that makes it
+    make = lambda theta, frozen: rep.materialize(theta, frozen, 0)
+    dense = jax.eval_shape(make, theta, step.frozen)
+    jaxpr = jax.make_jaxpr(make)(theta, step.frozen).jaxpr
+    made = {i for i, x in enumerate(jaxpr.outvars) if x not in jaxpr.invars}
+  per_group = reparam.group_axes(rep, dense) if rep.clusters and not rep.independent else {}
+  varies = {path for path, _ in tree_leaves_with_path(per_group)}
+  shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), dense, sharding.shardings(dense, mesh))
+  is_shape = lambda x: isinstance(x, tuple)
+  sizes = [
+    math.prod(shape) * (groups if path in varies else 1)
+    for path, shape in tree_leaves_with_path(shards, is_leaf=is_shape)
+  ]
+  new = sum(sizes[i] for i in made)
+  copy = new if width == 4 else sum(sizes)
+  if width != 4:
+    teacher = (step.frozen | step.state.beside).get('teacher', {})
+    copy += sum(program.memory({'': teacher}).values()) / 4
+  fewer = sum(x.size for x in jax.tree.leaves(theta)) < new  # else its gradient takes their place
   return {
-    'frozen weights': 4.0 * frozen,
-    'compute copy of weights': float(width * (made if width == 4 else count(shapes))),
-    'gradient of that copy': float(width * made * separate),
+    'compute copy of weights': float(width * copy),
+    'gradient of that copy': float(width * new) if rep.base and fewer else 0.0,
   }
 
 
@@ -258,11 +239,16 @@ def text(plan: Mapping[str, Any]) -> str:
     else:
       add(title, f'{value:,}' if isinstance(value, int) else f'{value:.3g}')
   add('mesh', ', '.join(f'{a} {n}' for a, n in plan['mesh'].items() if n > 1) or 'one device')
-  memory, chip = plan['bytes per device'], plan['chip']
-  total, share = sum(memory.values()), sum(memory.values()) / plan['chip bytes']
+  memory, estimated = plan['bytes per device'], plan['estimated bytes per device']
+  chip, guess = plan['chip'], sum(estimated.values())
+  total = sum(memory.values()) + guess
+  share = total / plan['chip bytes']
   owner = 'this machine' if chip == HERE else f'one {chip}'
   add('memory per device', f'{total / 1e9:.3g} GB, {share:.0%} of {owner}')
-  lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in memory.items() if n]
+  lines += [f'  {name:26} {n / 1e9:.3g} GB' for name, n in memory.items()]
+  if estimated:
+    lines.append(f'  {"estimated:":26} {guess / 1e9:.3g} GB, which a compiler decides')
+    lines += [f'    {name:26} {n / 1e9:.3g} GB' for name, n in estimated.items() if n]
   if share > 1:
     lines.append('does not fit: raise mesh.fsdp or data.accum, or set model.remat')
   duration = console.duration(3600 * plan['hours'])
@@ -274,3 +260,16 @@ def text(plan: Mapping[str, Any]) -> str:
     mfu = f'at an assumed {plan["assumed MFU"]:.0%} of peak'
     add('time', f'{duration} on {devices} {chip} {mfu}')
   return '\n'.join(lines)
+
+
+def exact(plan: Mapping[str, Any], argv: Sequence[str]) -> str:
+  """Return the line that names the command which replaces a plan's estimates; '' if there is none.
+
+  `argv` are the arguments of the command that planned. There is none without libtpu, for GPUs and
+  for a number of chips that no slice has.
+  """
+  topology = chips.slice_of(plan['chip'], math.prod(plan['mesh'].values()))
+  if not (topology and importlib.util.find_spec('libtpu')):
+    return ''
+  command = arguments.instead('slm.compile', argv, _OF_THE_PLAN, f'--topology={topology}')
+  return f'\nexact, in place of estimates: {command}'

@@ -46,6 +46,21 @@ _KINDS = {
 }
 
 
+def slice_of(chip: str, count: int) -> str:
+  """Return the slice of `count` chips, KIND:SHAPE with sides as equal as they can be; '' if none.
+
+  Sides are powers of two, two for v5e and v6e and three for v4 and v5p; a slice has four chips at
+  least and 256, of three sides 4,096, at most.
+  """
+  kind = next((kind for kind, name in TPUS.items() if name == chip), '')
+  sides, most = (2, 256) if kind in ('v5e', 'v6e') else (3, 4096)
+  if not kind or count & (count - 1) or not 4 <= count <= most:
+    return ''
+  power = count.bit_length() - 1
+  shape = [2 ** ((power + i) // sides) for i in range(sides)]
+  return f'{kind}:{"x".join(map(str, (2, 2, 1) if (count, sides) == (4, 3) else shape))}'
+
+
 def peak(kind: str) -> float | None:
   """Return the peak dense bfloat16 FLOP/s of a device of JAX's `device_kind`, None if unknown."""
   return CHIPS[_KINDS[kind]].flops if kind in _KINDS else None
