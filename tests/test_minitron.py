@@ -10,19 +10,19 @@ import toy
 
 from configs import minitron as config_of_recipe
 from configs import minitron_published as recipes
-from experiments import common
+from experiments import common, compiled
 from experiments.minitron import claims, report, results, run, smollm2
 from experiments.minitron.run import BY_NAME, Study
 from experiments.minitron.scales import SCALES
 from experiments.minitron.students import CORRECTED, SEARCHED, STUDENTS
 from slm.base import files, schema
-from slm.data import prepare
+from slm.data import loader, prepare
 from slm.data.loader import DataConfig
 from slm.models.config import DecoderConfig
 from slm.pruning import recipe, slicing
 from slm.reporting import verdicts
 from slm.reporting.stats import Loss
-from slm.runs import rundir
+from slm.runs import config, rundir
 from slm.runs.config import RunConfig, section
 from slm.training import optim
 from slm.weights.count import num_params
@@ -274,6 +274,15 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
   step = f.training('width_lm_equal').flops / taken
   assert abs(a - b) <= step / 2 + 1e-6 * a
   assert all(len(files.read_npy(p)) == 6 for p in root.rglob('generic-test.npy'))
+  made = loader.manifest(root / 'data')
+  prepared = {'tokenizer.vocab': made['tokenizer']['vocab'], 'context': made['context']}
+  listed = run.outline(dataclasses.replace(scale, prepare=prepared), [BY_NAME[n] for n in names])
+  assert {r.name for r in listed} == {'teacher', *(f'{n}-0' for n in names)}
+  for planned in listed:  # what would be compiled is what was trained
+    trained = config.of(root / 'runs' / planned.name)
+    assert planned.cfg.steps == trained.steps and bool(planned.teacher) == bool(trained.teacher)
+    real = dataclasses.replace(planned, cfg=trained)
+    assert planned.name == 'searched-0' or compiled.digest(planned) == compiled.digest(real)
   item = {'id': '0', 'type': 'mc', 'query': 'Is it?', 'choices': ['yes', 'no'], 'gold': 0}
   questions = tmp_path / 'q.jsonl'
   questions.write_text('\n'.join(json.dumps(item | {'id': i}) for i in 'ab'))

@@ -80,6 +80,8 @@ NOT_RUN = {
     'needs libtpu; tests/test_compile.py compiles for TPUs',
   'python -m experiments.scale.run --out=runs/scale':
     'an hour, and libtpu; tests/test_compile.py compiles the same in small',
+  'python -m experiments.specialise.run --scale=paper --topology=v5p:4x4x4 --out=runs/paper':
+    'minutes, and libtpu; tests/test_compile_studies.py compiles a small study',
   "pip install -e '.[tpu]'": 'changes the environment',
   "pip install -e '.[eval]'": 'changes the environment',
   "pip install -e '.[reference]'": 'changes the environment',

@@ -126,11 +126,10 @@ def search_cost(folder: Path) -> Cost:
   return spent + Cost(flops=found['zero_shot_flops'])
 
 
-def equal_steps(run: Path, teacher: Path) -> int:
-  """Return the steps of next-token training that cost what a distillation cost."""
-  cfg = config.of(run)
-  mine, theirs = (forward_flops(shape(p), cfg.context) for p in (run, teacher))
-  return round(cfg.steps * (3 * mine + theirs) / (3 * mine))
+def equal_steps(steps: int, student: DecoderConfig, teacher: DecoderConfig, context: int) -> int:
+  """Return the steps of next-token training that cost what those of a distillation cost."""
+  mine, theirs = (forward_flops(model, context) for model in (student, teacher))
+  return round(steps * (3 * mine + theirs) / (3 * mine))
 
 
 def read(scale: Scale, root: Path) -> Found:

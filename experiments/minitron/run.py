@@ -3,6 +3,7 @@
 python -m experiments.minitron.run --scale=smoke --out=runs/minitron_smoke
 python -m experiments.minitron.run --scale=cpu --corpus=/path/to/corpora --out=runs/minitron
 python -m experiments.minitron.run --scale=smollm2 --corpus=/path/to/corpora --out=runs/smollm2
+python -m experiments.minitron.run --scale=gpu --topology=v5e:4x4 --out=runs/minitron_gpu
 """
 
 import sys
@@ -11,26 +12,35 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import common, compiled
 from experiments.minitron import report, results, smollm2, smollm2_report
 from experiments.minitron.results import TEACHER
 from experiments.minitron.scales import SCALES, Scale
-from experiments.minitron.students import CORRECTED, SEARCHED, SERVED, STUDENTS, Student, cut_run
+from experiments.minitron.students import (
+  CORRECTED,
+  SEARCHED,
+  SERVED,
+  STUDENTS,
+  Student,
+  cut_run,
+  shape,
+)
 from slm.base import console
 from slm.data import loader
 from slm.inference import tasks
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
 from slm.pruning import commands, search, slicing
+from slm.runs import config
 from slm.training import loop
 from slm.weights import sharding
 from slm.weights.count import num_params
 
 BY_NAME = {s.name: s for s in STUDENTS}
 _ITEMS = 300  # of a task file, the first
+_BYTES = 3 + 256  # ids of the tokenizer of bytes
 
 
 class Study:
@@ -114,7 +124,7 @@ class Study:
     """Search for the best shape no larger than `width`, by a quarter of a recovery's steps."""
     s, teacher = self.scale, self.runs / TEACHER
     whole = results.shape(teacher)
-    most = sum(num_params(slicing.shape(whole, _first(self.sizes(BY_NAME['width'])))).values())
+    most = sum(num_params(shape(whole, self.sizes(BY_NAME['width']))).values())
     settings = self.settings(0, max(s.steps // 4, 1), s.peak, 'generic')
     grid = search.read_grid(s.grid, whole)
     found = search.search(
@@ -125,22 +135,27 @@ class Study:
 
   def trained(self, student: Student, seed: int) -> Path:
     """Train a student."""
-    s, on = self.scale, self.on(student)
+    s, teacher = self.scale, self.runs / TEACHER
     steps = max(round(s.steps * student.steps), 1)
     if student.equal:
-      steps = results.equal_steps(self.trained(BY_NAME[student.equal], seed), self.runs / TEACHER)
-    settings = self.settings(seed, steps, s.peak, on)
+      equal = config.of(self.trained(BY_NAME[student.equal], seed))
+      steps = results.equal_steps(equal.steps, equal.model, results.shape(teacher), equal.context)
+    config_name, settings = self.training(student, seed, steps)
     if student.cut is None:
       vocab = loader.manifest(self.root / 'data')['tokenizer']['vocab']
-      shape = slicing.shape(DecoderConfig(vocab=vocab, **s.teacher), _first(self.sizes(student)))
-      settings |= {f'model.{key}': getattr(shape, key) for key in s.teacher}
-      settings['schedule.peak'] = s.scratch_peak
+      model = shape(DecoderConfig(vocab=vocab, **s.teacher), self.sizes(student))
+      settings |= {f'model.{key}': getattr(model, key) for key in s.teacher}
     else:
       settings['init'] = str(self.cut(student, seed))
     if student.guide:
       settings['teacher'] = str(self.runs / student.guide)
-    config_name = 'recover' if student.guide else 'pretrain'
-    return self.train(f'{student.name}-{seed}', config_name, settings | dict(student.set), on)
+    return self.train(f'{student.name}-{seed}', config_name, settings, self.on(student))
+
+  def training(self, student: Student, seed: int, steps: int) -> tuple[str, dict[str, Any]]:
+    """Return the config of a student's training and its settings, but for other runs' names."""
+    peak = self.scale.scratch_peak if student.cut is None else self.scale.peak
+    settings = self.settings(seed, steps, peak, self.on(student)) | dict(student.set)
+    return 'recover' if student.guide else 'pretrain', settings
 
   def ask(self, paths: list[str]) -> None:
     """Put task files to the teacher and to what is served, as cut and as trained."""
@@ -153,13 +168,8 @@ class Study:
   def run(self, students: Iterable[Student]) -> None:
     """Make every student; a seed at a time, so that all are there early."""
     self.teachers()
-    jobs = [
-      (student, seed)
-      for i, seed in enumerate(self.scale.seeds)
-      for student in students
-      if i < max(student.seeds, 1)
-    ]
-    for i, (student, seed) in enumerate(jobs, 1):
+    jobs = _jobs(self.scale, students)
+    for i, (seed, student) in enumerate(jobs, 1):
       print(f'[{i}/{len(jobs)}] {student.name}-{seed}', file=sys.stderr, flush=True)
       if student.seeds:
         self.trained(student, seed)
@@ -167,9 +177,54 @@ class Study:
         self.cut(student, seed)
 
 
-def _first(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-  """Keep the first of each axis, where only the shape matters."""
-  return {axis: np.arange(n) for axis, n in sizes.items()}
+def outline(scale: Scale, chosen: Iterable[Student]) -> list[compiled.Run]:
+  """List what a scale trains for some students, without data or weights, as `Study.run` does.
+
+  The shape that a search would find is taken to be the largest that it may; the short trainings of
+  its candidates are not listed.
+  """
+  vocab, context = scale.prepare.get('tokenizer.vocab', _BYTES), scale.prepare['context']
+  study, whole = Study(scale, Path()), DecoderConfig(vocab=vocab, **scale.teacher)
+
+  def run(name, config_name, settings, model, teacher=None):
+    given = common.config(config_name, {**settings, 'data.path': '', 'init': ''})
+    given['model'] = config.shaped(given['model'], model)
+    return compiled.Run(name, config.without_data(config.complete(given), context), teacher)
+
+  runs = [
+    run(TEACHER, 'pretrain', study.settings(0, scale.teacher_steps, scale.teacher_peak, ''), whole)
+  ]
+  correction = study.settings(1, scale.steps, scale.correct_peak, '')
+  runs += [run(name, 'pretrain', correction, whole) for name in CORRECTED]
+  for seed, student in _jobs(scale, _needed(chosen)):
+    if student.seeds:
+      sizes = study.sizes(BY_NAME['width'] if student.shape == SEARCHED else student)
+      model, steps = shape(whole, sizes), max(round(scale.steps * student.steps), 1)
+      if student.equal:
+        steps = results.equal_steps(steps, model, whole, context)
+      config_name, settings = study.training(student, seed, steps)
+      teacher = whole if student.guide else None
+      runs.append(run(f'{student.name}-{seed}', config_name, settings, model, teacher))
+  return runs
+
+
+def _needed(chosen: Iterable[Student]) -> list[Student]:
+  """Return students with those that they are cut from or compared with, which are trained too."""
+  found = list(chosen)
+  for student in found:  # grows
+    others = (BY_NAME[name] for name in (student.parent, student.equal) if name)
+    found += [other for other in others if other not in found]
+  return found
+
+
+def _jobs(scale: Scale, students: Iterable[Student]) -> list[tuple[int, Student]]:
+  """Order students by seed, so that all are there early."""
+  return [
+    (seed, student)
+    for i, seed in enumerate(scale.seeds)
+    for student in students
+    if i < max(student.seeds, 1)
+  ]
 
 
 def main(_: list[str]) -> None:
@@ -181,6 +236,13 @@ def main(_: list[str]) -> None:
   if unknown := [name for name in f.only if name not in students]:
     raise ValueError(f'--only: expected some of {", ".join(students)}, found {unknown}')
   chosen = [students[name] for name in f.only or students]
+  if f.topology:
+    if f.scale in smollm2.SCALES:
+      listed = smollm2.outline(scales[f.scale], f.teacher, chosen)
+    else:
+      listed = outline(scales[f.scale], chosen)
+    print(compiled.study(listed, f.topology, Path(f.out)))
+    return
   common.cache(f.cache)
   scale, root, began = scales[f.scale], Path(f.out), time.monotonic()
   if f.scale in smollm2.SCALES:
@@ -210,4 +272,5 @@ if __name__ == '__main__':
   flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
   flags.DEFINE_list('only', [], 'Make these students alone; the report says what was not run.')
   flags.DEFINE_integer('rounds', 9, 'Interleaved repeats of the measurement of speed.')
+  compiled.define_flag()
   console.run(main)

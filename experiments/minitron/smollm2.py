@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import common
+from experiments import common, compiled
+from experiments.minitron.students import shape
 from slm.base import files
 from slm.inference import tasks
 from slm.interchange import card, convert, verify
 from slm.objectives import heldout
 from slm.pruning import commands, slicing
+from slm.runs import config
 from slm.training import loop
 from slm.weights import sharding
 
@@ -144,22 +146,9 @@ class Study:
   def recover(self, student: Student, seed: int) -> Path:
     """Train a cut student on general text under the model it was cut from."""
     s, out = self.scale, self.runs / f'{student.name}-{seed}'
-    settings: dict[str, Any] = {
+    settings = training(s, seed) | {
       'init': str(self.cut(cut_name(student), student.whole, student.sizes)),
-      'seed': seed,
-      'steps': s.steps,
-      'dtype': s.dtype,
       'data.path': str(self.data(student.whole)),
-      'data.batch_size': s.batch_size,
-      'data.accum': s.accum,
-      'objective.chunk': s.chunk,
-      'schedule.peak': s.peak,
-      'schedule.warmup': s.steps // 16,
-      'eval.every': max(s.steps // 8, 1),
-      'eval.max_rows': min(s.test_rows or 256, 256),
-      'eval.batch_size': 8,
-      'checkpoint.every': max(s.steps // 4, 1),
-      'tensorboard': False,
     }
     if student.config == 'recover':
       settings['teacher'] = str(self.whole[student.whole])
@@ -192,6 +181,42 @@ class Study:
         self.measure(self.runs / cut_name(student), student.whole)
         self.measure(recovered, student.whole)
         self.export(recovered)
+
+
+def training(scale: Scale, seed: int) -> dict[str, Any]:
+  """Return what every training sets."""
+  s = scale
+  return {
+    'seed': seed,
+    'steps': s.steps,
+    'dtype': s.dtype,
+    'data.batch_size': s.batch_size,
+    'data.accum': s.accum,
+    'objective.chunk': s.chunk,
+    'schedule.peak': s.peak,
+    'schedule.warmup': s.steps // 16,
+    'eval.every': max(s.steps // 8, 1),
+    'eval.max_rows': min(s.test_rows or 256, 256),
+    'eval.batch_size': 8,
+    'checkpoint.every': max(s.steps // 4, 1),
+    'tensorboard': False,
+  }
+
+
+def outline(scale: Scale, teacher: str, students: Sequence[Student]) -> list[compiled.Run]:
+  """List what a scale trains from the config of its teacher, a run directory."""
+  whole = {TEACHER: config.of(teacher).model}
+  whole[SMALL_VOCABULARY] = dataclasses.replace(whole[TEACHER], vocab=VOCABULARY)
+  runs = []
+  for seed in scale.seeds:
+    for student in students:
+      model, given = whole[student.whole], common.config(student.config, training(scale, seed))
+      small = shape(model, slicing.read_sizes(student.sizes))
+      given['model'] = config.shaped(given['model'], small)
+      cfg = config.without_data(config.complete(given), CONTEXT)
+      guide = model if student.config == 'recover' else None
+      runs.append(compiled.Run(f'{student.name}-{seed}', cfg, guide))
+  return runs
 
 
 def cut_name(student: Student) -> str:

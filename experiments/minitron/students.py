@@ -8,6 +8,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from slm.models.config import DecoderConfig
+from slm.pruning import slicing
+
 
 @dataclasses.dataclass(frozen=True)
 class Student:
@@ -128,3 +133,8 @@ def cut_run(student: Student, seed: int) -> str:
   first = next(s for s in STUDENTS if what(s) == what(student))
   drawn = student.parent or (student.cut or {}).get('by') == 'random'
   return f'cut-{first.name}' + (f'-{seed}' if drawn else '')
+
+
+def shape(whole: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+  """Return the shape of a model that is cut to sizes of its axes, whatever is kept."""
+  return slicing.shape(whole, {axis: np.arange(n) for axis, n in sizes.items()})

@@ -8,51 +8,16 @@ compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for 
 is written after each. Nothing runs on a chip: times are bounds, as those of slm.compile.
 """
 
-import concurrent.futures
-import dataclasses
-import multiprocessing
-import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
+from experiments import compiled
 from experiments.scale import cells
 from slm.base import artifact, console, files
 from slm.reporting import tables
-from slm.runs import load
 from slm.training import aot
-from slm.weights import chips, sharding
-from slm.weights.tree import flatten
-
-
-def compile_cell(name: str, slice_name: str, out: Path) -> None:
-  """Compile a cell for a slice, and write what it takes: as JSON for the table, and as text."""
-  cell, topology = cells.CELLS[name], cells.SLICES[slice_name]
-  devices = aot.devices(topology)
-  cfg, teacher = cells.training(cell, len(devices))
-  found: dict[str, Any] = {'topology': topology, 'chips': len(devices)}
-  found['mesh'] = sharding.mesh_shape(vars(cfg.mesh), len(devices))
-  began = time.monotonic()
-  try:
-    if cell.decode:
-      step = aot.compile_decoding(cfg, devices, cell.decode * len(devices))
-    else:
-      step = aot.compile_step(cfg, devices, teacher)
-  except ValueError as e:
-    found['error'] = str(e)
-  else:
-    chip = chips.CHIPS[chips.TPUS[topology.partition(':')[0]]]
-    found |= dataclasses.asdict(step) | {'seconds': aot.seconds(step, chip)}
-    found['memory share'] = sum(step.memory.values()) / chip.bytes
-    found['mfu'] = step.model_flops / (max(found['seconds'].values()) * chip.flops)
-    text = aot.report(cfg, step, topology, len(devices), cell.decode * len(devices))
-    files.write_text(out.with_suffix('.txt'), text + '\n')
-  theta = jax.eval_shape(load.build(cfg)[1].init, jax.random.key(0))
-  found['trained'] = sum(x.size for _, x in flatten(theta))
-  found['compile seconds'] = time.monotonic() - began
-  files.write_json(out, found)
 
 
 def table(out: Path) -> tables.Table:
@@ -104,14 +69,13 @@ def main(_: list[str]) -> None:
   aot.devices(cells.SLICES[slices[0]])  # says what is missing before a process is started
   fits = lambda name, s: s in cells.CELLS[name].slices
   todo = [(n, s, out / s / f'{n}.json') for n in only for s in slices if fits(n, s)]
-  context = multiprocessing.get_context('spawn')
   with artifact.hold(out), console.Progress('compile', len(todo), 'programs') as progress:
     for name, slice_name, path in todo:
       progress.say(f'{name} for {slice_name}')
-      if not path.exists():  # a process each: XLA keeps memory, and may end the process
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-          pool.submit(compile_cell, name, slice_name, path).result()
-        files.write_text(out / 'table.md', tables.markdown(table(out)))
+      cell, topology = cells.CELLS[name], cells.SLICES[slice_name]
+      count = len(aot.devices(topology))
+      compiled.keep(path, topology, *cells.training(cell, count), cell.decode * count)
+      files.write_text(out / 'table.md', tables.markdown(table(out)))
       progress.update(1)
   print(tables.text(table(out)))
 

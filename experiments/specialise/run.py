@@ -3,9 +3,11 @@
 python -m experiments.specialise.run --scale=quick --out=runs/quick
 python -m experiments.specialise.run --scale=cpu --corpus=/path/to/corpora --out=runs/cpu
 python -m experiments.specialise.run --scale=paper --dry_run --devices=64 --chip=tpu-v5p
+python -m experiments.specialise.run --scale=paper --topology=v5p:4x4x4 --out=runs/paper
 """
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -16,12 +18,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import common
+from experiments import common, compiled
 from experiments.specialise import check, claims, ensemble, report, runs
 from experiments.specialise.methods import BEFORE, FAMILIES, METHODS, uses_clusters
 from experiments.specialise.scales import NOTES, SCALES, SMALLER, Scale
 from experiments.specialise.study import load_study
-from slm.base import console, files
+from slm.base import console, files, schema
 from slm.data import dsir, importance, loader
 from slm.inference import specialist
 from slm.objectives import heldout
@@ -162,48 +164,52 @@ def write_study(scale_name: str, planned: runs.Study, root: Path) -> None:
   )
 
 
-def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
-  """Say what a scale would train, by kind of run, without data."""
+def outline(scale: Scale, seeds: tuple[int, ...] = ()) -> list[compiled.Run]:
+  """List what a scale trains, without data or weights."""
   vocab, context = scale.prepare['tokenizer.vocab'], scale.prepare['context']
-  planned = runs.Study(scale, '', context, vocab)
-  kinds: dict[str, list[dict[str, Any]]] = {}
-  plans: dict[str, dict[str, Any]] = {}
+  planned = runs.Study(scale, '', context, vocab, seeds)
+  found = []
   for job in planned.jobs.values():
     if job['do'] == 'train':
-      cfg = common.config(job['config'], {**job['set'], 'model.vocab': vocab})
-      if cfg['reparam']['name'] in ('code', 'lora', 'mask'):
-        cfg['reparam'] = {'name': 'full'}  # these cost what training all weights does
-      # A vector of rows divides over fewer devices than a pretraining's batch.
-      cfg['mesh'] = {'data': math.gcd(devices, cfg['data']['batch_size'])}
-      if cfg['data']['level']:
-        groups = cfg['data']['batch_size'] // cfg['data']['rows_per_group']
-        cfg['mesh'] = {'data': math.gcd(devices, groups)}
+      cfg = _config(job, vocab)
+      if cfg['reparam']['name'] == 'code':  # of a projected network, whose shape it has
+        start = _config(planned.jobs[cfg['init'].partition('@')[0]], vocab)
+        clusters = start['reparam']['clusters']
+        cfg['model'] = start['model']
+        cfg['reparam'] |= {'of': start['reparam'], 'histogram': [1 / clusters] * clusters}
       taught = planned.jobs.get(cfg['teacher'])
+      teacher = section('model', _config(taught, vocab)['model']) if taught else None
       cfg |= {'teacher': '', 'init': ''}
-      cfg['data'] |= {
-        'path': '',
-        'set': '',
-        'index': '',
-        'mix_index': '',
-        'mix_set': '',
-        'mix_share': 0.0,
-      }
-      teacher = (
-        taught and common.config(taught['config'], {**taught['set'], 'model.vocab': vocab})['model']
-      )
-      what = json.dumps([{**cfg, 'seed': 0}, teacher], sort_keys=True)
-      if what not in plans:  # runs differ mostly in their text
-        shape = teacher and section('model', teacher)
-        plans[what] = plan.plan(without_data(cfg, context), cfg['mesh']['data'], chip, mfu, shape)
-      found = plans[what]
-      name = job['name'].split('-')[0] if cfg['phase'] == 'pretrain' else cfg['phase']
-      kinds.setdefault(name, []).append(found)
+      cfg['data'] |= {'path': '', 'set': '', 'index': '', 'mix_share': 0.0}
+      cfg['data'] |= {'mix_index': '', 'mix_set': ''}
+      found.append(compiled.Run(job['name'], without_data(cfg, context), teacher))
+  return found
+
+
+def _config(job: dict[str, Any], vocab: int) -> dict[str, Any]:
+  return common.config(job['config'], {**job['set'], 'model.vocab': vocab})
+
+
+def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
+  """Say what a scale would train, by kind of run, without data."""
+  kinds: dict[str, list[dict[str, Any]]] = {}
+  plans: dict[Any, dict[str, Any]] = {}
+  for run in outline(scale):
+    cfg, d = run.cfg, run.cfg.data
+    # A vector of rows divides over fewer devices than a pretraining's batch.
+    count = math.gcd(devices, d.batch_size // d.rows_per_group)
+    cfg = dataclasses.replace(cfg, seed=0, mesh=sharding.MeshConfig(data=count))
+    what = json.dumps([schema.plain(cfg), run.teacher and vars(run.teacher)], sort_keys=True)
+    if what not in plans:  # runs differ mostly in their text
+      plans[what] = plan.plan(cfg, count, chip, mfu, run.teacher)
+    name = run.name.split('-')[0] if cfg.phase == 'pretrain' else cfg.phase
+    kinds.setdefault(name, []).append(plans[what])
   head = ('runs', 'count', 'served', 'trained', 'steps', 'tokens', 'FLOPs', f'{chip}-hours')
   lines = ['{:16} {:>6} {:>9} {:>9} {:>10} {:>9} {:>9} {:>12}'.format(*head)]
   for name, found in kinds.items():
     first = found[0]
     total = lambda key, found=found: sum(x[key] for x in found)
-    hours = sum(x['hours'] * math.prod(x['mesh'].values()) for x in found)
+    hours = sum(x['chip-hours'] for x in found)
     size = lambda key, first=first: sum(first[key].values())
     lines.append(
       f'{name:16} {len(found):6} {size("served parameters"):9.3g} '
@@ -212,7 +218,7 @@ def dry_run(scale: Scale, devices: int, chip: str, mfu: float) -> str:
     )
   every = [x for found in kinds.values() for x in found]
   flops = sum(x['FLOPs'] for x in every)
-  hours = sum(x['hours'] * math.prod(x['mesh'].values()) for x in every)
+  hours = sum(x['chip-hours'] for x in every)
   return '\n'.join(
     [*lines, f'in all {len(every)} runs, {flops:.3g} FLOPs, {hours:,.3g} {chip}-hours at {mfu:.0%}']
   )
@@ -230,6 +236,9 @@ def main(_: list[str]) -> None:
   if f.dry_run:
     print(dry_run(SCALES[f.scale], f.devices, f.chip, f.mfu))
     return
+  if f.topology:
+    print(compiled.study(outline(SCALES[f.scale], seeds), f.topology, Path(f.out)))
+    return
   common.cache(f.cache)
   study(f.scale, f.corpus, Path(f.out), seeds)
 
@@ -244,4 +253,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('devices', 8, '--dry_run: how many chips at most a run is spread over.')
   flags.DEFINE_enum('chip', 'h100', sorted(CHIPS), '--dry_run: on what.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: the share of the chip's peak that is reached.")
+  compiled.define_flag()
   console.run(main)

@@ -238,7 +238,7 @@ def smaller(cfg: RunConfig, count: int) -> list[tuple[str, RunConfig]]:
 
 def report(cfg: RunConfig, step: Compiled, topology: str, count: int, decode: int = 0) -> str:
   """Format what a step and the run take on a slice, or the decoding of `decode` rows."""
-  chip = chips.CHIPS[chips.TPUS[topology.partition(':')[0]]]
+  chip = chips.of_slice(topology)
   lines: list[str] = []
   add = lambda title, value: lines.append(f'{title:28} {value}')
   mesh = sharding.mesh_shape(vars(cfg.mesh), count)

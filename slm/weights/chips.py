@@ -46,6 +46,11 @@ _KINDS = {
 }
 
 
+def of_slice(topology: str) -> Chip:
+  """Return the chip of a slice KIND:SHAPE."""
+  return CHIPS[TPUS[topology.partition(':')[0]]]
+
+
 def slice_of(chip: str, count: int) -> str:
   """Return the slice of `count` chips, KIND:SHAPE with sides as equal as they can be; '' if none.
 
