@@ -195,6 +195,15 @@ def furnish(root):
   for i, text in enumerate(toy.documents(['law', 'law', 'sea'], 540, 1)):
     (root / f'law/{i}.txt').write_text(text)
   toy.write_jsonl(root / 'law.jsonl', toy.documents(['law'], 60, 2))
+  talk = lambda i, *names: dict(
+    zip(names, (f'sail {i}?', *('ship', 'rope')[: len(names) - 1]), strict=True)
+  )
+  for name, names in {
+    'talks': ('prompt', 'response'), 'more': ('question', 'answer'), 'sums': ('prompt', 'final'),
+    'pairs': ('prompt', 'chosen', 'rejected'),
+  }.items():  # fmt: skip
+    lines = ''.join(json.dumps(talk(i, *names)) + '\n' for i in range(80))
+    (root / f'{name}.jsonl').write_text(lines)
   tasks = {
     'arc_easy': {'type': 'mc', 'query': 'What sails?', 'choices': ['ship', 'rope'], 'gold': 0},
     'lambada': {'type': 'lm', 'context': 'The ship and the', 'continuation': 'sail'},
@@ -208,7 +217,11 @@ def furnish(root):
   chat = root / 'models/smollm2-135m-instruct'
   shutil.copytree(source, chat)
   shutil.copytree(source.parent / 'data/tokenizer', chat / 'tokenizer')
-  template = '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
+  template = (
+    '{% for m in messages %}{{ m.role }}:\n{{ m.content }}'
+    "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    '{% if add_generation_prompt %}assistant:\n{% endif %}'
+  )
   (chat / 'tokenizer/chat_template.jinja').write_text(template)
   if importlib.util.find_spec('gguf'):
     import ggufs

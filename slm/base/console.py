@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import rich.console
 import rich.progress
+import rich.text
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -130,6 +131,15 @@ def one_line_errors() -> Iterator[None]:
       text = f'{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}'
     print(f'error: {text}'.encode(errors='replace').decode(), file=sys.stderr)
     raise SystemExit(1) from None
+
+
+def marked(parts: Iterable[tuple[str, bool]]) -> None:
+  """Print a text from (part, mark): marked parts in colour, or between ⟦ and ⟧ in a file."""
+  out, text = rich.console.Console(soft_wrap=True), rich.text.Text()
+  for part, mark in parts:
+    shown = f'⟦{part}⟧' if mark and not out.is_terminal else part
+    text.append(shown, 'black on green' if mark else '')
+  out.print(text, end='')
 
 
 class Progress:

@@ -5,13 +5,13 @@ import functools
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from slm.base import files
-from slm.data import installed, sources, tokenizer, work
+from slm.data import conversations, installed, sources, tokenizer, work
 from slm.data.settings import ALL, PrepareConfig
 
 Path = pathlib.Path
@@ -31,13 +31,18 @@ class Read:
   paths: tuple[str, ...]
   split: int  # -1: chosen by a hash of the document
   cfg: PrepareConfig
+  spec: str  # the source that the files are of
 
 
-def plan(sizes: dict[str, int]) -> list[tuple[str, ...]]:
-  """Group consecutive files, given their sizes in bytes, into groups of about 32 MB."""
+def plan(sizes: dict[str, int], together: Callable[[str], Any]) -> list[tuple[str, ...]]:
+  """Group consecutive files, given their sizes in bytes, into groups of about 32 MB.
+
+  Files of a group have the same value of `together`.
+  """
   groups, total = [[]], 0
   for path, size in sizes.items():
-    if groups[-1] and total + size > _TASK:
+    apart = groups[-1] and together(groups[-1][-1]) != together(path)
+    if groups[-1] and total + size > _TASK or apart:
       groups.append([])
       total = 0
     groups[-1].append(path)
@@ -52,11 +57,11 @@ def tasks(
 
   `paths` has the files of each split with their sizes in bytes.
   """
-  made = []
+  made, source = [], conversations.number if cfg.chat else lambda _: 0
   for split, sizes in paths.items():
     number = -1 if split == ALL else cfg.splits(name).index(split)
-    for i, group in enumerate(plan(sizes)):
-      made.append(Read(folder, f'{split}-{i:05d}', group, number, cfg))
+    for i, group in enumerate(plan(sizes, source)):
+      made.append(Read(folder, f'{split}-{i:05d}', group, number, cfg, cfg.sets[name][split]))
   return made
 
 
@@ -81,15 +86,20 @@ def shards(
   task: Read, parallel_map: installed.Map = map
 ) -> Iterator[Iterator[tuple[bytes, Sequence[int]]]]:
   """Yield iterators of (text, row of hashes), each a shard; one is read to its end first."""
-  documents = itertools.chain.from_iterable(
-    ((text, '') for text in installed.read(path, parallel_map))
-    if path.startswith('python:')
-    else sources.read(path, task.cfg.text_field, task.cfg.id_field)
-    for path in task.paths
-  )
+  documents = itertools.chain.from_iterable(_texts(task, p, parallel_map) for p in task.paths)
   documents = ((text, id) for text, id in documents if text.strip())
   for first in documents:
     yield _shard(itertools.chain([first], documents), task)
+
+
+def _texts(task: Read, path: str, parallel_map: installed.Map) -> Iterator[tuple[str, str]]:
+  """Yield (text, id) of the documents of a file; of conversations the text is JSON."""
+  cfg = task.cfg
+  if cfg.chat:
+    return conversations.read(path, task.spec, cfg.chat, cfg.id_field)
+  if path.startswith('python:'):
+    return ((text, '') for text in installed.read(path, parallel_map))
+  return sources.read(path, cfg.text_field, cfg.id_field)
 
 
 def _shard(
@@ -200,6 +210,22 @@ class Cut:
   start: int  # documents of the set before this shard
   num_splits: int
   cfg: PrepareConfig
+  source: int = 0  # number of the source of the conversations in their mix
+
+  @property
+  def kept(self) -> np.ndarray:
+    """Return whether each document of the shard is kept, bool [documents]."""
+    return self._of_set('keep.npy')
+
+  @property
+  def copies(self) -> np.ndarray:
+    """Return how often each document of the shard is taken, int [documents]."""
+    return self._of_set('copies.npy') if self.cfg.chat else self.kept.astype(int)
+
+  def _of_set(self, name: str) -> np.ndarray:
+    """Return the shard's part of an array of all documents of its set."""
+    array = files.read_npy(self.shard.with_name(name), mmap='r')
+    return array[self.start :][: len(document_splits(self.shard))]
 
   @property
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -210,19 +236,18 @@ class Cut:
 load_tokenizer = functools.cache(tokenizer.load)
 
 
-def _kept_mask(task: Cut) -> np.ndarray:
-  """Return whether each document of the shard is kept, bool [documents]."""
-  keep = files.read_npy(task.shard.with_name('keep.npy'), mmap='r')
-  return keep[task.start :][: len(document_splits(task.shard))]
+def kept(task: Cut) -> Iterator[tuple[str, int]]:
+  """Yield (text, split) of the shard's documents that are not duplicates.
 
-
-def _kept(task: Cut) -> Iterator[tuple[str, int]]:
-  """Yield (text, split) of the shard's documents that are not duplicates."""
-  splits = document_splits(task.shard)
-  records = work.read_records(task.shard.with_name(f'{task.shard.name}.array_record'))
-  for data, split, kept in zip(records, splits.tolist(), _kept_mask(task), strict=True):
-    if kept:
-      yield data.decode(), split
+  Those that a mix repeats come again once all have come.
+  """
+  splits = document_splits(task.shard).tolist()
+  path = task.shard.with_name(f'{task.shard.name}.array_record')
+  repeated = task.copies.tolist()
+  for done in range(max(repeated, default=0)):
+    for data, split, count in zip(work.read_records(path), splits, repeated, strict=True):
+      if count > done:
+        yield data.decode(), split
 
 
 def cut(task: Cut) -> dict[str, Any]:
@@ -230,24 +255,21 @@ def cut(task: Cut) -> dict[str, Any]:
 
   `duplicates` are the documents of each split that are not kept.
   """
-  made, counts = encode(_kept(task), task.tokenizer, task.cfg.context, task.num_splits)
-  with files.replacing(task.out) as temporary, temporary.open('wb') as f:
-    np.savez(
-      f,
-      tokens=made.tokens,
-      lengths=np.diff(made.offsets).astype(np.int32),
-      splits=made.splits,
-      documents=made.documents,
-    )
-  total = np.bincount(document_splits(task.shard), minlength=task.num_splits)
-  duplicates = (total - counts['documents']).tolist()
-  return {'files': [task.out.name], 'duplicates': duplicates} | counts
+  made, counts = encode(kept(task), task.tokenizer, task.cfg.context, task.num_splits)
+  save_windows(task.out, made)
+  return {'files': [task.out.name], 'duplicates': duplicates_by_split(task)} | counts
+
+
+def duplicates_by_split(task: Cut) -> list[int]:
+  """Return how many documents of a shard are not kept."""
+  dropped = document_splits(task.shard)[~task.kept]
+  return np.bincount(dropped, minlength=task.num_splits).tolist()
 
 
 class Windows(NamedTuple):
   """The windows of a document shard; the document of one is its number in its split and shard."""
 
-  tokens: np.ndarray  # int32, of all windows one after the other
+  tokens: np.ndarray  # of all windows one after the other: int32, or with the fields of a row
   offsets: np.ndarray  # int64 [windows + 1], where each begins
   splits: np.ndarray  # int32 [windows]
   documents: np.ndarray  # int32 [windows]
@@ -298,6 +320,18 @@ def windows(ids: Sequence[int], context: int, tok: tokenizer.Tokenizer) -> Itera
     yield np.concatenate([begin, stream[start : start + context - len(begin)]])
 
 
+def save_windows(path: Path, made: Windows) -> None:
+  """Write windows as npz."""
+  with files.replacing(path) as temporary, temporary.open('wb') as f:
+    np.savez(
+      f,
+      tokens=made.tokens,
+      lengths=np.diff(made.offsets).astype(np.int32),
+      splits=made.splits,
+      documents=made.documents,
+    )
+
+
 def load_windows(path: Path) -> Windows:
   """Read the windows that `cut` wrote."""
   with np.load(path, allow_pickle=False) as data:
@@ -310,10 +344,10 @@ def sample(tasks: Sequence[Cut], limit: int, seed: int) -> Iterator[str]:
 
   Up to 256 shards give equal shares: a sample of whole shards would depend on a few sources.
   """
-  counts = [np.count_nonzero(document_splits(t.shard)[_kept_mask(t)] == 0) for t in tasks]
+  counts = [np.count_nonzero(document_splits(t.shard)[t.kept] == 0) for t in tasks]
   chosen = choose_documents(counts, seed)
   for i, order in chosen.items():
-    texts = [text for text, split in _kept(tasks[i]) if split == 0]
+    texts = [text for text, split in kept(tasks[i]) if split == 0]
     yield from take(texts, order, limit, len(chosen))
 
 

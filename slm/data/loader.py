@@ -195,6 +195,16 @@ class Split:
         columns[name][real] = values
     return columns
 
+  def labels(self) -> list[dict[str, Any]]:
+    """Return what checks the answers to the prompts of all rows, by row; [] if these are others.
+
+    An entry is {'row': number, 'verifiers': [{'id': ..., 'arguments': ...}]}.
+    """
+    path = self.path / self.name / rows.LABELS
+    if rows.LABELS not in self.facts.get('files', {}):
+      return []
+    return [record for _, record in sources.records(str(path))]
+
 
 def _check_files(path: Path, name: str, facts: dict[str, Any]) -> None:
   """Raise ValueError if a file of SET/SPLIT is missing or has another size than was recorded."""
@@ -386,6 +396,8 @@ def build(
   """Open the endless stream of batches; leaves are [accum, groups, rows_per_group, context].
 
   `condition` is int32 [accum, groups], or float32 [accum, groups, level] with order='histogram'.
+  Of prompts, `length` is int32 [accum, groups, rows_per_group, 1] and `row` the number of the row,
+  by which `Split.labels` names its verifiers, int32 [accum, groups, rows_per_group].
   Each process gets its slice of the groups of the same global batch. `tokenizer` is the fingerprint
   of the tokenizer that the rows must be made with; '' skips the check. `look_up` makes further
   leaves from rows by column.
@@ -408,6 +420,7 @@ def build(
   local = order.groups // process_count
   here = slice(process_index * local, (process_index + 1) * local)
   mixing = _Mixing(cfg, seed, order) if cfg.mix_share else None
+  prompts = data.manifest.get('chat', {}).get('kind') == 'prompts'
 
   def make(step: int) -> Batch:
     condition, ids, mixed_ids = mixing.step(step) if mixing else (*order.step(step), None)
@@ -419,6 +432,8 @@ def build(
       columns = {name: x + mixed[name] for name, x in columns.items()}
     columns = {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in columns.items()}
     further = look_up(columns) if look_up else {}
+    if prompts:
+      further |= {'row': ids.astype(np.int32)}
     return rows.batch(columns) | further | {'condition': share(condition)}
 
   return Loader(grain.MapDataset.range(_STEPS).map(make))

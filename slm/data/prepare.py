@@ -13,12 +13,16 @@ DIR/windows holds intermediate files and may be deleted afterwards. Exact copies
 dropped, from training first: no training document of any set is, word for word, a held-out document
 of this or another set. near_duplicates also drops near-duplicates (slm/data/near.py).
 
+With --config.chat.kind the sets are conversations, preference pairs or prompts instead of text, and
+their rows say which tokens are trained (docs/posttraining.md).
+
 With --runner=direct, flink, spark or dataflow, the extra slm[beam], Apache Beam makes the same rows
 on many machines; after -- stand its options. A pipeline that was killed begins again.
 """
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import sys
@@ -31,14 +35,20 @@ from absl import flags
 
 from slm.base import artifact, console, files, schema
 from slm.data import (
+  chat,
   cluster,
+  conversations,
   documents,
   histograms,
   importance,
   installed,
   loader,
+  masking,
+  mix,
   near,
   rows,
+  show,
+  sidecars,
   sources,
   tfds,
   tokenizer,
@@ -76,11 +86,22 @@ def prepare(
     previous = _readable_manifest(out)
     if not _complete(out, previous):
       _write_manifest(cfg, out, *_make(cfg, paths, runner, options), previous)
-    if not all((out / 'clusters' / name).exists() for name in histograms.FILES):
-      histograms.write(out)
-    print((out / 'clusters' / 'histograms.md').read_text())
-    _nested(cfg)
+    if cfg.chat:
+      _draw_mix(out)
+    else:
+      if not all((out / 'clusters' / name).exists() for name in histograms.FILES):
+        histograms.write(out)
+      print((out / 'clusters' / 'histograms.md').read_text())
+      _nested(cfg)
   return loader.manifest(out)
+
+
+def _draw_mix(out: Path) -> None:
+  """Write and print the realised mix of every split."""
+  mixes = {name: facts['mix'] for name, facts in _splits(loader.manifest(out))}
+  if not all((out / name).exists() for name in mix.FILES):
+    mix.write(out, mixes)
+  print((out / mix.FILES[0]).read_text())
 
 
 def _make(
@@ -118,6 +139,8 @@ def _check_runner(cfg: PrepareConfig, verify: bool, runner: str, options: Sequen
     if sources.is_address(cfg.out):
       raise ValueError(f'--out={cfg.out}: is written through Apache Beam: give a --runner')
     return
+  if cfg.chat:
+    raise ValueError(f'--runner={runner}: chat.kind={cfg.chat.kind} is prepared on one machine')
   if not importlib.util.find_spec('apache_beam'):
     raise ValueError(f'--runner={runner}: needs apache-beam, pip install slm[beam]')
   if verify:
@@ -160,7 +183,8 @@ def _stamps(out: Path, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, A
 
 def _complete(out: Path, manifest: dict[str, Any]) -> bool:
   """Return whether everything that a manifest lists exists with its recorded size."""
-  stages = [out / 'tokenizer/stage.json', out / 'clusters/stage.json', *out.glob('*/*/rows-*.json')]
+  stages = [out / 'tokenizer/stage.json', *out.glob('*/*/rows-*.json')]
+  stages += [] if 'chat' in manifest else [out / 'clusters/stage.json']
   damaged = (any(work.damages(*stamps, content=False)) for stamps in _stamps(out, manifest))
   return bool(manifest) and all(map(work.complete, stages)) and not any(damaged)
 
@@ -186,13 +210,15 @@ def _remove_damaged(out: Path) -> None:
 def _sources(cfg: PrepareConfig, out: Path, runner: str = '') -> documents.Sources:
   """List the source files; refuse a directory made from other text or with another config."""
   expand = sources.expand
+  if cfg.chat:
+    expand = functools.partial(conversations.expand, chat=cfg.chat)
   if runner:
     from slm.data import remote
 
     expand = remote.expand
   record = out / 'prepare.json'
   config = artifact.plain(dataclasses.asdict(cfg)) | {'version': loader.VERSION}
-  for key in ('out', 'workers'):
+  for key in ('out', 'workers', *(() if cfg.chat else ('chat',))):
     del config[key]
   old = files.read_json(record) if record.exists() else {}
   if old:
@@ -224,7 +250,9 @@ def _contents(
   """Return size, time and hash of all inputs: texts, a tokenizer, an embedding model."""
   contents, paths = {}, []
   for path, size in sizes.items():
-    if path.startswith('python:'):
+    if cfg.chat:
+      paths.append(Path(conversations.file(path)))
+    elif path.startswith('python:'):
       recorded = known.get(path, [])
       contents[path] = recorded if len(recorded) == 1 else [size, 0, installed.fingerprint()]
     elif path.startswith(tfds.PREFIX) or sources.is_address(path):
@@ -266,6 +294,7 @@ class _Preparation:
   def __init__(self, cfg: PrepareConfig, pool: work.Pool):
     self._cfg, self._pool, self._out = cfg, pool, Path(cfg.out)
     self._cost: dict[str, dict[str, float]] = {}
+    self._sources: dict[Path, int] = {}  # shard of conversations -> number of its source
 
   def run(self, paths: documents.Sources) -> tuple[Counts, dict[str, dict[str, float]]]:
     """Run all stages; return what every shard holds, and the cost of every stage."""
@@ -274,14 +303,19 @@ class _Preparation:
     shards = {name: self._read(name, paths[name]) for name in cfg.sets}
     self._mark_duplicates(shards)
     cuts = {name: self._cuts(name, sizes) for name, sizes in shards.items()}
-    self._tokenizer(cuts['generic'])
+    if cfg.chat:
+      for name, group in cuts.items():
+        files.write_npy(self._folder(name) / 'copies.npy', mix.copies(cfg, name, group))
+    self._tokenizer(cuts.get('generic', []))
     tasks = {c.out.with_suffix('.json'): c for group in cuts.values() for c in group}
-    done = self._run('windows', 'tokens and windows', documents.cut, tasks)
+    function = masking.cut if cfg.chat else documents.cut
+    done = self._run('windows', 'tokens and windows', function, tasks)
     summaries = {c.out: summary for c, summary in zip(tasks.values(), done, strict=True)}
     counts = {name: [summaries[c.out] for c in group] for name, group in cuts.items()}
     for name in cfg.sets:
       _facts(cfg, name, counts[name])  # a split that holds nothing is refused before clusters
-    self._clusters(cuts, [shard['windows'][0] for shard in counts['generic']])
+    if not cfg.chat:
+      self._clusters(cuts, [shard['windows'][0] for shard in counts['generic']])
     self._rows(cuts, counts)
     return counts, self._cost
 
@@ -312,11 +346,12 @@ class _Preparation:
       # The pool scans the installed packages, so the task itself runs in this process.
       function, pool = functools.partial(function, parallel_map=pool.map), work.Pool(1)
     summaries = self._run('documents', f'documents of {name}', function, tasks, pool)
-    shards = {
-      folder / shard: count
-      for summary in summaries
-      for shard, count in zip(summary['shards'], summary['documents'], strict=True)
-    }
+    shards = {}
+    for task, summary in zip(tasks.values(), summaries, strict=True):
+      for shard, count in zip(summary['shards'], summary['documents'], strict=True):
+        shards[folder / shard] = count
+        if cfg.chat:
+          self._sources[folder / shard] = conversations.number(task.paths[0])
     if not shards:
       raise ValueError(f'sets.{name}: no document in {", ".join(cfg.sets[name].values())}')
     return shards
@@ -352,17 +387,23 @@ class _Preparation:
     cfg, folder = self._cfg, self._out / 'windows' / 'tokens' / name
     starts, num_splits = np.cumsum([0, *shards.values()]).tolist(), len(cfg.splits(name))
     return [
-      documents.Cut(folder / f'{shard.name}.npz', shard, start, num_splits, cfg)
+      documents.Cut(
+        folder / f'{shard.name}.npz', shard, start, num_splits, cfg, self._sources.get(shard, 0)
+      )
       for shard, start in zip(shards, starts, strict=False)
     ]
 
   def _tokenizer(self, cuts: list[documents.Cut]) -> None:
     """Make the tokenizer, trained on the generic training documents or copied."""
-    folder = self._out / 'tokenizer'
+    folder, template = self._out / 'tokenizer', self._cfg.chat.template
 
     def build(cfg: TokenizerConfig) -> dict[str, Any]:
       sample = documents.sample(cuts, documents.SAMPLE, self._cfg.seed)
-      tokenizer.build(cfg.name, cfg.vocab, cfg.path, sample, folder)
+      tok = tokenizer.build(cfg.name, cfg.vocab, cfg.path, sample, folder)
+      if template:
+        files.write_text(folder / sidecars.TEMPLATE, chat.named(template, tok))
+      if self._cfg.chat:
+        masking.Masker(tokenizer.load(folder), template)  # refuses what cannot be proved
       return {'files': [p.name for p in folder.iterdir() if p.name in tokenizer.FILES]}
 
     tasks = {folder / 'stage.json': self._cfg.tokenizer}
@@ -396,8 +437,9 @@ class _Preparation:
           part = slice(i * rows.BLOCK, (i + 1) * rows.BLOCK)
           windows = tuple(c.out for c in group[part])
           tasks[folder / f'{stem}.json'] = rows.Pack(
-            folder, stem, windows, tuple(starts[:-1][part]), number, self._cfg.context
-          )
+            folder, stem, windows, tuple(starts[:-1][part]), number, self._cfg.context,
+            self._cfg.chat,
+          )  # fmt: skip
     self._run('rows', 'rows', rows.write, tasks)
 
 
@@ -409,6 +451,9 @@ def _facts(
   for i, split in cfg.made(name):
     keys = ('documents', 'duplicates', 'windows', 'tokens', 'bytes')
     total = {key: sum(shard[key][i] for shard in shards) for key in keys}
+    if cfg.chat:
+      facts[split] = _chat_facts(cfg, name, i, split, shards) | total
+      continue
     if not total['documents']:
       raise ValueError(
         f'{name}/{split}: no documents left (duplicates removed: {total["duplicates"]}); give '
@@ -420,6 +465,31 @@ def _facts(
       )
     facts[split] = total | {'bytes_per_token': total['bytes'] / total['tokens']}
   return facts
+
+
+def _chat_facts(
+  cfg: PrepareConfig, name: str, i: int, split: str, shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """Add up what shards of conversations hold of a split, with the realised mix.
+
+  Raises:
+    ValueError: if the split holds nothing, saying why.
+  """
+  count = lambda key: {name: sum(s[key][name][i] for s in shards) for name in shards[0][key]}
+  why = {reason: s['why'][reason] for s in reversed(shards) for reason in s['why']}
+  dropped = {reason: n for reason, n in count('dropped').items() if n}
+  total = {key: sum(shard[key][i] for shard in shards) for key in ('documents', 'tokens', 'bytes')}
+  if not total['tokens']:
+    reasons = '; '.join(f'{n:,} {why.get(r, masking.REASONS[r])}' for r, n in dropped.items())
+    raise ValueError(f'{name}/{split}: no {cfg.chat.kind} left ({reasons or "all are duplicates"})')
+  return {
+    'bytes_per_token': total['bytes'] / total['tokens'],
+    'positions': sum(shard['positions'][i] for shard in shards),
+    'dropped': dropped,
+    'why': {reason: why[reason] for reason in dropped if reason in why},
+    'notes': {note: n for note, n in count('notes').items() if n},
+    'mix': mix.realised(cfg, name, i, split, shards),
+  }
 
 
 def _write_manifest(
@@ -440,6 +510,8 @@ def _write_manifest(
       folder = out / name / split
       stems = rows.names(len(counts[name]))
       facts |= rows.join(folder, {stem: files.read_json(folder / f'{stem}.json') for stem in stems})
+      if cfg.chat.kind == 'pairs':
+        facts['pairs_per_row'] = int(files.read_npy(folder / 'counts.npy')[:, 0].max())
   made = dict(_splits({'sets': sets}))
   for split, facts in _splits(previous):
     if facts['sha256'] != made[split]['sha256']:
@@ -450,15 +522,30 @@ def _write_manifest(
   tok = tokenizer.load(out / 'tokenizer')
   manifest = {
     'version': loader.VERSION,
-    'columns': rows.columns(cfg.context),
+    'columns': rows.columns(cfg.context, cfg.chat),
     'context': cfg.context,
     'tokenizer': {key: getattr(tok, key) for key in ('name', 'vocab', 'fingerprint', 'begins')},
-    'levels': sorted(cfg.levels),
+    'levels': [] if cfg.chat else sorted(cfg.levels),
     'seed': cfg.seed,
     'sets': sets,
     'cost': cost,
   }
+  if cfg.chat:
+    manifest['chat'] = _chat_record(cfg, tok)
+    manifest['pairs'] = cfg.chat.kind == 'pairs'
   files.write_json(out / 'manifest.json', manifest)
+
+
+def _chat_record(cfg: PrepareConfig, tok: tokenizer.Tokenizer) -> dict[str, Any]:
+  """Return the manifest's entry about conversations."""
+  masker = masking.Masker(tok, cfg.chat.template)
+  return {
+    'kind': cfg.chat.kind,
+    'template': cfg.chat.template or 'own',
+    'template_sha256': hashlib.sha256(tok.chat_template.encode()).hexdigest(),
+    'stop': [masker.stop, tok.written([masker.stop])],
+    'pad_is_end': tok.ids.pad == masker.stop,
+  }
 
 
 def _nested(cfg: PrepareConfig) -> None:
@@ -500,11 +587,17 @@ def _main(argv: list[str]) -> None:
   cfg = schema.read(PrepareConfig, config.to_dict())
   manifest = prepare(cfg, flags.FLAGS.verify, runner or '', argv[1:])
   for split, facts in _splits(manifest):
-    print(
-      f'{split}: {facts["documents"]:,} documents ({facts["duplicates"]:,} duplicates dropped), '
-      f'{facts["tokens"]:,} tokens, {facts["rows"]:,} rows, '
-      f'{facts["bytes_per_token"]:.2f} bytes per token'
-    )
+    if cfg.chat:
+      print(show.summary(manifest, split, facts))
+    else:
+      print(
+        f'{split}: {facts["documents"]:,} documents ({facts["duplicates"]:,} duplicates dropped), '
+        f'{facts["tokens"]:,} tokens, {facts["rows"]:,} rows, '
+        f'{facts["bytes_per_token"]:.2f} bytes per token'
+      )
+  if cfg.chat:
+    first = next(iter(cfg.sets))
+    show.row(cfg.out, f'{first}/train', 0, documents=2 if cfg.chat.kind == 'pairs' else 1)
   compared = '; every file compared with its hash' if flags.FLAGS.verify else ''
   print(f'prepared: {config.out}{compared}')
 

@@ -4,25 +4,38 @@ import bisect
 import collections
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slm.base import files
 from slm.data import documents, work
+from slm.data.settings import ChatConfig
 
 Path = pathlib.Path
 Rows = dict[str, np.ndarray]  # by column
 BLOCK = 16  # document shards (8 MB of text each) whose windows share a row shard
+TEXT = ChatConfig()  # no conversations
+LABELS = 'labels.jsonl'  # of prompts: {"row": ..., "verifiers": [{"id": ..., "arguments": ...}]}
 _OPEN = 16  # unfinished rows per cluster
 _FULL = 4  # a row with fewer free positions than this is finished
 
 
-def columns(context: int) -> list[dict[str, Any]]:
-  """Return the columns of packed text: tokens, and segments counted from 1 (0 is padding)."""
-  return [{'name': name, 'dtype': 'int32', 'shape': [context]} for name in ('tokens', 'segments')]
+def columns(context: int, chat: ChatConfig = TEXT) -> list[dict[str, Any]]:
+  """Return the columns of packed text: tokens, and segments counted from 1 (0 is padding).
+
+  Conversations and pairs also have `trained`, the tokens of answers, and those with a weight
+  `weights`, the weight of the example at each of its tokens. A prompt has its `length` instead.
+  """
+  column = lambda name, kind, size: {'name': name, 'dtype': kind, 'shape': [size]}
+  made = [column(name, 'int32', context) for name in ('tokens', 'segments')]
+  if chat.kind == 'prompts':
+    return [*made, column('length', 'int32', 1)]
+  made += [column('trained', 'uint8', context)] if chat else []
+  return made + ([column('weights', 'float32', context)] if chat and chat.weight else [])
 
 
 def layout(declared: Sequence[Mapping[str, Any]]) -> np.dtype:
@@ -65,13 +78,21 @@ def decode(records: Sequence[bytes], record: np.dtype) -> Rows:
 
 
 def packed(windows: Sequence[np.ndarray], context: int) -> Rows:
-  """Put windows one after the other in a row: tokens and segments, int32 [context] each."""
+  """Put windows one after the other in a row: tokens and segments, int32 [context] each.
+
+  The fields of windows that have some are further columns; `segments` are counted within a window.
+  """
   row = {name: np.zeros(context, np.int32) for name in ('tokens', 'segments')}
-  start = 0
-  for segment, window in enumerate(windows, 1):
-    row['tokens'][start : start + len(window)] = window
-    row['segments'][start : start + len(window)] = segment
-    start += len(window)
+  names = [name for name in windows[0].dtype.names or () if name not in row]
+  row |= {name: np.zeros(context, windows[0].dtype[name]) for name in names}
+  start = segment = 0
+  for window in windows:
+    place, fields = slice(start, start + len(window)), window.dtype.names or ()
+    row['tokens'][place] = window['tokens'] if fields else window
+    row['segments'][place] = segment + (window['segments'] if 'segments' in fields else 1)
+    for name in names:
+      row[name][place] = window[name]
+    start, segment = place.stop, int(row['segments'][place.stop - 1])
   return row
 
 
@@ -123,29 +144,48 @@ class Pack:
   starts: tuple[int, ...]  # number of the split's documents before each shard
   split: int
   context: int
+  chat: ChatConfig = TEXT
 
 
 def write(task: Pack) -> dict[str, Any]:
-  """Pack the windows of a task and write its row shard, as `write_shard` does."""
-  return write_shard(task.out, task.name, _windows(task), task.context)
+  """Pack the windows of a task and write its row shard, as `write_shard` does.
+
+  The labels of prompts are written beside it, a line for each row.
+  """
+  summary = write_shard(task.out, task.name, _windows(task), task.context, task.chat)
+  if task.chat.kind == 'prompts':
+    path = task.out / f'{task.name}.labels.jsonl'
+    files.write_text(path, ''.join(_labels(task)))
+    summary['files'].append(path.name)
+  return summary
 
 
 def write_shard(
-  out: Path, name: str, windows: Iterator[tuple[int, int, np.ndarray]], context: int
+  out: Path,
+  name: str,
+  windows: Iterator[tuple[int, int, np.ndarray]],
+  context: int,
+  chat: ChatConfig = TEXT,
 ) -> dict[str, Any]:
   """Write a row shard (`.array_record`) and a table of its rows (`.npy`), int32 [rows, 4].
 
-  `windows` are (cluster, document, window)s. The columns of the table are cluster, windows,
-  predicted tokens and main document.
+  `windows` are (cluster, document, window)s; every prompt is a row. The columns of the table are
+  cluster, windows, predicted (of conversations: trained) tokens and main document.
   """
-  table, digest, dtype = [], hashlib.sha256(), layout(columns(context))
+  table, digest, dtype = [], hashlib.sha256(), layout(columns(context, chat))
+  alone = ((cluster, [(document, window)]) for cluster, document, window in windows)
   with work.record_writer(out / f'{name}.array_record') as writer:
-    for cluster, row in pack(windows, context):
+    for cluster, row in alone if chat.kind == 'prompts' else pack(windows, context):
       parts = [window for _, window in row]
-      record = encode(packed(parts, context), dtype)
+      content = packed(parts, context)
+      if chat.kind == 'prompts':
+        content['length'] = np.array([len(parts[0])], np.int32)
+      record = encode(content, dtype)
       writer.write(record)
       digest.update(record)
       predicted = sum(map(len, parts)) - len(parts)
+      if 'trained' in content:
+        predicted = int(np.count_nonzero(content['trained']))
       table.append((cluster, len(parts), predicted, main_document(row)))
   files.write_npy(out / f'{name}.npy', np.array(table, np.int32).reshape(-1, 4))
   return {
@@ -157,8 +197,20 @@ def write_shard(
 
 def _windows(task: Pack) -> Iterator[tuple[int, int, np.ndarray]]:
   for path, first in zip(task.windows, task.starts, strict=True):
-    clusters = files.read_npy(path.with_suffix('.npy'))
-    yield from of_split(documents.load_windows(path), clusters, task.split, first)
+    made = documents.load_windows(path)
+    if task.chat:  # not clustered
+      clusters = np.zeros(len(made.splits), np.int32)
+    else:
+      clusters = files.read_npy(path.with_suffix('.npy'))
+    yield from of_split(made, clusters, task.split, first)
+
+
+def _labels(task: Pack) -> Iterator[str]:
+  """Yield the lines with the labels of the windows of a task."""
+  for path in task.windows:
+    lines = path.with_suffix('.labels.jsonl').read_text().split('\n')
+    for i in np.flatnonzero(documents.load_windows(path).splits == task.split).tolist():
+      yield f'{lines[i]}\n'
 
 
 def of_split(
@@ -193,6 +245,9 @@ def join(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     stamps[name] = files.stamp(folder / name)
   shards = {f'{name}.array_record': part for name, part in parts.items() if part['rows']}
   hashes = ''.join(part['sha256'] for part in shards.values())
+  if all((folder / f'{part}.labels.jsonl').exists() for part in parts):
+    _join_labels(folder, parts)
+    stamps[LABELS] = files.stamp(folder / LABELS)
   return {
     'rows': total,
     'sha256': hashlib.sha256(hashes.encode()).hexdigest(),
@@ -201,12 +256,22 @@ def join(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
   }
 
 
+def _join_labels(folder: Path, parts: Iterable[str]) -> None:
+  """Write the labels of a split: a line of JSON for each row, with its number."""
+  row = itertools.count()
+  with files.replacing(folder / LABELS) as temporary, temporary.open('w') as f:
+    for part in parts:
+      for line in (folder / f'{part}.labels.jsonl').read_text().split('\n')[:-1]:
+        f.write(f'{{"row": {next(row)}, "verifiers": {line}}}\n')
+
+
 def batch(rows: Rows) -> Rows:
   """Return model inputs, leaves [...,context], made from the columns of rows [...,context].
 
   A position has weight 1 where the next position is in the same window, so the last token of a
-  window and padding predict nothing. A column `weights` scales it by the weight of the predicted
-  token. Other columns become leaves unchanged.
+  window and padding predict nothing. A column `trained` keeps only those whose predicted token is
+  trained, and a column `weights` scales it by the weight of the predicted token. Other columns
+  become leaves unchanged.
   """
   tokens, segments = rows['tokens'], rows['segments']
   following = lambda x: np.pad(x[..., 1:], [(0, 0)] * (x.ndim - 1) + [(0, 1)])
@@ -215,6 +280,8 @@ def batch(rows: Rows) -> Rows:
   starts = np.where(segments != previous, index, 0)
   positions = index - np.maximum.accumulate(starts, axis=-1)
   predicts = ((segments == following(segments)) & (segments > 0)).astype(np.float32)
+  if 'trained' in rows:
+    predicts *= following(rows['trained'])
   if 'weights' in rows:
     predicts *= following(rows['weights'])
   inputs = {

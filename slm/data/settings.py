@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from slm.data import chat
+
 # Where Apache Beam may run, and its names. Its default local runner may download a program; the one
 # here is part of the package.
 RUNNERS = {
@@ -41,6 +43,44 @@ class TokenizerConfig:
       raise FileNotFoundError(f'tokenizer.path={self.path}: no such file or folder')
 
 
+KINDS = ('conversations', 'pairs', 'prompts')
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+  """Sets of conversations instead of text; a source may name its own fields (conversations.py)."""
+
+  kind: str = ''  # conversations | pairs | prompts; '': the sets are text
+  template: str = ''  # tulu | chatml | llama3; '': the tokenizer's own
+  too_long: str = 'truncate'  # conversations and pairs over the context: truncate (right) | drop
+  # Fields of a JSON line. A conversation is in `messages`, or in `prompt` and `response`; what
+  # comes before an answer is in `prompt` or `messages`.
+  messages: str = 'messages'
+  prompt: str = 'prompt'
+  response: str = 'response'
+  chosen: str = 'chosen'
+  rejected: str = 'rejected'
+  label: str = 'label'  # of a prompt: the arguments of its verifier, or a list, one for each
+  verifier: str = 'verifier'  # the id of its verifier, or a list ...
+  verifier_id: str = ''  # ... or the one of all prompts
+  tools: str = 'tools'  # schemas of functions; need not be there
+  weight: str = ''  # of the example in the loss; '': all are 1
+
+  def __post_init__(self) -> None:
+    if self.kind not in ('', *KINDS):
+      raise ValueError(f'chat.kind={self.kind!r}: expected one of {", ".join(KINDS)}')
+    if self.template not in ('', *chat.TEMPLATES):
+      names = ', '.join(chat.TEMPLATES)
+      raise ValueError(
+        f"chat.template={self.template!r}: expected one of {names}, or '' for the tokenizer's own"
+      )
+    if self.too_long not in ('truncate', 'drop'):
+      raise ValueError(f'chat.too_long={self.too_long!r}: expected truncate or drop')
+
+  def __bool__(self) -> bool:
+    return bool(self.kind)
+
+
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
   """The config of a prepared directory."""
@@ -49,6 +89,7 @@ class PrepareConfig:
   # Set -> split, or 'all' (split by hash) -> source.
   sets: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
   tokenizer: TokenizerConfig = TokenizerConfig()
+  chat: ChatConfig = ChatConfig()  # conversations, pairs or prompts instead of text
   context: int = 256  # tokens in a row
   levels: tuple[int, ...] = (16, 64)  # numbers of clusters; coarser ones are unions of finer ones
   fit_windows: int = 20_000  # windows of generic/train that the clusters are fitted on
@@ -65,7 +106,9 @@ class PrepareConfig:
   def __post_init__(self) -> None:
     if not self.out:
       raise ValueError('out is empty: expected the directory to write to (--out=DIR)')
-    if 'generic' not in self.sets:
+    if self.chat:
+      self._check_chat()
+    elif 'generic' not in self.sets:
       raise ValueError(f"sets: one must be named 'generic', found {', '.join(self.sets)}")
     for name, splits in self.sets.items():
       self._check_set(name, splits)
@@ -81,6 +124,15 @@ class PrepareConfig:
       )
     if len(self.heldout) != 2 or min(self.heldout) < 0 or sum(self.heldout) >= 1:
       raise ValueError(f'heldout={self.heldout}: expected two shares with a sum below 1')
+
+  def _check_chat(self) -> None:
+    if not self.sets:
+      raise ValueError('sets: expected one, found none')
+    if not self.tokenizer.path and self.tokenizer.name != 'bytes':
+      raise ValueError(
+        f'tokenizer.path is empty: {self.chat.kind} need the tokenizer of the model that they are '
+        'for, such as RUN/tokenizer'
+      )
 
   def _check_set(self, name: str, splits: Mapping[str, str]) -> None:
     words = [name, *splits]

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,23 @@ class Tokenizer(abc.ABC):
     """Encode without begin or end tokens."""
 
   @abc.abstractmethod
+  def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Encode as `encode` does; return the ids and the characters of each, int64 [tokens, 2].
+
+    A span is [first, past the last). Tokens that share a character have it in the span of each.
+    """
+
+  @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
     """Decode, skipping special tokens and ids without a token."""
+
+  def written(self, ids: Sequence[int]) -> str:
+    """Decode for a reader, with special tokens as their text."""
+    parts = []
+    for printed, group in itertools.groupby(map(int, ids), lambda i: bool(self._printed[i])):
+      part = [*group]
+      parts.append(self.decode(part) if printed else ''.join(self._token(i) or '' for i in part))
+    return ''.join(parts)
 
   def begun(self, text: str, begin: Sequence[int]) -> list[int]:
     """Encode, with the ids `begin` first unless the text itself starts with the begin token."""
@@ -97,8 +112,15 @@ class Tokenizer(abc.ABC):
 
   def special(self) -> dict[str, str]:
     """Return the text of each special token by its role ('bos', 'eos', 'pad', 'unk')."""
+    return {role: text for role, (_, text) in self.marks().items()}
+
+  def marks(self) -> dict[str, tuple[int, str]]:
+    """Return the id of each special token by its role, and what a rendered conversation has for it.
+
+    That is its text, which `encode` may not read as the token: see slm/data/chat.py.
+    """
     ids = dataclasses.asdict(self.ids) | {'unk': self._unk}
-    return {role: self._token(i) for role, i in ids.items() if i is not None}
+    return {role: (i, self._token(i)) for role, i in ids.items() if i is not None}
 
   def _set_special(
     self,
@@ -161,16 +183,25 @@ class Bytes(Tokenizer):
   ends = frozenset([2])
   _offset = 3
   known = np.ones(256 + _offset, bool)
+  _token = staticmethod({0: '<|pad|>', 1: '<|bos|>', 2: '<|eos|>'}.get)  # in conversations alone
 
   def __init__(self, path: pathlib.Path):
     content = files.read_json(path)
     if content != BYTES:
       raise ValueError(f'{path}: expected {BYTES}, found {content}')
     self.fingerprint = files.sha256(path)
+    template = path.parent / sidecars.TEMPLATE
+    self.chat_template = template.read_text() if template.exists() else None
+    self._printed = np.arange(self.vocab) >= self._offset
 
   def encode(self, text: str) -> list[int]:
     """Encode without begin or end tokens."""
     return [b + self._offset for b in text.encode()]
+
+  def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Encode; every byte has the span of its character."""
+    starts = _characters(text)
+    return self.encode(text), np.stack([starts, starts + 1], axis=1)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Decode; an incomplete character becomes U+FFFD."""
@@ -183,6 +214,11 @@ class Bytes(Tokenizer):
 
 
 BYTES = {'name': 'bytes', 'offset': 3}
+
+
+def _characters(text: str) -> np.ndarray:
+  """Return the number of the character that each byte of a text is of."""
+  return np.repeat(np.arange(len(text)), np.array([len(c.encode()) for c in text], np.int64))
 
 
 class SentencePiece(Tokenizer):
@@ -239,6 +275,39 @@ class SentencePiece(Tokenizer):
         ids += self._encode(self._inner, ' ' * space + part)
     return ids
 
+  def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Encode as `encode` does; return the ids and the characters of each, int64 [tokens, 2]."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for part, (first, last) in self._added.places(text):
+      if isinstance(part, int):
+        ids.append(part)
+        spans.append((first, last))
+        continue
+      model = self._inner if ids else self._model
+      space = bool(ids) and self._legacy and not part.startswith((' ', _SPACE))
+      for i, start, end in self._pieces(model, ' ' * space + part):
+        ids.append(i)
+        spans.append((first + max(start - space, 0), first + max(end - space, 0)))
+    return ids, np.array(spans, np.int64).reshape(-1, 2)
+
+  def _pieces(
+    self, model: sentencepiece.SentencePieceProcessor, text: str
+  ) -> Iterator[tuple[int, int, int]]:
+    """Yield (id, first character, past its last) of the pieces of a text, as `_encode` has them."""
+    parts = [text] if self._unk in self._escape else text.split(_SPACE)
+    at = 0
+    for number, part in enumerate(parts):
+      if number:
+        yield from ((i, at, at + 1) for i in self._escape)
+        at += 1
+      model = self._inner if number else model
+      places = [*_characters(part), len(part)]  # of the bytes in which pieces are placed
+      for piece in model.encode(part, return_type='proto').pieces:
+        start, end = places[piece.begin], places[piece.end]
+        yield piece.id, at + start, at + (start + 1 if model.is_byte(piece.id) else end)
+      at += len(part)
+
   def _encode(self, model: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
     if _SPACE not in text or self._unk in self._escape:
       return model.encode(text)
@@ -284,11 +353,15 @@ class _AddedTokens:
 
   def split(self, text: str) -> list[int | str]:
     """Split a text into ids of added tokens and the texts between them."""
+    return [part for part, _ in self.places(text)]
+
+  def places(self, text: str) -> list[tuple[int | str, tuple[int, int]]]:
+    """Return the parts of `split`, and the characters of each."""
     if not self.ids:
-      return [text]
+      return [(text, (0, len(text)))]
     parts = self._splitter.encode(text, add_special_tokens=False)
     return [
-      self.ids[token] if token else text[first:last]
+      (self.ids[token] if token else text[first:last], (first, last))
       for token, (first, last) in zip(parts.tokens, parts.offsets, strict=True)
     ]
 
@@ -344,9 +417,18 @@ class HuggingFace(Tokenizer):
     """Encode without begin or end tokens."""
     return self._model.encode(text, add_special_tokens=False).ids
 
+  def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Encode as `encode` does; return the ids and the characters of each, int64 [tokens, 2]."""
+    made = self._model.encode(text, add_special_tokens=False)
+    return made.ids, np.array(made.offsets, np.int64).reshape(-1, 2)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Decode, skipping special tokens and ids without a token."""
     return self._model.decode(self._printable(ids), skip_special_tokens=True)
+
+  def written(self, ids: Sequence[int]) -> str:
+    """Decode for a reader, with special tokens as their text."""
+    return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def parse(text: str) -> tokenizers.Tokenizer:

@@ -43,9 +43,9 @@ class Chat:
     Raises:
       ValueError: if the template refuses the messages, or they leave no room in the context.
     """
-    special = {f'{name}_token': text for name, text in self._tok.special().items()}
+    special = chat.variables(self._tok)
     text = chat.render(messages, self._tok.chat_template, add_generation_prompt=True, **special)
-    prompt = self._tok.encode(text)
+    prompt = chat.encode(self._tok, text)
     room = self._context - len(prompt)
     if room < 1:
       raise ValueError(f'the conversation has {len(prompt)} tokens, the context {self._context}')
