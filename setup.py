@@ -56,6 +56,15 @@ setup(
     'eval': ['lm-eval>=0.4.13'],
     # Requires a protobuf before 7; what that takes away is in docs/data.md.
     'beam': ['apache-beam>=2.77'],
+    # Verifiers. SymPy reads LaTeX by the grammar of one version of antlr4 alone.
+    'rl': [
+      'antlr4-python3-runtime==4.11.*',
+      'jsonschema>=4.26',
+      'langdetect>=1.0.9',
+      'math-verify>=0.9',
+      'reasoning-gym>=0.1.25',
+      'sympy>=1.14',
+    ],
     # Data at gs:// addresses; s3fs and adlfs do the same for s3:// and az://.
     'gcs': ['gcsfs>=2026.9'],
     'sbert': ['sentence-transformers>=6.2'],
@@ -71,9 +80,12 @@ setup(
       'transformers==5.23.0',
       'data-selection==1.0.3',
       'sentence-transformers==6.2.0',
-      'lm-eval==0.4.13',
+      'lm-eval[ifeval,math]==0.4.13',
       'accelerate==1.15.0',
       'gguf==0.19.0',
+      'jsonschema==4.26.0',
+      'langdetect==1.0.9',
+      'math-verify==0.9.0',
       'kubeflow-trainer-api==2.3.0',
       'xllamacpp==2026.10.11549',
     ],

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # In the order in which they are read: what one makes, the next ones use.
 GUIDES = (
   'data', 'training', 'posttraining', 'specialising', 'advice', 'pruning', 'interchange',
-  'evaluating', 'machines', 'scale', 'architecture', 'troubleshooting',
+  'evaluating', 'verifiers', 'machines', 'scale', 'architecture', 'troubleshooting',
 )  # fmt: skip
 PAGES = [ROOT / 'README.md', *(ROOT / f'docs/{name}.md' for name in GUIDES)]
 PAGES += [*sorted(ROOT.glob('experiments/*/README.md')), ROOT / 'CONTRIBUTING.md']

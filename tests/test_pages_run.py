@@ -85,6 +85,7 @@ NOT_RUN = {
   "pip install -e '.[tpu]'": 'changes the environment',
   "pip install -e '.[eval]'": 'changes the environment',
   "pip install -e '.[reference]'": 'changes the environment',
+  "pip install -e '.[rl]'": 'changes the environment',
   'python -m slm.harness run --model=slm --model_args=pretrained=runs/slm-law --tasks=arc_easy':
     'downloads its task; tests/test_harness.py has one on disk',
   'python -m experiments.specialise.run --scale=cpu --corpus=CORPORA --out=runs/cpu':

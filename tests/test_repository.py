@@ -44,6 +44,10 @@ ONLY = {
   'gguf': {'interchange/gguf.py'},
   'lm_eval': {'inference/harness.py', 'harness.py'},
   'matplotlib': {'reporting', 'data'},
+  'sympy': {'inference/verifiers/worker.py'},
+  'math_verify': {'inference/verifiers/worker.py'},
+  'jsonschema': {'inference/verifiers/worker.py'},
+  'langdetect': {'inference/verifiers/words.py'},
   'yaml': {'runs/launch.py'},
   'apache_beam': {'data/distributed.py', 'data/remote.py'},
 }

@@ -1,1 +1,1 @@
-"""Trained models answering: likelihoods, tasks, continuations, speed."""
+"""Trained models answering: likelihoods, tasks, continuations, speed; verifiers of answers."""

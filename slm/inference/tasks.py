@@ -5,13 +5,11 @@ the kind; items with a `question` and a `final` answer are numeric. Contexts and
 joined by a space unless the context ends in white space.
 """
 
-import functools
 import itertools
 import json
 import math
 import random
 import re
-import string
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +21,13 @@ import numpy as np
 
 from slm.base import console, files
 from slm.data import sources
-from slm.inference import scoring
+from slm.inference import scoring, verifiers
 from slm.runs import processes, rundir
 from slm.weights import tree
 
 Item = Mapping[str, Any]
 Pair = tuple[str, str]
 _GROUP = 8  # batches of requests between two writes of the answers
-_NUMBER = r'(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)'
 
 
 class Kind(NamedTuple):
@@ -77,30 +74,18 @@ def last_word(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, fl
   return {'acc': float(greedy), 'nll': -logprob, 'bpb': -logprob / math.log(2) / size}
 
 
-def normalised(text: str) -> str:
-  """Drop case, punctuation, articles and extra space (SQuAD, Rajpurkar et al. 2016)."""
-  kept = ''.join(c for c in text.lower() if c not in string.punctuation)
-  return ' '.join(w for w in kept.split() if w not in ('a', 'an', 'the'))
-
-
 def short_answer(item: Item, text: str) -> dict[str, float]:
   """Score a generated answer: exact match with the answer or one of its aliases."""
-  accepted = {normalised(x) for x in (item['answer'], *item['aliases'])} - {''}  # from 'The', '?'
-  return {'exact_match': float(normalised(text) in accepted)}
+  exact = verifiers.answers.exact(text, item['answer'], item['aliases'])
+  return {'exact_match': float(exact)}
 
 
 def final_number(item: Item, text: str) -> dict[str, float]:
   """Score a generated solution: its last number is the final one (Cobbe et al. 2021, GSM8K).
 
-  A final answer of one number and a unit is that number; one of no or several numbers is compared
-  as text.
+  verifiers.answers.gsm8k_numeric says how they are compared.
   """
-  expected, written = (re.findall(_NUMBER, x) for x in (item['final'], text))
-  if len(expected) != 1:
-    return {'exact_match': float(normalised(text) == normalised(item['final']))}
-  value = lambda numbers: float(numbers[-1].replace(',', ''))
-  close = functools.partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
-  return {'exact_match': float(bool(written) and close(value(written), value(expected)))}
+  return {'exact_match': float(verifiers.answers.gsm8k_numeric(text, item['final']))}
 
 
 def _with_answer(query: str) -> str:
