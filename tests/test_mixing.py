@@ -170,11 +170,11 @@ def test_prompts_have_a_row_each_and_labels_beside_them(tok, tmp_path, capsys):
     assert text.endswith('<|im_start|>assistant\n') and not columns['tokens'][i, length:].any()
     (first, *others) = labels[i]['verifiers']
     if 'Short.' in text:
-      assert first == {'id': 'words', 'arguments': {'most': 3}}
-      assert others == [{'id': 'é', 'arguments': {}}]
+      assert first == {'id': 'words', 'args': {'most': 3}}
+      assert others == [{'id': 'é', 'args': {}}]
     else:
       number = text.partition('user\n')[2].partition(' ')[0]
-      assert first == {'id': 'gsm8k', 'arguments': str(2 * int(number))} and not others
+      assert first == {'id': 'gsm8k', 'args': str(2 * int(number))} and not others
   batches = loader.build(
     loader.DataConfig(cfg.out, 's', batch_size=4, accum=2), tokenizer=made.fingerprint
   )

@@ -303,6 +303,14 @@ def test_rewards_are_weighted_sums_with_a_verdict_for_each_check():
   assert many == [stripped, stripped]
 
 
+def test_a_label_that_is_a_value_is_the_argument_that_is_needed():
+  assert verifiers.read([{'id': 'f1', 'args': 'ship'}])[0].args == {'answer': 'ship'}
+  with pytest.raises(ValueError, match='f1: answer: expected text, found 3'):
+    verifiers.read([{'id': 'f1', 'args': 3}])
+  with pytest.raises(ValueError, match='json.schema: schema: expected an object'):
+    verifiers.read([{'id': 'json.schema', 'args': 'x'}])
+
+
 def test_released_labels_are_read_and_not_changed():
   args = {'N': 2, 'quantifier': None, 'word': 'ship', 'keyword_list': None}
   row = {'func_name': 'verify_keyword_frequency', **args}

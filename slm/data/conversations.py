@@ -188,7 +188,7 @@ def _labelled(where: str, record: Mapping[str, Any], c: ChatConfig) -> dict[str,
       f'{where}: expected the id of a verifier in {c.verifier!r} and its arguments in {c.label!r}, '
       'or as many of both in lists'
     )
-  verifiers = [{'id': i, 'arguments': x} for i, x in zip(ids, label, strict=True)]
+  verifiers = [{'id': i, 'args': x} for i, x in zip(ids, label, strict=True)]
   return {'prompt': _prompt(where, record, c), 'verifiers': verifiers}
 
 

@@ -198,7 +198,7 @@ class Split:
   def labels(self) -> list[dict[str, Any]]:
     """Return what checks the answers to the prompts of all rows, by row; [] if these are others.
 
-    An entry is {'row': number, 'verifiers': [{'id': ..., 'arguments': ...}]}.
+    An entry is {'row': number, 'verifiers': [{'id': ..., 'args': ...}]}.
     """
     path = self.path / self.name / rows.LABELS
     if rows.LABELS not in self.facts.get('files', {}):

@@ -19,7 +19,7 @@ Path = pathlib.Path
 Rows = dict[str, np.ndarray]  # by column
 BLOCK = 16  # document shards (8 MB of text each) whose windows share a row shard
 TEXT = ChatConfig()  # no conversations
-LABELS = 'labels.jsonl'  # of prompts: {"row": ..., "verifiers": [{"id": ..., "arguments": ...}]}
+LABELS = 'labels.jsonl'  # of prompts: {"row": ..., "verifiers": [{"id": ..., "args": ...}]}
 _OPEN = 16  # unfinished rows per cluster
 _FULL = 4  # a row with fewer free positions than this is finished
 

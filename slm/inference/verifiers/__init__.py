@@ -92,8 +92,10 @@ def _check(entry: Any) -> Check:
   return Check(name, bind(name, entry.get('args', {})), float(weight))
 
 
-def bind(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+def bind(name: str, args: Any) -> dict[str, Any]:
   """Return the arguments of the checker `name`, converted to their types.
+
+  A value that is no mapping is the argument that must be given, if there is only one.
 
   Raises:
     ValueError: if there is no such checker, or an argument is missing, unknown or of another type.
@@ -102,6 +104,9 @@ def bind(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     near = difflib.get_close_matches(str(name), CHECKERS, 1)
     hint = f'did you mean {near[0]!r}?' if near else 'slm.inference.verifiers.CHECKERS lists them'
     raise ValueError(f'there is no verifier {name!r}: {hint}')
+  needed = [key for key, (_, must) in arguments.declared(CHECKERS[name]).items() if must]
+  if not isinstance(args, Mapping) and len(needed) == 1:
+    args = {needed[0]: args}
   return arguments.bind(name, CHECKERS[name], args)
 
 
