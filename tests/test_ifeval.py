@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from experiments.verifiers import run
 from slm.data import constraints
 from slm.inference import verifiers
 from slm.inference.verifiers import official, tulu3, words
@@ -161,6 +162,16 @@ def test_what_was_corrected_after_the_release():
   assert sections('Part 1 a Part 2 b', N=2) == (True, True)
   assert sections('So: Part 1 a Part 2 b', N=2) == (False, True)
   assert sections('Part one. Part two.', N=2) == (True, False)
+
+
+def test_constraints_of_the_evaluation_are_said_in_training():
+  """The experiment's table: every kind has the arguments of its verifier in training."""
+  assert run.TRAINING.keys() == official.CHECKERS.keys()
+  assert {name for name, _ in run.TRAINING.values()} == tulu3.FIXED.keys()
+  for kind, (name, convert) in run.TRAINING.items():
+    verifiers.bind(f'ifeval.tulu3_fixed.{name}', convert(OFFICIAL[kind][0]))
+  at_most_one = run.bound('num_words', 'relation')({'num_words': 2, 'relation': LESS})
+  assert at_most_one == {'N': 1, 'quantifier': 'at most'}
 
 
 def test_a_loose_check_takes_any_of_eight_variants():

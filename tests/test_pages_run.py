@@ -111,6 +111,8 @@ NOT_RUN = {
   "jsonl.gz' --eval='CORPORA/eval/*.jsonl.gz,CORPORA/posttrain/*_test.jsonl.gz,CORPORA/posttrain/"
   "*eval*.jsonl.gz' --strip='(?m)^(Question|Context|Passage|Q): |^(Answer|A):$|(?s:^Choices:.*)' "
   '--mask_numbers --out=runs/decontaminate': 'needs corpora',
+  'python -m experiments.verifiers.run --prompts=ifeval.jsonl.gz --texts=news.jsonl.gz':
+    "a minute; needs lm-evaluation-harness, NLTK's data and the prompts of IFEval",
   "python -m experiments.speed.prepare --corpus='corpus/*.jsonl.gz' --gigabytes=0.1,1,4":
     'minutes, and measures this machine',
 }  # fmt: skip
