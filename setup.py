@@ -65,7 +65,7 @@ setup(
       'reasoning-gym>=0.1.25',
       'sympy>=1.14',
     ],
-    # Data at gs:// addresses; s3fs and adlfs do the same for s3:// and az://.
+    # Data and runs at gs:// addresses; s3fs and adlfs read data at s3:// and az://.
     'gcs': ['gcsfs>=2026.9'],
     'sbert': ['sentence-transformers>=6.2'],
     # Writers of metrics.
@@ -73,7 +73,13 @@ setup(
     'mlflow': ['mlflow>=3.17'],
     'trackio': ['trackio>=0.43'],
     # Exact, as requirements.txt is: what lints and tests.
-    'test': ['hypothesis==6.170.17', 'pytest==9.2.0', 'pytest-xdist==3.8.0', 'ruff==0.17.6'],
+    'test': [
+      'gcsfs==2026.10.1',
+      'hypothesis==6.170.17',
+      'pytest==9.2.0',
+      'pytest-xdist==3.8.0',
+      'ruff==0.17.6',
+    ],
     # Other people's implementations.
     'reference': [
       'torch==2.13.0',

@@ -15,7 +15,7 @@ import sys
 import jax
 from absl import flags
 
-from slm.base import console
+from slm.base import console, stage
 from slm.inference.chat import Chat
 from slm.inference.completion import complete
 from slm.models.decode import greedy, sampled
@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
       _chat(Chat(loaded, params, tok, sampler, f.seed), loaded)
       continue
     texts = complete(loaded, params, tok, begin, f.prompt, f.max_tokens or 64, sampler, f.seed)
-    print(f'== {loaded.path} (step {loaded.step})')
+    print(f'== {stage.named(str(loaded.path))} (step {loaded.step})')
     for prompt, text in zip(f.prompt, texts, strict=True):
       print(f'{prompt}\033[1m{text}\033[0m\n' if sys.stdout.isatty() else f'{prompt}{text}\n')
 
@@ -66,7 +66,7 @@ def _chat(chat: Chat, loaded: load.Loaded) -> None:
     return [*asked, {'role': 'assistant', 'content': reply}]
 
   if f.prompt:
-    print(f'== {loaded.path} (step {loaded.step})')
+    print(f'== {stage.named(str(loaded.path))} (step {loaded.step})')
     for prompt in f.prompt:
       answer(prompt)
     return

@@ -1,4 +1,4 @@
-"""Prepared data at an address: the copy is the same data, made once; runs stay in directories."""
+"""Prepared data at an address: the copy is the same data, made once."""
 
 from pathlib import Path
 
@@ -8,10 +8,9 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from slm.base import artifact, files
+from slm.base import files
 from slm.data import copies, loader
 from slm.runs import config
-from slm.training import loop
 
 ADDRESS = 'gs://bucket/data'
 
@@ -101,12 +100,3 @@ def test_what_is_wrong_at_an_address_is_named(bucket, tiny_data, tmp_path):
     copies.local(ADDRESS)
   (copy,) = (tmp_path / 'cache').iterdir()
   assert not (copy / 'manifest.json').exists() and not list(copy.rglob('*.tmp'))
-
-
-def test_runs_at_an_address_are_refused(bucket, tiny_config_of, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match='gs:/bucket/run: expected a directory: runs at an address'):
-    loop.train(tiny_config_of(), 'gs://bucket/run')
-  with pytest.raises(ValueError, match='expected a directory'), artifact.hold(Path('s3://b/run')):
-    pass
-  assert not (tmp_path / 'gs:').exists()

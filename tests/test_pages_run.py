@@ -61,6 +61,10 @@ NOT_RUN = {
   'python -m slm.launch --on=local --nodes=2 --submit -- train --config=configs/pretrain.py '
   '--config.data.path=DATA --workdir=runs/slm-2': 'two processes; tests/test_processes.py'
   ' starts them',
+  'python -m slm.train --config=configs/pretrain.py --config.data.path=gs://BUCKET/DATA '
+  '--workdir=gs://BUCKET/runs/slm': 'needs a bucket; tests/test_stage.py has a fake one',
+  'python -m slm.evaluate --run=gs://BUCKET/runs/slm --data=gs://BUCKET/DATA --on=generic/test':
+    'needs a bucket; tests/test_stage.py has a fake one',
   "python -m slm.data.prepare --runner=flink --config='configs/data.py:generic=/mnt/corpus/"
   "*.jsonl.gz' --out=/mnt/DATA -- --flink_master=HOST:8081 --parallelism=64 "
   '--environment_type=DOCKER --environment_config=IMAGE': 'needs a cluster',

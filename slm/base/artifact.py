@@ -13,30 +13,36 @@ import functools
 import inspect
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm.base import console, files
+from slm.base import console, files, lease, stage
 
 # Errors of file systems without locks.
 _LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: list[Path] = []  # locks of this process
 
 
-def writes(parameter: str) -> Callable[[Callable], Callable]:
-  """Make a decorator: the function holds the directory that `parameter` names while it runs."""
+def writes(parameter: str, addresses: bool = False) -> Callable[[Callable], Callable]:
+  """Make a decorator: the function holds the directory that `parameter` names while it runs.
+
+  With `addresses` that may be one such as gs://bucket/run, for which the function gets its stage.
+  """
 
   def decorate(function: Callable) -> Callable:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def holding(*args: Any, **named: Any) -> Any:
-      with hold(Path(signature.bind(*args, **named).arguments[parameter])):
-        return function(*args, **named)
+      given = signature.bind(*args, **named)
+      folder = given.arguments[parameter]
+      if addresses and stage.is_address(folder):
+        folder = given.arguments[parameter] = stage.of(folder)
+      with hold(Path(folder)):
+        return function(*given.args, **given.kwargs)
 
     return holding
 
@@ -47,16 +53,16 @@ def writes(parameter: str) -> Callable[[Callable], Callable]:
 def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   """Lock a directory, or the part of it called `name`, against other processes.
 
-  The lock of a dead process is taken over. A directory made here that stays empty is removed.
+  The lock of a dead process is taken over. A directory made here that stays empty is removed. A
+  stage is locked at its address too.
 
   Raises:
     ValueError: if another process holds the lock: its number, its machine and since when; or if
-      the directory is an address, where neither locks nor appending exist.
+      the directory is an address, not its stage.
+    OSError: if the address of a stage cannot be read or written.
   """
-  if re.match(r'[a-z0-9]+:/', str(folder)):  # gs:/, as Path makes of gs://
-    raise ValueError(
-      f'{folder}: expected a directory: runs at an address need a mount of it on all machines'
-    )
+  if stage.is_address(folder):
+    raise ValueError(f'{folder}: expected a directory: this command writes on this machine alone')
   path = (folder / f'{name}.lock').absolute()
   if path in _held:
     yield
@@ -66,7 +72,8 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   handle = _take(path)
   _held.append(path)
   try:
-    yield
+    with lease.held(folder, name, _holder(), _alive, _refusal):
+      yield
   except BaseException as e:
     if not isinstance(e, Exception):  # a signal
       e.add_note(f'the same command continues {folder}')
@@ -84,6 +91,7 @@ def release() -> None:
   """Remove the locks of this process, which ends without leaving `hold`."""
   for path in _held:
     path.unlink(missing_ok=True)
+  lease.release()
 
 
 def _take(path: Path) -> int:
@@ -94,7 +102,7 @@ def _take(path: Path) -> int:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-      refusal = _refusal(path, holder)
+      refusal = _refusal(path.parent, holder)
       if e.errno in _LOCKLESS:  # the holder in the file decides
         refusal = _alive(holder) and f'{refusal} (if that process is gone, delete {path})'
     if refusal:
@@ -104,11 +112,19 @@ def _take(path: Path) -> int:
       if os.path.samestat(os.fstat(handle), path.stat()):
         break
     os.close(handle)
-  holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
-  holder['since'] = time.strftime('%Y-%m-%d %H:%M:%S')
   os.ftruncate(handle, 0)
-  os.pwrite(handle, json.dumps(holder).encode(), 0)
+  os.pwrite(handle, json.dumps(_holder()).encode(), 0)
   return handle
+
+
+def _holder() -> dict[str, Any]:
+  """Describe this process; `boot` tells machines of one name apart."""
+  boot = Path('/proc/sys/kernel/random/boot_id')
+  return {
+    'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid()),
+    'since': time.strftime('%Y-%m-%d %H:%M:%S'),
+    'boot': boot.read_text().strip() if boot.exists() else '',
+  }  # fmt: skip
 
 
 def _read(handle: int) -> dict[str, Any]:
@@ -144,11 +160,11 @@ def _started(pid: int) -> str:
     return ''
 
 
-def _refusal(path: Path, holder: Mapping[str, Any]) -> str:
+def _refusal(folder: object, holder: Mapping[str, Any]) -> str:
   writer = 'another process'
   if holder:
     writer = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
-  return f'{path.parent}: is being written by {writer}: wait for it, or choose another directory'
+  return f'{folder}: is being written by {writer}: wait for it, or choose another directory'
 
 
 def check(

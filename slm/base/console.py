@@ -14,7 +14,7 @@ import rich.text
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from slm.base import arguments
+from slm.base import arguments, stage
 
 _LONGEST = 2000  # characters of an error
 _PLAIN_EVERY = 10.0  # seconds between lines when the output is a file
@@ -113,7 +113,7 @@ def one_line_errors() -> Iterator[None]:
   except (Interrupted, KeyboardInterrupt) as e:
     number = getattr(e, 'number', signal.SIGINT)
     text = str(e) or '; '.join(['interrupted', *getattr(e, '__notes__', ())[-1:]])
-    print(text, file=sys.stderr)
+    print(stage.named(text), file=sys.stderr)
     raise SystemExit(128 + number) from None
   except BrokenPipeError:  # the reader of the output, such as head, has gone
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
@@ -126,7 +126,7 @@ def one_line_errors() -> Iterator[None]:
       text = f'{e.filename}: {e.strerror}' if e.filename else e.strerror
     if 'Traceback' in text:  # ml_collections wraps what a config file raised
       text = text.strip().splitlines()[-1]
-    text = ' '.join(text.split())
+    text = stage.named(' '.join(text.split()))
     if len(text) > _LONGEST:  # it quotes a file of something else
       text = f'{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}'
     print(f'error: {text}'.encode(errors='replace').decode(), file=sys.stderr)

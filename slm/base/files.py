@@ -75,7 +75,10 @@ def no_space(error: BaseException | None) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Write text atomically."""
+  """Write text atomically; an object at an address is put whole."""
+  if not isinstance(path, Path):
+    path.write_text(text)
+    return
   with replacing(path) as temporary:
     temporary.write_text(text)
 
@@ -168,14 +171,20 @@ def read_npy(path: Path, mmap: str | None = None) -> np.ndarray:
 
 def stamp(path: Path) -> list[Any]:
   """Return a file's size and hash."""
-  return [path.stat().st_size, sha256(path)]
+  return [_size(path), sha256(path)]
+
+
+def _size(path: Any) -> int:
+  stat = path.stat()
+  return stat.st_size if isinstance(path, Path) else stat.length
 
 
 def damage(path: Path, stamp: Sequence[Any], content: bool = True) -> str:
   """Describe how a file differs from its stamp, '' if it does not; `content`: compare the hash."""
-  if not path.exists():
+  try:
+    size = _size(path)
+  except FileNotFoundError:
     return f'{path}: is missing'
-  size = path.stat().st_size
   if size != stamp[0]:
     return f'{path}: has {size} bytes, expected {stamp[0]}'
   return f'{path}: is not as it was written' if content and sha256(path) != stamp[1] else ''

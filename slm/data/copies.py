@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, stage
 from slm.data import sources
 
 Path = pathlib.Path
@@ -44,11 +43,10 @@ def local(path: str) -> str:
   scheme = path.partition('://')[0]
   if scheme not in _SCHEMES:
     raise ValueError(f'{path}: expected a path, or an address such as gs://, s3:// or az://')
-  source = epath.Path(path)
+  source = stage.remote(path)
   with _reading(path):
     manifest = (source / 'manifest.json').read_bytes()
-  cache = Path(os.environ.get('SLM_CACHE') or Path.home() / '.cache' / 'slm')
-  copy = cache / hashlib.sha256(manifest).hexdigest()[:16]
+  copy = stage.cache() / hashlib.sha256(manifest).hexdigest()[:16]
   with _hold(copy), _reading(path):
     stamps = _stamps(json.loads(manifest))
     for folder in ('tokenizer', 'clusters', 'index'):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, stage
 from slm.data import loader, tokenizer
 from slm.models.decode import Completions, generate, sampled
 from slm.objectives.rollout import prompts
@@ -48,7 +48,7 @@ def write(
     )
   split = loader.Split(path, *loader.parse_on(path, on))
   about = {
-    'run': str(Path(run).resolve()), 'step': loaded.step,
+    'run': stage.absolute(run), 'step': loaded.step,
     'weights': tree.weights_hash(loaded.params()), 'on': on, 'rows_sha256': split.sha256,
     'rows': count, 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': temperature,
     'seed': seed, 'batch_size': batch_size,

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, stage
 from slm.data import loader
 from slm.objectives import heldout
 from slm.runs import config, load
@@ -54,7 +54,7 @@ def best(loaded: load.Loaded, domain: str, index: str) -> Choice:
 RULES = {'frequent': frequent, 'best': best, 'histogram': histogram}
 
 
-@artifact.writes('workdir')
+@artifact.writes('workdir', addresses=True)
 def specialise(
   run: str | Path, domain: str, workdir: str | Path, rule: str = 'frequent', index: str = ''
 ) -> int | list[float]:
@@ -67,7 +67,7 @@ def specialise(
   """
   if rule not in RULES:
     raise ValueError(f'--rule: expected one of {sorted(RULES)}, found {rule!r}')
-  run, workdir = Path(run).resolve(), Path(workdir)
+  run, workdir = stage.absolute(run), Path(workdir)
   mesh = sharding.make_mesh({'data': -1})
   loaded = load.load(run, mesh, finished=True)
   if not loaded.reparam.clusters:
@@ -76,7 +76,7 @@ def specialise(
   load.same_clusters(loaded, cfg.data.path)
   if domain not in loader.manifest(cfg.data.path)['sets']:
     raise ValueError(f'{cfg.data.path} has no set {domain!r}')
-  chosen = {'of': str(run), 'domain': domain, 'rule': rule, 'index': index}
+  chosen = {'of': run, 'domain': domain, 'rule': rule, 'index': index}
   dense = config.derive(cfg, 'select', specialist=chosen)
   config.check_run(workdir, dense)
   if (workdir / 'result.json').exists():
@@ -87,5 +87,5 @@ def specialise(
   flops = tokens * forward_flops(loaded.model.cfg, cfg.context)
   entry = phase_entry('select', tokens, flops, (time.monotonic() - began) * jax.device_count())
   condition = np.asarray(condition).tolist()
-  load.write_dense(workdir, dense, params, [str(run)], [entry], condition=condition, rule=rule)
+  load.write_dense(workdir, dense, params, [run], [entry], condition=condition, rule=rule)
   return condition

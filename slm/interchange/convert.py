@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from slm import models
-from slm.base import artifact, files, schema
+from slm.base import artifact, files, schema, stage
 from slm.data import tokenizer
 from slm.data.loader import DataConfig
 from slm.interchange import card, families, tokenizer_files, weights
@@ -78,7 +78,7 @@ def read(path: str | Path, mesh: jax.sharding.Mesh, dtype: str = '', gguf: Any =
   return Imported(model, params, hf, own_dtype, buffers)
 
 
-@artifact.writes('workdir')
+@artifact.writes('workdir', addresses=True)
 def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> RunConfig:
   """Import a model of transformers as a run directory.
 
@@ -123,7 +123,7 @@ def import_model(path: str | Path, workdir: str | Path, gguf: Any = None) -> Run
 
 def remarks(run: str | Path) -> list[str]:
   """Describe the tensors and embeddings of an imported model that nothing uses, a line each."""
-  run, lines = Path(run), []
+  run, lines = rundir.split_ref(run)[0], []
   if buffers := files.read_json(run / 'result.json').get('left_out', []):
     more = ', ...' if len(buffers) > 1 else ''
     lines.append(f'left out: {len(buffers)} tensors that are not weights ({buffers[0]}{more})')
@@ -245,7 +245,7 @@ def ancestry(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
   by_run = {entry['run']: entry for entry in history}
   ancestors = [history[0]]
   while source := ancestors[-1].get('init'):
-    ancestors.append(by_run[str(rundir.split_ref(Path(source))[0].resolve())])
+    ancestors.append(by_run[stage.absolute(rundir.split_ref(source)[0])])
   return ancestors
 
 
@@ -264,7 +264,7 @@ def lineage(run: str | Path) -> list[dict[str, Any]]:
     seen.add(path.resolve())
     cost = ledger.read_ledger(path)
     entry, sources = _run_entry(path) if is_run else (_signals_entry(path), [])
-    entry |= {'run': str(path.resolve()), 'step': step, 'cost': cost['phases']}
+    entry |= {'run': stage.absolute(path), 'step': step, 'cost': cost['phases']}
     entries += [entry, *entry.get('hf', {}).get('history', [])]
     pending += [Path(source) for source in (*sources, *cost['ancestors'])]
   return entries

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, stage
 from slm.data import loader, rows
 from slm.models.decoder import head, logits
 from slm.objectives import losses
@@ -177,7 +177,7 @@ def write(
   data_set, part, index = loader.parse_on(path, on)
   split = loader.Split(path, data_set, part, index)
   facts = {
-    'teacher': str(Path(teacher).resolve()), 'step': loaded.step,
+    'teacher': stage.absolute(teacher), 'step': loaded.step,
     'weights': tree.weights_hash(params),
     'tokenizer': fingerprint, 'vocab': vocab, 'context': manifest['context'],
     'data': str(Path(path).resolve()), 'on': split.name, 'index': index,

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from slm import models
-from slm.base import artifact, console, files
+from slm.base import artifact, console, files, stage
 from slm.data import loader, tokenizer, vocabulary
 from slm.inference import scoring, tasks
 from slm.interchange import convert, tokenizer_files
@@ -51,7 +51,7 @@ def calibrate(run: str, path: str, out: str, on: str, rows: int, batch_size: int
   load.same_tokenizer(loaded, loader.manifest(path)['tokenizer']['fingerprint'])
   data_set, split, index = loader.parse_on(path, on)
   request = {
-    'run': str(Path(run).resolve()), 'step': loaded.step, 'data': path, 'set': data_set,
+    'run': stage.absolute(run), 'step': loaded.step, 'data': path, 'set': data_set,
     'split': split, 'index': index, 'rows': rows, 'batch_size': batch_size,
     'rows_sha256': loader.Split(path, data_set, split, index).sha256,
     'weights': tree.weights_hash(loaded.params()),
@@ -259,7 +259,7 @@ class _Calibration:
     return score
 
 
-@artifact.writes('workdir')
+@artifact.writes('workdir', addresses=True)
 def cut(
   run: str, stats: Sequence[str], wanted: dict[str, int], workdir: str, *,
   norm_gain: str = 'none', by: str = 'activations', depth: str = 'influence', mix: float = 0.0,
@@ -287,7 +287,7 @@ def cut(
     )
   slicing.check_options(wanted, task, norm_gain)
   loaded, folder = load.load(run, load.mesh_for(run), finished=True), Path(workdir)
-  whole, run = loaded.model.cfg, str(Path(run).resolve())
+  whole, run = loaded.model.cfg, stage.absolute(run)
   slicing.check_sizes(whole, wanted, align)
   opened = ((Path(path), *read(Path(path), finished=True)) for path in stats)
   calibrations = [_Calibration(run, loaded, path, sums, [record]) for path, record, sums in opened]

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.stats
 
 from slm import models
-from slm.base import artifact, files
+from slm.base import artifact, files, stage
 from slm.inference import latency
 from slm.models.config import DecoderConfig
 from slm.objectives import heldout
@@ -132,7 +132,7 @@ def search(
     ValueError: if no shape is within the bounds, or the directory holds another search.
   """
   loaded = load.load(run, load.mesh_for(run), finished=True)
-  teacher = str(Path(run).resolve())
+  teacher = stage.absolute(run)
   given = given | {'teacher': teacher if given['objective']['name'] == 'distill' else ''}
   cfg = config.resolve(given | {'init': run})
   if cfg.distributed.enable:

@@ -7,12 +7,12 @@ A damaged checkpoint is never used.
 import concurrent.futures
 import contextlib
 import itertools
+import pathlib
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -20,9 +20,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from slm.base import console, files
+from slm.base import console, files, lease, stage
 from slm.runs import processes, rundir
 
+Path = pathlib.Path
 policies = ocp.training.preservation_policies
 _SUMS = 'checksums.json'
 
@@ -46,7 +47,8 @@ class Checkpoints:
     Raises:
       ValueError: if there are checkpoints and none is sound.
     """
-    self._directory = Path(directory).absolute()
+    self._directory = stage.origin(Path(directory).absolute())
+    self._run = Path(directory).parent
     if keep:
       processes.together(lambda: jax.process_index() or self._mend())
     best = policies.BestN(
@@ -121,6 +123,7 @@ class Checkpoints:
     if opt_state is not None:
       items |= {'opt': opt_state, 'data': {'next': np.asarray(batch)}}
     metrics = None if loss is None else {'loss': loss}
+    lease.push(self._run)  # a restart needs the metrics of the steps before
     with self._errors('saved'):
       self._sealed.result()
       self._saving, self._size = step, sum(x.nbytes for x in jax.tree.leaves(items))
@@ -147,9 +150,11 @@ class Checkpoints:
       if files.no_space(e):
         size = f'{max(self._size / 1e6, 1):,.0f} MB'
         text = f'no space on {self._directory} while saving step {step} (needs about {size})'
-      if not self._directory.exists():
+      with stage.reaching(text):
+        gone, intact = not self._directory.exists(), self._intact() if done == 'saved' else ''
+      if gone:
         raise FileNotFoundError(f'{self._directory}: was removed while it was written') from None
-      raise OSError(f'{text}; {self._intact()}' if done == 'saved' else text) from None
+      raise OSError(f'{text}; {intact}' if intact else text) from None
 
   def _intact(self) -> str:
     """Describe the newest intact step."""
@@ -177,8 +182,7 @@ class Checkpoints:
       aside = self._directory.with_name('damaged') / str(step)
       while aside.exists():
         aside = aside.with_name(f'{aside.name}-again')
-      aside.parent.mkdir(exist_ok=True)
-      (self._directory / str(step)).rename(aside)
+      stage.move(self._directory / str(step), aside)
       print(
         f'{problem}: moved to {aside}, going on from step {steps[len(damaged)]}', file=sys.stderr
       )
@@ -205,18 +209,25 @@ class Checkpoints:
 
 def saved_steps(directory: Path) -> list[int]:
   """List the steps of a directory, newest first."""
-  names = (path.name for path in directory.glob('*'))
-  return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+  folder = stage.origin(directory)
+  whole = lambda name: isinstance(folder, Path) or (folder / name / stage.COMMIT).exists()
+  with stage.reaching(folder):
+    names = [path.name for path in folder.glob('*') if path.name.isdecimal()]
+    return sorted((int(name) for name in names if whole(name)), reverse=True)
 
 
 def forget_after(directory: Path, step: int) -> None:
   """Remove the checkpoints after a step; stopped at any moment, it leaves earlier ones whole."""
+  directory = stage.origin(directory)
   away = directory.with_name('rewound')
   for later in saved_steps(directory):  # from the newest
-    if later > step:
+    if later > step and not isinstance(directory, Path):
+      stage.discard(directory / str(later))
+    elif later > step:
       away.mkdir(exist_ok=True)
       (directory / str(later)).rename(away / str(later))
-  shutil.rmtree(away, ignore_errors=True)
+  if isinstance(away, Path):
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def verify(ref: str | Path) -> Iterator[tuple[str, str]]:
@@ -234,16 +245,15 @@ def verify(ref: str | Path) -> Iterator[tuple[str, str]]:
   if step is not None and step not in steps:
     raise ValueError(f'{run}: has no checkpoint of step {step}, found steps {steps}')
   for saved in steps if step is None else [step]:
-    folder = run / 'checkpoints' / str(saved)
+    folder, name = stage.origin(run / 'checkpoints' / str(saved)), stage.named(f'{run}@{saved}')
     if (folder / _SUMS).exists():
-      yield f'{run}@{saved}', damage(folder)
+      yield name, damage(folder)
     else:  # of an earlier version, not finished, or deleted
-      yield f'{run}@{saved}', f'{folder}: has no {_SUMS} to compare with'
+      yield name, f'{folder}: has no {_SUMS} to compare with'
 
 
 def _write_sums(folder: Path) -> None:
-  paths = (p for p in folder.rglob('*') if p.is_file())
-  sums = {str(p.relative_to(folder)): files.stamp(p) for p in paths}
+  sums = {name: files.stamp(folder / name) for name in stage.below(folder)}
   files.write_json(folder / _SUMS, sums)
 
 
@@ -252,10 +262,11 @@ def damage(folder: Path, item: str = '') -> str:
 
   An unsealed checkpoint, of an earlier version of slm or a killed process, counts as sound.
   """
+  folder = stage.origin(folder)
   try:
     sums = files.read_json(folder / _SUMS, {str: list})
     names = (n for n in sums if not item or '/' not in n or n.startswith(f'{item}/'))
-    with files.reading(folder / _SUMS):
+    with stage.reaching(folder), files.reading(folder / _SUMS):
       return next(filter(None, (files.damage(folder / name, sums[name]) for name in names)), '')
   except FileNotFoundError:
     return ''

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from slm.base import artifact, schema
+from slm.base import artifact, schema, stage
 from slm.data import copies, loader
 from slm.models import Config as ModelConfig
 from slm.reparam import Config as ReparamConfig
@@ -294,7 +294,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   if cfg.model.vocab < vocab:
     raise ValueError(f'model.vocab={cfg.model.vocab}: the tokenizer has {vocab} ids')
   check(cfg)
-  absolute = lambda name: str(Path(name).resolve()) if name else ''
+  absolute = lambda name: stage.absolute(name) if name else ''
   d = dataclasses.replace(cfg.data, path=absolute(path))
   held_out = dataclasses.replace(cfg.eval, set=cfg.eval.set or d.set)
   loader.Split(d.path, held_out.set, held_out.split)  # raises before any work if it is missing

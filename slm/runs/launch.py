@@ -21,7 +21,7 @@ from absl import flags
 from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
-from slm.base import arguments
+from slm.base import arguments, stage
 from slm.runs import config, foreground, load, rundir
 from slm.runs.processes import LOST
 from slm.weights import chips, sharding
@@ -325,7 +325,9 @@ def _check_train(args: Sequence[str], devices: int) -> str:
   if not given['data']['path']:
     raise ValueError('slm train: expected --config.data.path, the prepared data')
   # Without the run that it starts from, the model has some shape of the right kind.
-  known = given['init'] in ('', '?') or rundir.split_ref(given['init'])[0].exists()
+  known = given['init'] in ('', '?') or (
+    not stage.is_address(given['init']) and rundir.split_ref(given['init'])[0].exists()
+  )
   if known:
     config.inherit(given)
   given['model']['vocab'] = given['model']['vocab'] or 1  # the tokenizer's

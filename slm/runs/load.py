@@ -132,7 +132,7 @@ def served_step(ref: str | Path) -> int | None:
   """Return the step whose weights RUN@STEP or a finished RUN serves, None if it does not exist."""
   run, step = rundir.split_ref(ref)
   if step is not None:
-    return step if (run / 'checkpoints' / str(step)).exists() else None
+    return step if step in checkpoint.saved_steps(run / 'checkpoints') else None
   if not (run / 'result.json').exists():
     return None
   result = files.read_json(run / 'result.json', {'steps': int})

@@ -25,7 +25,7 @@ from jax._src import distributed  # the only place of the coordinator's client
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from slm.base import artifact
+from slm.base import artifact, lease, stage
 from slm.weights import sharding
 
 LOST = 75  # exit status of a process that lost another, as EX_TEMPFAIL: the same command continues
@@ -85,7 +85,7 @@ def _time_out(cfg: Mapping[str, Any]) -> None:
 
 
 def _say(status: int, message: str) -> None:
-  print(f'error: {message}', file=sys.stderr, flush=True)
+  print(f'error: {stage.named(message)}', file=sys.stderr, flush=True)
   _said.append(status)
   artifact.release()
 
@@ -197,7 +197,15 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   """Hold a directory, or `name` in it, for all processes; process 0 takes the lock."""
   with contextlib.ExitStack() as stack:
     together(lambda: jax.process_index() or stack.enter_context(artifact.hold(folder, name)))
+    share(folder)
     yield
+
+
+def share(folder: Path) -> None:
+  """Let all processes see what process 0 has written to a run at an address, in its stage."""
+  if stage.address(folder) and jax.process_count() > 1:
+    together(lambda: jax.process_index() or lease.push(folder))
+    together(lambda: jax.process_index() and stage.fetch(folder))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from slm import __version__
-from slm.base import files
+from slm.base import files, stage
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -22,10 +22,16 @@ LINEAGE = 'slm_lineage.json'  # beside exported weights: what they were made fro
 
 
 def split_ref(ref: str | Path) -> tuple[Path, int | None]:
-  """Split RUN or RUN@STEP into the run directory and the step (None for RUN)."""
-  ref = Path(ref)
-  name, at, step = ref.name.rpartition('@')
-  return (ref.with_name(name), int(step)) if at and name and step.isdigit() else (ref, None)
+  """Split RUN or RUN@STEP into the run directory and the step (None for RUN).
+
+  The directory of a run at an address is its stage, fetched once.
+  """
+  run, number = stage.of(ref), None
+  name, at, step = run.name.rpartition('@')
+  if at and name and step.isdigit():
+    run, number = run.with_name(name), int(step)
+  stage.fetch(run, again=False)
+  return run, number
 
 
 def read_config(ref: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import objectives
-from slm.base import console, files, schema
+from slm.base import console, files, schema, stage
 from slm.data import loader
 from slm.objectives.losses import Batch
 from slm.runs import checkpoint, config, load, processes, rundir
@@ -37,12 +37,14 @@ def train(given: Mapping[str, Any], workdir: str | Path, profile: str = '') -> d
       loss spikes, and the run may not go back to an earlier checkpoint.
     console.Interrupted: on SIGTERM or SIGINT, once the state is saved.
   """
-  workdir, given = Path(workdir), config.complete(given)
+  workdir, given = stage.of(workdir), config.complete(given)
   name, main = f'{given["phase"]} {workdir.name}', jax.process_index() == 0
   progress = console.Progress(name, 0, 'tokens', show=main)
   progress.say('reading data')
+  processes.together(lambda: stage.fetch(workdir))
   cfg = processes.together(lambda: load.pin(workdir, config.resolve(given)))
-  processes.agree({**schema.plain(cfg), 'workdir': str(workdir), 'profile': profile})
+  where = stage.named(str(workdir))
+  processes.agree({**schema.plain(cfg), 'workdir': where, 'profile': profile})
   trace = Trace(tracing.steps(profile, cfg.steps), workdir)
   longer = processes.together(lambda: _extends(workdir, cfg))
   if (workdir / 'result.json').exists() and not longer:
@@ -171,6 +173,7 @@ class _Run:
         if to is None:
           raise
         processes.together(lambda e=error, to=to: jax.process_index() or self._rewind(e, to))
+        processes.share(self.workdir)
 
   def _earlier(self, error: Diverged) -> int | None:
     """Return the sound checkpoint to go back to from a failed step; None, and why, if none is."""
