@@ -4,8 +4,8 @@
 
 Each prompt of IFEval is answered by texts that need no model: none, the prompt, a document as it
 is and changed, and texts made to satisfy the constraints. OUT/table.md counts equal verdicts by
-kind of constraint, and sentences and capitals by document; OUT/differences.jsonl has every verdict
-that differs.
+kind of constraint, sentences and capitals by document, and what satisfies constraints without an
+answer; OUT/differences.jsonl has every verdict that differs.
 """
 
 import collections
@@ -20,7 +20,7 @@ from absl import flags
 from slm.base import console, files
 from slm.data import sources
 from slm.inference import verifiers
-from slm.inference.verifiers import official, words
+from slm.inference.verifiers import audit, official, words
 from slm.reporting import tables
 
 FLAGS = flags.FLAGS
@@ -236,6 +236,12 @@ def segmentation(documents: Mapping[str, Sequence[str]]) -> tables.Table:
   return [*head, 'capitals of NLTK', 'equal numbers of them'], lines
 
 
+def probes(items: Sequence[Item]) -> tables.Table:
+  """Return the table of kinds that are satisfied, loosely, by no answer to the prompt."""
+  label = lambda item: official.label(item['instruction_id_list'], item['kwargs'], loose=True)
+  return audit.audit([(item['prompt'], verifiers.read(label(item))) for item in items])
+
+
 def ends(sentences: Sequence[str]) -> Iterator[int]:
   """Yield where sentences end, in characters that are no white space."""
   end = 0
@@ -265,7 +271,7 @@ def main(_: list[str]) -> None:
   out = Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   files.write_text(out / 'differences.jsonl', ''.join(json.dumps(v) + '\n' for v in differ))
-  made = tables.markdown(agreement(verdicts)), tables.markdown(segmentation(found))
+  made = [tables.markdown(x) for x in (agreement(verdicts), segmentation(found), probes(items))]
   files.write_text(out / 'table.md', '\n'.join(made))
   print(*made, sep='\n')
 
