@@ -19,7 +19,7 @@ import toy
 import zstandard
 
 from slm.base import console, files
-from slm.data import contamination, loader, sources, tokenizer
+from slm.data import contamination, conversations, loader, prepare, settings, sources, tokenizer
 from slm.interchange import convert, families, weights
 from slm.models.config import DecoderConfig
 from slm.reporting import stats
@@ -56,6 +56,17 @@ def test_conversations(tmp_path):
   path.write_text('\n'.join(map(json.dumps, rows)))
   source = contamination.Source('chat', str(path), ())
   damaged(path, lambda path: contamination.items([source], contamination.Rule('all')))
+
+
+@pytest.mark.parametrize('kind', settings.KINDS)
+def test_chat_sources(kind, tmp_path):
+  turns = [{'role': 'user', 'content': 'what?'}, {'role': 'assistant', 'content': 'that'}]
+  answers = {'chosen': turns, 'rejected': [turns[0], {'role': 'assistant', 'content': ''}]}
+  label = {'label': [1, {}], 'verifier': ['a', 'b'], 'tools': [{'type': 'function'}]}
+  path, c = tmp_path / 'chat.jsonl', settings.ChatConfig(kind)
+  path.write_text((json.dumps({'messages': turns, **answers, **label}) + '\n') * 3)
+  (name,) = conversations.expand(str(path), c)
+  damaged(path, lambda path: [*conversations.read(name, str(path), c, '')])
 
 
 def read_tensors(path):
@@ -184,6 +195,22 @@ def read_prepared(path):
 def test_manifests(tiny_data, tmp_path):
   folder = shutil.copytree(tiny_data, tmp_path / 'data')
   damaged(folder / 'manifest.json', read_prepared)
+
+
+def test_labels(tmp_path):
+  """Those of prompts; a byte or line of another length is found by the size."""
+  prompts = [{'prompt': f'{i} + {i}?', 'label': str(2 * i), 'verifier': 'sum'} for i in range(4)]
+  source = tmp_path / 'sums.jsonl'
+  source.write_text(''.join(json.dumps(prompt) + '\n' for prompt in prompts))
+  cfg = toy.config(
+    tmp_path, {'sums': {'train': str(source)}}, chat=settings.ChatConfig('prompts', 'tulu')
+  )
+  prepare.prepare(cfg)
+  read = lambda path: loader.Split(cfg.out, 'sums', 'train').labels()
+  path = pathlib.Path(cfg.out) / 'sums/train/labels.jsonl'
+  damaged(path, read)
+  lines = path.read_text().splitlines(keepends=True)
+  refuse(path, ''.join([lines[1], lines[0], *lines[2:]]).encode(), read)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from slm.training import optim
 CFG = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip': 1.0}
 
 
-@pytest.mark.parametrize('name', ['constant', 'cosine', 'wsd'])
+@pytest.mark.parametrize('name', ['constant', 'cosine', 'linear', 'wsd'])
 def test_schedules(name):
   rest = {'peak': 2.0, 'warmup': 4, 'decay': 0.25, 'final': 0.1}
   rate = optim.schedule(section('schedule', {'name': name, **rest}), 20)
@@ -26,17 +26,19 @@ def test_schedules(name):
   if name == 'wsd':
     assert values[15] == pytest.approx(2.0)
     assert values[16] < 2.0
+  if name == 'linear':
+    np.testing.assert_allclose(np.diff(values[4:]), -1.8 / 16, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['constant', 'cosine', 'wsd'])
+@pytest.mark.parametrize('name', ['constant', 'cosine', 'linear', 'wsd'])
 def test_no_warmup_starts_at_the_peak(name):
   cfg = {'name': name, 'peak': 1.0, 'warmup': 0, 'decay': 0.5, 'final': 0.0}
   assert optim.schedule(section('schedule', cfg), 10)(0) == 1.0
 
 
 def test_unknown_schedule():
-  with pytest.raises(ValueError, match="found 'linear'"):
-    optim.schedule(section('schedule', {'name': 'linear', 'peak': 1.0, 'warmup': 0}), 10)
+  with pytest.raises(ValueError, match="found 'triangle'"):
+    optim.schedule(section('schedule', {'name': 'triangle', 'peak': 1.0, 'warmup': 0}), 10)
 
 
 def test_decay_spares_embeddings_norms_and_biases():

@@ -84,6 +84,7 @@ _MANIFEST = {
   'context': int, 'levels': [int], 'tokenizer': {'name': str, 'vocab': int, 'fingerprint': str},
   'sets': {str: {str: {'rows': int, 'sha256': str, 'shards': [str]}}},
 }  # fmt: skip
+_LABEL = {'row': int, 'verifiers': [{'id': str}]}
 _INDEX = {'set': str, 'split': str, 'rows_sha256': str, 'sha256': str}
 
 
@@ -99,6 +100,8 @@ def manifest(path: str | Path) -> dict[str, Any]:
   if version not in (2, VERSION):
     raise ValueError(f'{path}: expected version {VERSION}, found {version}; prepare it again')
   files.check(path, content, _MANIFEST)
+  if 'chat' in content:
+    files.check(path, content['chat'], {'kind': str}, 'chat')
   if not content['sets'] or not all(content['sets'].values()):
     raise ValueError(f'{path}: sets: expected a set, and a split in each')
   # Before version 0.2 the rows of every Hugging Face tokenizer began with a begin token.
@@ -203,7 +206,16 @@ class Split:
     path = self.path / self.name / rows.LABELS
     if rows.LABELS not in self.facts.get('files', {}):
       return []
-    return [record for _, record in sources.records(str(path))]
+    labels = [record for _, record in sources.records(str(path))]
+    for i, record in enumerate(labels):
+      files.check(path, record, _LABEL, str(i))
+      if record['row'] != i:
+        raise ValueError(f'{path}: line {i + 1} is of row {record["row"]}, expected {i}')
+    if len(labels) != self.facts['rows']:
+      raise ValueError(
+        f'{path}: {len(labels)} lines, expected one for each of {self.facts["rows"]} rows'
+      )
+    return labels
 
 
 def _check_files(path: Path, name: str, facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ sections.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,9 @@ class ObjectiveConfig:
 
   chunk: int  # tokens whose logits exist at once on a device
   name: str
+  reduction: str  # of the losses of a step: mean | sum
   counts_to_the_end = False  # whether a step depends on the total number of steps
+  kinds = ('', 'conversations')  # of data that it trains on; '': text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,9 @@ class NextTokenConfig(ObjectiveConfig):
   chunk: int = 512  # tokens whose logits exist at once on a device
   balance: float = 0.0  # weight of the load-balance loss of a model that routes tokens
   z: float = 0.0  # weight of its router's z-loss
+  # Of the losses of a step's trained tokens: mean, over all microbatches and devices, or sum, with
+  # which a gradient is larger the more of them there are, and so clipped by optim.clip.
+  reduction: Literal['mean', 'sum'] = 'mean'
   name: str = 'next_token'
 
 
@@ -76,6 +82,7 @@ class DistillConfig(ObjectiveConfig):
   correct: float = 0.0
   balance: float = 0.01  # weight of the load-balance loss of a student that routes tokens
   z: float = 1e-3  # weight of its router's z-loss
+  reduction: Literal['mean', 'sum'] = 'mean'  # of the losses of a step's tokens
   name: str = 'distill'
 
   def __post_init__(self) -> None:
@@ -121,10 +128,11 @@ class DistillConfig(ObjectiveConfig):
 class ScheduleConfig:
   """The learning rate by step."""
 
-  name: str = 'cosine'  # constant | cosine | inverse_sqrt | wsd
+  name: str = 'cosine'  # constant | cosine | inverse_sqrt | linear | wsd
   peak: float = 2e-3
   warmup: int = 100  # steps
-  final: float = 0.1  # last rate as a share of the peak (cosine, wsd)
+  warmup_share: float = 0.0  # of all steps, which decides warmup; 0: warmup does
+  final: float = 0.1  # last rate as a share of the peak (cosine, linear, wsd)
   decay: float = 0.2  # length of the decay as a share of the steps (wsd)
 
 
@@ -204,6 +212,7 @@ class RunConfig:
   seed: int = 0
   phase: str = 'pretrain'  # of the cost ledger: pretrain | finetune | distill
   steps: int = 1000
+  epochs: float = 0.0  # passes over the rows, which decide steps; 0: steps does
   dtype: str = 'float32'  # compute dtype; weights and optimiser state stay float32
   mesh: MeshConfig = MeshConfig()
   distributed: DistributedConfig = DistributedConfig()
@@ -294,11 +303,17 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   if cfg.model.vocab < vocab:
     raise ValueError(f'model.vocab={cfg.model.vocab}: the tokenizer has {vocab} ids')
   check(cfg)
+  kind = manifest.get('chat', {}).get('kind', '')
+  if kind not in cfg.objective.kinds:
+    raise ValueError(
+      f'{path}: holds {kind or "text"}, on which objective {cfg.objective.name!r} does not train'
+    )
   absolute = lambda name: stage.absolute(name) if name else ''
   d = dataclasses.replace(cfg.data, path=absolute(path))
   held_out = dataclasses.replace(cfg.eval, set=cfg.eval.set or d.set)
   loader.Split(d.path, held_out.set, held_out.split)  # raises before any work if it is missing
-  rows = loader.Split(d.path, d.set, d.split, d.index).sha256
+  split = loader.Split(d.path, d.set, d.split, d.index)
+  rows = split.sha256
   if d.mix_set:
     rows += ' ' + loader.Split(d.path, d.mix_set, 'train', d.mix_index).sha256
   rep = cfg.reparam
@@ -306,7 +321,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
     histogram = loader.histogram(d.path, d.set, d.split, rep.of.clusters, d.index)
     rep = dataclasses.replace(rep, histogram=tuple(histogram.tolist()))
   return dataclasses.replace(
-    cfg,
+    _counted(cfg, len(split.ids)),
     **{key: absolute(getattr(cfg, key)) for key in ('init', 'teacher', 'teacher_cache')},
     data=d,
     eval=held_out,
@@ -316,6 +331,21 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
     context=manifest['context'],
     clustering=loader.clustering(path) if d.level else '',
   )
+
+
+def _counted(cfg: RunConfig, num_rows: int) -> RunConfig:
+  """Derive the steps that `epochs` decides, and the warm-up that its share of them decides."""
+  d = cfg.data
+  if cfg.epochs and d.level:
+    raise ValueError(f'epochs={cfg.epochs}: counts rows that are not grouped: set steps instead')
+  steps = cfg.steps
+  if cfg.epochs:
+    steps = math.ceil(cfg.epochs * num_rows / (d.batch_size * (1 - d.mix_share)))
+  schedule = cfg.schedule
+  if schedule.warmup_share:
+    warmup = math.ceil(schedule.warmup_share * steps)
+    schedule = dataclasses.replace(schedule, warmup=min(warmup, steps - 1))
+  return dataclasses.replace(cfg, steps=steps, schedule=schedule)
 
 
 def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
@@ -363,6 +393,11 @@ def check(cfg: RunConfig) -> None:
   """Raise ValueError if keys of a training run do not fit together."""
   if cfg.steps < 1:
     raise ValueError(f'steps: expected at least 1, found {cfg.steps}')
+  if cfg.epochs < 0 or not 0 <= cfg.schedule.warmup_share < 1:
+    raise ValueError(
+      f'epochs={cfg.epochs}, schedule.warmup_share={cfg.schedule.warmup_share}: expected at least '
+      '0, and a share below 1'
+    )
   if cfg.checkpoint.keep < 1:  # Checkpoints opens a directory to read with keep=0
     raise ValueError(f'checkpoint.keep: expected at least 1, found {cfg.checkpoint.keep}')
   if cfg.checkpoint.keep_every < 0:

@@ -44,7 +44,19 @@ def wsd(c: ScheduleConfig, steps: int) -> Schedule:
   return optax.schedules.join_schedules([constant(c, steps), fall], [steps - length])
 
 
-SCHEDULES = {'constant': constant, 'cosine': cosine, 'inverse_sqrt': inverse_sqrt, 'wsd': wsd}
+def linear(c: ScheduleConfig, steps: int) -> Schedule:
+  """Warm up linearly, then decay linearly to final x peak."""
+  fall = optax.schedules.linear_schedule(c.peak, c.final * c.peak, steps - c.warmup)
+  return optax.schedules.join_schedules([constant(c, steps), fall], [c.warmup])
+
+
+SCHEDULES = {
+  'constant': constant,
+  'cosine': cosine,
+  'inverse_sqrt': inverse_sqrt,
+  'linear': linear,
+  'wsd': wsd,
+}
 
 
 def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:

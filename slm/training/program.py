@@ -81,7 +81,8 @@ class Program:
   def trace(self, kind: str, state: State, frozen: Params, batch: Batch) -> jax.stages.Traced:
     """Trace the step for a kind and shape of batch; arguments are arrays or their shapes."""
     sums = make_sums(self._setup.objectives[kind], self._reparam, self._cfg.dtype)
-    step = make_train_step(sums, self._tx, self._reparam.independent)
+    reduction = self._cfg.objective.reduction
+    step = make_train_step(sums, self._tx, self._reparam.independent, reduction)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
     return jitted.trace(state, frozen, batch)
 

@@ -70,13 +70,15 @@ def make_train_step(
   sums: Callable[[Params, Params, Batch], Sums],
   tx: optax.GradientTransformation,
   independent: bool = False,
+  reduction: str = 'mean',
 ) -> Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]:
   """Make step(state, frozen, batch) -> (state, metrics).
 
   `sums(theta, frozen, microbatch)` returns {name: (sum, weight)}, scalars or one value per group;
   `frozen` includes what is trained beside theta. Batch leaves lead with the accumulation axis. The
   loss is sum / weight over everything. With `independent` groups it is the sum of each group's
-  sum / weight, so that its gradient is the same as if the group were trained alone.
+  sum / weight, so that its gradient is the same as if the group were trained alone. The gradient of
+  `reduction` 'sum' is that of the sum; the metrics are those of the mean.
   """
 
   def gradient(state, frozen, micro):
@@ -96,7 +98,9 @@ def make_train_step(
       add = lambda carry, m: (jax.tree.map(jnp.add, carry, gradient(state, frozen, m)), None)
       (grads, values), _ = jax.lax.scan(add, (grads, values), rest)
     weight = values['loss'][1]
-    if independent:
+    if reduction == 'sum':
+      normalise = lambda g: g
+    elif independent:
       normalise = lambda g: g / weight.reshape((-1,) + (1,) * (g.ndim - 1))
     else:
       normalise = lambda g: g / weight.sum()
