@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 import toy
+from test_chat import CHATML  # of SmolLM2: a system message where there is none
 
 from slm import models
 from slm.data import chat, loader, masking, prepare, rows, show, tokenizer
@@ -81,7 +81,7 @@ def folders(tmp_path_factory):
   eos = {'llama3': '<|eot_id|>'}
   made = {name: bpe(root / name, text, eos.get(name, '<|im_end|>'))
           for name, text in chat.TEMPLATES.items()}  # fmt: skip
-  return made | {'own': bpe(root / 'own', TOOLS)}
+  return made | {'own': bpe(root / 'own', TOOLS), 'default': bpe(root / 'default', CHATML)}
 
 
 def fields(sets, out, tok, **changes):
@@ -99,7 +99,7 @@ def write(path: Path, records: list[dict]) -> str:
   return str(path)
 
 
-@pytest.mark.parametrize('name', [*chat.TEMPLATES, 'own'])
+@pytest.mark.parametrize('name', [*chat.TEMPLATES, 'own', 'default'])
 def test_text_and_ids_are_those_of_transformers(folders, name):
   transformers = pytest.importorskip('transformers')
   theirs = transformers.AutoTokenizer.from_pretrained(folders[name])
@@ -109,6 +109,8 @@ def test_text_and_ids_are_those_of_transformers(folders, name):
     if tools and name != 'own':
       with pytest.raises(masking.Dropped, match='no place for tools'):
         masker.conversation(talk, tools)
+      with pytest.raises(masking.Dropped, match='no place for tools|leaves out the calls'):
+        masker.conversation(talk)
       continue
     for prompt, part in ((False, talk), (True, talk[:-1])):
       text = theirs.apply_chat_template(
@@ -122,7 +124,7 @@ def test_text_and_ids_are_those_of_transformers(folders, name):
       assert made.tolist() == list(ids)
 
 
-@pytest.mark.parametrize('name', [*chat.TEMPLATES, 'own'])
+@pytest.mark.parametrize('name', [*chat.TEMPLATES, 'own', 'default'])
 def test_what_is_trained_is_the_answers_with_their_end(folders, name):
   tok = tokenizer.load(folders[name])
   masker = masking.Masker(tok)
@@ -386,12 +388,3 @@ def test_configs_that_do_not_fit_are_refused(folders, tmp_path):
     ValueError, match='--runner=direct: chat.kind=conversations is prepared on one'
   ):
     prepare.prepare(fields(sets, tmp_path, tok), runner='direct')
-
-
-def test_a_real_models_own_template_is_proved(tmp_path):
-  """Of SmolLM2-Instruct, where a run of it is in SLM_MODEL."""
-  if not (run := os.environ.get('SLM_MODEL')):
-    pytest.skip('SLM_MODEL names no imported run')
-  masker = masking.Masker(tokenizer.load(Path(run) / 'tokenizer'))
-  ids, trained = masker.conversation(TALKS['turns'])
-  assert masker.tok.decode(ids[trained > 0]) == ' the tide\n\nthe rope No 漢字 🙂'

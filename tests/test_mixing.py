@@ -65,8 +65,8 @@ def test_a_mix_takes_whole_copies_and_then_a_seeded_sample(tok, tmp_path, capsys
   assert table in capsys.readouterr().out
   assert f'| s/train | `{paths["a"]}` | 10 | 25 | 2.50 | 54.3% | 25 | ' in table
   svg = (Path(cfg.out) / 'mix.svg').read_text()
-  assert 'c.jsonl' in svg and 'tokens that are trained' in svg
-  mix.write(tmp_path, {f's/{split}': facts[split]['mix'] for split in facts})
+  assert 'c.jsonl' in svg and 'trained tokens' in svg
+  mix.write(tmp_path, 'conversations', {f's/{split}': facts[split]['mix'] for split in facts})
   assert (tmp_path / 'mix.svg').read_text() == svg
 
 
@@ -188,6 +188,11 @@ def test_prompts_have_a_row_each_and_labels_beside_them(tok, tmp_path, capsys):
   with pytest.raises(ValueError, match='labels.jsonl: has 0 bytes'):
     loader.Split(cfg.out, 's', 'train')
   prepare.prepare(cfg)
+  assert loader.Split(cfg.out, 's', 'train').labels() == labels
+  path = next((Path(cfg.out) / 'windows').rglob('*.labels.jsonl'))
+  path.write_bytes(path.read_bytes()[::-1])  # of the same size
+  prepare.prepare(cfg, verify=True)
+  assert f'{path}: is not as it was written: it is made again' in capsys.readouterr().err
   assert loader.Split(cfg.out, 's', 'train').labels() == labels
 
 

@@ -114,7 +114,10 @@ class Masker:
     """Return the tokens of what comes before an answer, int32."""
     if messages[-1]['role'] == 'assistant':
       raise Dropped('refused', 'a prompt ends with an answer')
-    return self._checked(chat.encode(self.tok, self.render(messages, tools, prompt=True)))
+    text = self.render(messages, tools, prompt=True)
+    if tools and text == self.render(messages, prompt=True):
+      raise Dropped('refused', 'it has no place for tools')
+    return self._checked(chat.encode(self.tok, text))
 
   def _checked(self, ids: Sequence[int]) -> np.ndarray:
     if len(ids) > 1 and ids[0] == ids[1] == self.tok.ids.bos:
@@ -130,6 +133,8 @@ class Masker:
       Dropped: saying why, if they cannot be trained on.
     """
     text = self.render(messages, tools)
+    if tools and text == self.render(messages):
+      raise Dropped('refused', 'it has no place for tools')
     ids, spans = chat.encode_spans(self.tok, text)
     tokens, trained = self._checked(ids), np.zeros(len(ids), np.uint8)
     for i, message in enumerate(messages):
@@ -151,9 +156,13 @@ class Masker:
     end = upto.rfind(self._stop_text, len(before))
     if end < 0 or upto[end + len(self._stop_text) :].strip():
       raise Dropped('unproved', f'an answer does not end with {self._stop_text!r}')
-    wanted = messages[i].get('content') or ''
-    if not messages[i].get('tool_calls') and text[len(before) : end].strip() != wanted.strip():
-      raise Dropped('unproved', f'{wanted[:40]!r} is rendered as {text[len(before) : end][:40]!r}')
+    wanted, found = messages[i].get('content') or '', text[len(before) : end]
+    same = found.strip() == wanted.strip()
+    if messages[i].get('tool_calls'):
+      if same:
+        raise Dropped('refused', 'it leaves out the calls of tools')
+    elif not same:
+      raise Dropped('unproved', f'{wanted[:40]!r} is rendered as {found[:40]!r}')
     return len(before), end
 
   def _begins(self, text: str, part: str) -> None:

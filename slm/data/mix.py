@@ -67,18 +67,18 @@ def realised(
   ]
 
 
-def table(mixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def table(mixes: Mapping[str, Sequence[Mapping[str, Any]]], tokens: str) -> str:
   """Return a Markdown table with a row for every source of every split."""
   lines = [
-    '| rows | source | there | taken | times | share | prepared | tokens | share |',
+    f'| rows | source | there | taken | times | share | prepared | {tokens} | share |',
     '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
   ]
   for name, mix in mixes.items():
-    for part, (taken, tokens) in zip(mix, shares(mix), strict=True):
+    for part, share in zip(mix, shares(mix), strict=True):
+      there, taken = part['documents'], part['taken']
       lines.append(
-        f'| {name} | `{part["source"]}` | {part["documents"]:,} | {part["taken"]:,} | '
-        f'{part["taken"] / max(part["documents"], 1):.2f} | {taken:.1%} | {part["prepared"]:,} | '
-        f'{part["tokens"]:,} | {tokens:.1%} |'
+        f'| {name} | `{part["source"]}` | {there:,} | {taken:,} | {taken / max(there, 1):.2f} | '
+        f'{share[0]:.1%} | {part["prepared"]:,} | {part["tokens"]:,} | {share[1]:.1%} |'
       )
   return '\n'.join(lines) + '\n'
 
@@ -89,13 +89,16 @@ def shares(mix: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
   return [(part['taken'] / total[0], part['tokens'] / total[1]) for part in mix]
 
 
-def write(folder: Path, mixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-  """Write the table and the plot of the realised mixes."""
-  files.write_text(folder / FILES[0], table(mixes))
-  _plot(mixes, folder / FILES[1])
+def write(folder: Path, kind: str, mixes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+  """Write the table and the plot of the realised mixes of conversations, pairs or prompts."""
+  tokens = 'tokens' if kind == 'prompts' else 'trained tokens'
+  files.write_text(folder / FILES[0], table(mixes, tokens))
+  _plot(mixes, (kind, tokens), folder / FILES[1])
 
 
-def _plot(mixes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def _plot(
+  mixes: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str], path: Path
+) -> None:
   import matplotlib  # imported here: workers do not plot
   from matplotlib.figure import Figure
 
@@ -105,12 +108,14 @@ def _plot(mixes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     axes = figure.subplots(len(mixes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (name, mix) in zip(axes, mixes.items(), strict=True):
       places, values = np.arange(len(mix)), np.array(shares(mix))
-      axis.barh(places - 0.2, values[:, 0], 0.4, color='#0a7ac2', label='conversations')
-      axis.barh(places + 0.2, values[:, 1], 0.4, color='#d55e00', label='tokens that are trained')
+      axis.barh(places - 0.2, values[:, 0], 0.4, color='#0a7ac2', label=labels[0])
+      axis.barh(places + 0.2, values[:, 1], 0.4, color='#d55e00', label=labels[1])
       axis.set_yticks(places, [Path(part['source']).name for part in mix])
       axis.invert_yaxis()
+      axis.set_xlim(0, 1)
+      axis.xaxis.set_major_formatter('{x:.0%}')
       axis.set_title(f'{name}: share of what each source gives', loc='left')
       axis.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower right', ncols=2)
     with files.replacing(path) as temporary:
       figure.savefig(temporary, format='svg', metadata={'Date': None})

@@ -98,9 +98,10 @@ def prepare(
 
 def _draw_mix(out: Path) -> None:
   """Write and print the realised mix of every split."""
-  mixes = {name: facts['mix'] for name, facts in _splits(loader.manifest(out))}
+  manifest = loader.manifest(out)
   if not all((out / name).exists() for name in mix.FILES):
-    mix.write(out, mixes)
+    mixes = {name: facts['mix'] for name, facts in _splits(manifest)}
+    mix.write(out, manifest['chat']['kind'], mixes)
   print((out / mix.FILES[0]).read_text())
 
 
