@@ -93,6 +93,7 @@ setup(
       'langdetect==1.0.9',
       'math-verify==0.9.0',
       'kubeflow-trainer-api==2.3.0',
+      'trl==1.16.0',
       'xllamacpp==2026.10.11549',
     ],
   },

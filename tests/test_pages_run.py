@@ -46,6 +46,8 @@ SMALLER = {
   '--config.tensorboard=False --config.eval.max_rows=32 --profile=2:2',
   'slm.train --config=configs/sft.py': '--config.epochs=0 --config.steps=2 --config.log_every=1 '
   '--config.tensorboard=False --config.eval.max_rows=32',
+  'slm.train --config=configs/dpo.py': '--config.epochs=0 --config.steps=2 --config.log_every=1 '
+  '--config.tensorboard=False --config.eval.max_rows=32',
   'slm.generate': '--max_tokens=4',
   'slm.latency': '--prompt=16 --new_tokens=4 --rounds=1',
   'slm.prune calibrate': '--rows=32',

@@ -12,15 +12,21 @@ import jax
 from slm import models, reparam
 from slm.data.loader import DataConfig
 from slm.models.config import DecoderConfig
-from slm.objectives import distill, heldout, next_token, teacher
+from slm.objectives import distill, heldout, next_token, preference, reference, teacher
 from slm.objectives.setup import ROWS, Objective, Setup
 from slm.runs import load
-from slm.runs.config import DistillConfig, NextTokenConfig, RunConfig
+from slm.runs.config import DistillConfig, DpoConfig, NextTokenConfig, RunConfig
 
-OBJECTIVES = {NextTokenConfig: next_token.next_token, DistillConfig: distill.distill}
+OBJECTIVES = {
+  NextTokenConfig: next_token.next_token,
+  DistillConfig: distill.distill,
+  DpoConfig: preference.dpo,
+}
 
 
-def build(cfg: NextTokenConfig | DistillConfig, forward: Mapping[str, Callable]) -> Objective:
+def build(
+  cfg: NextTokenConfig | DistillConfig | DpoConfig, forward: Mapping[str, Callable]
+) -> Objective:
   """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
   return OBJECTIVES[type(cfg)](cfg, forward)
 
@@ -29,6 +35,8 @@ def setup(
   cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
 ) -> Setup:
   """Set up a run's objective; raise ValueError if what it needs is missing or does not fit."""
+  if isinstance(cfg.objective, DpoConfig):
+    return reference.setup(cfg, model, rep, mesh)
   evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
   if isinstance(cfg.objective, DistillConfig):
     return teacher.setup(cfg, model, rep, mesh, evaluators)
@@ -55,6 +63,8 @@ def outline(
     if teacher_model:
       loaded = load.outline(RunConfig(model=teacher_model, data=DataConfig()), mesh)
     return teacher.setup(cfg, model, rep, mesh, {}, loaded)
+  if isinstance(cfg.objective, DpoConfig):
+    return reference.outline(cfg, model, rep, mesh)
   return Setup(
     {ROWS: build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})}, {}
   )

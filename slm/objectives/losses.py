@@ -225,8 +225,12 @@ def join(x: jax.Array, t: int) -> jax.Array:
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :t]
 
 
+def target_logprobs(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
+  """Return the log-probability of every position's target, [b,t] float32."""
+  out = forward(params, batch)
+  return token_logprobs(head(params), out.hidden, batch['targets'], out.cap, chunk)
+
+
 def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
   """Return the weighted next-token loss of every position, [b,t] float32."""
-  out = forward(params, batch)
-  logprobs = token_logprobs(head(params), out.hidden, batch['targets'], out.cap, chunk)
-  return -logprobs * batch['weights']
+  return -target_logprobs(forward, params, batch, chunk) * batch['weights']

@@ -19,7 +19,8 @@ from slm.runs import ledger, load, rundir
 from slm.weights import sharding, tree
 from slm.weights.count import forward_flops
 
-MODES = ('topk', 'sampled')
+TARGETS = 'targets'
+MODES = ('topk', 'sampled', TARGETS)
 ABOUT = 'signals.json'
 _VERIFIED = 16  # number of rows that `verify` computes again
 
@@ -32,8 +33,13 @@ def row_keys(columns: rows.Rows) -> np.ndarray:
 
 
 def layout(facts: Mapping[str, Any]) -> np.dtype:
-  """Return the record of a row in a shard: its key, ids [t,k], their probabilities or entropy."""
+  """Return the record of a row in a shard: its key, ids [t,k], their probabilities or entropy.
+
+  Of targets it is the log-probability of each, [t].
+  """
   shape = (facts['context'], facts['k'])
+  if facts['mode'] == TARGETS:
+    return np.dtype([('row', 'S16'), ('logprobs', '<f4', shape[:1])])
   fields = [('row', 'S16'), ('ids', '<u2' if facts['vocab'] <= 2**16 else '<i4', shape)]
   if facts['mode'] == 'sampled':
     return np.dtype([*fields, ('entropy', '<f4', shape[:1])])
@@ -63,7 +69,8 @@ class Signals:
   def __call__(self, columns: rows.Rows) -> dict[str, np.ndarray]:
     """Return the signals of rows [...,context]: 'teacher_ids' [...,t,k], probs and rest or entropy.
 
-    A row with tokens but without signals raises ValueError.
+    Those of targets are 'teacher_logprobs' [...,t]. A row with tokens but without signals raises
+    ValueError.
     """
     lead = columns['tokens'].shape[:-1]
     flat = {name: x.reshape(-1, *x.shape[len(lead) :]) for name, x in columns.items()}
@@ -124,6 +131,9 @@ def make_signal(loaded: load.Loaded, facts: Mapping[str, Any]) -> Callable[..., 
   @jax.jit
   def signal(params, batch, keys):
     params = tree.cast(params, jnp.dtype(cfg.dtype))
+    if facts['mode'] == TARGETS:
+      of_targets = losses.target_logprobs(loaded.model.forward, params, batch, cfg.objective.chunk)
+      return {'logprobs': of_targets}
     out = loaded.model.forward(params, batch)
     # Modes without draws ignore this array [b,t].
     uniforms = jax.vmap(uniform)(keys) if sampled else batch['inputs']
@@ -168,6 +178,7 @@ def write(
   loaded = load.load(teacher, mesh, finished=True)
   path = load.data_path(teacher, path)
   manifest, params = loader.manifest(path), loaded.params()
+  k = 1 if mode == TARGETS else k
   vocab, fingerprint = (manifest['tokenizer'][key] for key in ('vocab', 'fingerprint'))
   load.same_tokenizer(loaded, fingerprint)
   if not 1 <= k <= vocab or mode not in MODES:
@@ -207,8 +218,8 @@ def verify(out: str) -> str:
   """Compute some rows' signals again and describe how far the directory's differ.
 
   Raises:
-    ValueError: if the teacher has other weights, a probability differs by more than 0.002, or more
-      than 1 % of the drawn ids differ.
+    ValueError: if the teacher has other weights, a probability or log-probability differs by more
+      than 0.002, or more than 1 % of the drawn ids differ.
   """
   signals = Signals(out)
   facts = signals.facts
@@ -224,13 +235,14 @@ def verify(out: str) -> str:
   with jax.set_mesh(mesh):
     expected = _compute(make_signal(loaded, facts), params, columns, layout(facts), size, mesh)
   stored = signals(columns)
-  if facts['mode'] == 'topk':
-    gaps = (np.abs(stored[f'teacher_{n}'] - expected[n]).max() for n in ('probs', 'rest'))
-    worst = float(max(gaps))
-    good, text = worst <= 2e-3, f'probabilities differ by {worst:.1e} at most'
-  else:
+  if facts['mode'] == 'sampled':
     same = float((stored['teacher_ids'] == expected['ids']).mean())
     good, text = same >= 0.99, f'{same:.2%} of the ids are drawn again'
+  else:
+    names = ('logprobs',) if facts['mode'] == TARGETS else ('probs', 'rest')
+    worst = float(max(np.abs(stored[f'teacher_{n}'] - expected[n]).max() for n in names))
+    kind = 'log-probabilities' if facts['mode'] == TARGETS else 'probabilities'
+    good, text = worst <= 2e-3, f'{kind} differ by {worst:.1e} at most'
   if not good:
     raise ValueError(f'{out}: its signals are not those of {facts["teacher"]}: {text}')
   return f'{out}: {len(ids)} of {facts["rows"]} rows computed again: {text}'

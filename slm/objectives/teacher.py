@@ -119,6 +119,11 @@ def _weights(cfg, student, rep, loaded, place) -> tuple[Params, Params]:
 def open_signals(cfg: RunConfig) -> signals.Signals:
   """Open the signals of a run; raise ValueError if they do not fit its data or objective."""
   cache = signals.Signals(cfg.teacher_cache)
+  if cache.facts['mode'] == signals.TARGETS:
+    raise ValueError(
+      f'teacher_cache: {cache.path} has the log-probabilities of targets alone; distillation needs '
+      'those of --mode=topk or sampled'
+    )
   for key in ('tokenizer', 'context'):
     if cache.facts[key] != getattr(cfg, key):
       raise ValueError(

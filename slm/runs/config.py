@@ -125,6 +125,41 @@ class DistillConfig(ObjectiveConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DpoConfig(ObjectiveConfig):
+  """Preference pairs: the chosen answer is to be likelier, next to a reference, than the other."""
+
+  chunk: int = 512  # tokens whose logits exist at once on a device
+  # What is compared: norm (log-probabilities per token), plain (their sums), ipo, simpo (per token,
+  # no reference).
+  kind: Literal['norm', 'plain', 'ipo', 'simpo'] = 'norm'
+  beta: float = 0.0  # factor of rewards; 0: that of the kind, norm 5, plain 0.1, ipo 0.1, simpo 2
+  gamma: float = 1.0  # of simpo: the margin of rewards that is asked for
+  smoothing: float = 0.0  # share of pairs that are taken to be labelled the wrong way round
+  reduction: Literal['mean', 'sum'] = 'mean'  # of the losses of a step's pairs
+  name: str = 'dpo'
+  kinds = ('pairs',)
+
+  def __post_init__(self) -> None:
+    if self.beta < 0 or not 0 <= self.smoothing < 0.5:
+      raise ValueError(
+        f'objective.beta={self.beta}, smoothing={self.smoothing}: expected at least 0, and a share '
+        'below 0.5'
+      )
+    if self.smoothing and self.kind == 'ipo':
+      raise ValueError(f'objective.smoothing={self.smoothing}: expected 0 with kind="ipo"')
+
+  @property
+  def scale(self) -> float:
+    """Return beta, or that of the kind."""
+    return self.beta or {'norm': 5.0, 'plain': 0.1, 'ipo': 0.1, 'simpo': 2.0}[self.kind]
+
+  @property
+  def has_reference(self) -> bool:
+    """Return whether answers are compared with those of the start of the run."""
+    return self.kind != 'simpo'
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
   """The learning rate by step."""
 
@@ -218,9 +253,10 @@ class RunConfig:
   distributed: DistributedConfig = DistributedConfig()
   model: ModelConfig
   reparam: ReparamConfig = FullConfig()  # see slm/reparam and the configs of that name
-  objective: NextTokenConfig | DistillConfig = NextTokenConfig()
+  objective: NextTokenConfig | DistillConfig | DpoConfig = NextTokenConfig()
   teacher: str = ''  # run directory of the distillation teacher
-  teacher_cache: str = ''  # instead of it: its predictions, as slm.signals wrote them
+  # Instead of a teacher, or of a reference in memory: its predictions, as slm.signals wrote them.
+  teacher_cache: str = ''
   # Run directory whose (dense) weights and shape to start from; '': random, '?': must be named.
   init: str = ''
   data: loader.DataConfig
@@ -410,12 +446,31 @@ def check(cfg: RunConfig) -> None:
       f'rewind.steps={cfg.rewind.steps}: {cfg.checkpoint.keep} checkpoints, one every '
       f'{cfg.checkpoint.every} steps, reach {reach} steps back: raise checkpoint.keep'
     )
+  if isinstance(cfg.objective, DpoConfig):
+    _check_reference(cfg)
+    return
   teachers = [ref for ref in (cfg.teacher, cfg.teacher_cache) if ref]
   distils = isinstance(cfg.objective, DistillConfig)
   if len(teachers) != distils:
     raise ValueError(
       f'teacher and teacher_cache: objective {cfg.objective.name!r} takes '
       f'{"one of them" if distils else "neither"}, found {", ".join(teachers) or "neither"}'
+    )
+
+
+def _check_reference(cfg: RunConfig) -> None:
+  """Raise ValueError if a run on pairs lacks its reference, or names one that it does not use."""
+  if cfg.teacher:
+    raise ValueError(
+      f"teacher: objective 'dpo' has none: its reference is the run that init names; found "
+      f'{cfg.teacher}'
+    )
+  if cfg.objective.has_reference and not cfg.init:
+    raise ValueError("init: objective 'dpo' needs the run to start from, which is its reference")
+  if cfg.teacher_cache and not cfg.objective.has_reference:
+    raise ValueError(
+      f'teacher_cache: objective.kind={cfg.objective.kind!r} has no reference, found '
+      f'{cfg.teacher_cache}'
     )
 
 

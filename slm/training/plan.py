@@ -195,8 +195,9 @@ def _copies(cfg, step, mesh, groups) -> dict[str, float]:
   new = sum(sizes[i] for i in made)
   copy = new if width == 4 else sum(sizes)
   if width != 4:
-    teacher = (step.frozen | step.state.beside).get('teacher', {})
-    copy += sum(program.memory({'': teacher}).values()) / 4
+    others = step.frozen | step.state.beside
+    beside = {name: others.get(name, {}) for name in ('teacher', 'reference')}
+    copy += sum(program.memory(beside).values()) / 4
   fewer = sum(x.size for x in jax.tree.leaves(theta)) < new  # else its gradient takes their place
   return {
     'compute copy of weights': float(width * copy),

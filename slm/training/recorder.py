@@ -18,6 +18,7 @@ from slm.training import optim, writers
 from slm.weights.count import forward_flops
 
 _AVERAGE = 0.98  # share of the earlier losses in their running average, at every step
+_NO_CURVES = {'nll', 'tokens', 'rows', 'pairs', 'loss_stderr'}  # of a held-out summary
 
 # Totals over all restarts of a run.
 TOTALS = (
@@ -175,7 +176,8 @@ class Recorder:
     self._total['eval_device_seconds'] += seconds * jax.device_count()
     heldout = results['heldout']
     self._evals.append((step, heldout['loss']))
-    self._line |= {'step': step, 'eval_loss': heldout['loss'], 'eval_ppl': heldout['ppl']}
+    curves = heldout.keys() - _NO_CURVES
+    self._line |= {'step': step, **{f'eval_{key}': heldout[key] for key in sorted(curves)}}
     for name in results.keys() - {'heldout'}:
       self._line |= {f'eval_{name}_{key}': value for key, value in results[name].items()}
     self._due = True

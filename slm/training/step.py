@@ -78,7 +78,8 @@ def make_train_step(
   `frozen` includes what is trained beside theta. Batch leaves lead with the accumulation axis. The
   loss is sum / weight over everything. With `independent` groups it is the sum of each group's
   sum / weight, so that its gradient is the same as if the group were trained alone. The gradient of
-  `reduction` 'sum' is that of the sum; the metrics are those of the mean.
+  `reduction` 'sum' is that of the sum; the metrics are those of the mean. Where the weights of the
+  loss are not tokens, the sum of 'tokens' is their number.
   """
 
   def gradient(state, frozen, micro):
@@ -110,7 +111,7 @@ def make_train_step(
     theta, beside = apart(optax.apply_updates(weights, updates), state.beside)
     norms = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)])
     metrics = {name: value.sum() / weight.sum() for name, (value, weight) in values.items()}
-    metrics['tokens'] = weight.sum()
+    metrics['tokens'] = values.get('tokens', (weight,))[0].sum()
     metrics['grad_norm'] = jnp.sqrt(norms.sum())
     bad = ~jnp.isfinite(norms)
     metrics['bad_leaf'] = jnp.where(bad.any(), jnp.argmax(bad), -1)  # index of the first; -1: none
