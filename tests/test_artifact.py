@@ -39,7 +39,7 @@ def holder(tmp_path):
 def test_a_second_writer_is_refused_and_told_who_the_first_is(holder, tmp_path):
   who = f'process {holder.pid} on {socket.gethostname()} since 2'
   for _ in range(2):
-    with pytest.raises(ValueError, match=who), artifact.hold(tmp_path / 'run'):
+    with pytest.raises(artifact.HeldError, match=who), artifact.hold(tmp_path / 'run'):
       pass
   holder.send_signal(signal.SIGKILL)
   holder.wait()

@@ -1,5 +1,7 @@
 """Prepared data at an address: the copy is the same data, made once."""
 
+import fcntl
+import threading
 from pathlib import Path
 
 import fsspec
@@ -8,7 +10,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from slm.base import files
+from slm.base import artifact, console, files
 from slm.data import copies, loader
 from slm.runs import config
 
@@ -100,3 +102,33 @@ def test_what_is_wrong_at_an_address_is_named(bucket, tiny_data, tmp_path):
     copies.local(ADDRESS)
   (copy,) = (tmp_path / 'cache').iterdir()
   assert not (copy / 'manifest.json').exists() and not list(copy.rglob('*.tmp'))
+
+
+def test_who_waits_for_the_copy_of_another_says_so_once(bucket, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(copies, '_WAIT', 0.02)
+  copy = Path(copies.local(ADDRESS))
+  with (copy / 'writer.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # of another open file, as another process's is
+    threading.Timer(0.2, fcntl.flock, [lock.fileno(), fcntl.LOCK_UN]).start()
+    assert copies.local(ADDRESS) == str(copy)
+  said = capsys.readouterr().err.splitlines()
+  line = f'{copy}: waiting for another process, which makes this copy'
+  assert [x for x in said if 'waiting' in x] == [line]
+
+
+def test_only_another_writer_is_waited_for(bucket, monkeypatch, capsys):
+  """Not a cache that can hold no copies."""
+  monkeypatch.setattr(copies.time, 'sleep', lambda _: pytest.fail('waits'))
+  monkeypatch.setenv('SLM_CACHE', 'gs://bucket/cache')
+  with pytest.raises(SystemExit), console.one_line_errors():
+    copies.local(ADDRESS)
+  said = 'SLM_CACHE=gs://bucket/cache: expected a directory of this machine, found an address'
+  assert capsys.readouterr().err == f'error: {said}\n'
+
+  def refuse(_):
+    raise ValueError('no locks here')
+
+  monkeypatch.delenv('SLM_CACHE')
+  monkeypatch.setattr(artifact, 'hold', refuse)
+  with pytest.raises(ValueError, match='no locks here'):
+    copies.local(ADDRESS)

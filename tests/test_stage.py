@@ -3,6 +3,7 @@
 gcsfs and tensorstore both talk to tests/gcs.py, from this process and from others.
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -37,7 +38,9 @@ CONFIG = """from ml_collections import ConfigDict
 def get_config():
   return ConfigDict({})
 """
-OTHER = {'pid': 7, 'host': 'elsewhere', 'boot': 'other', 'since': '2026-01-01 00:00:00'}
+OTHER = {
+  'pid': 7, 'host': 'elsewhere', 'boot': 'other', 'since': '2026-01-01 00:00:00', 'started': '1',
+}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -247,6 +250,26 @@ def test_a_writer_that_was_taken_over_puts_nothing_more(store, quick):
     time.sleep(0.3)
     (folder / 'a.json').write_text('1')
   assert names(store, 'runs/y') == {'writer.lock'}
+
+
+def test_a_damaged_lease_is_refused_by_name(store, quick):
+  store.put('runs/y/writer.lock', b'{}')
+  with (
+    pytest.raises(ValueError, match="^gs://bucket/runs/y/writer.lock: lacks 'host'$"),
+    artifact.hold(stage.of('gs://bucket/runs/y')),
+  ):
+    pass
+
+
+def test_who_waits_until_another_has_fetched_a_stage_says_so(store, capsys):
+  folder = stage.of('gs://bucket/runs/x')
+  folder.mkdir(parents=True)
+  with (folder / 'stage.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # of another open file, as another process's is
+    threading.Timer(0.3, fcntl.flock, [lock.fileno(), fcntl.LOCK_UN]).start()
+    stage.fetch(folder)
+  said = 'gs://bucket/runs/x: waiting for another process here that fetches it\n'
+  assert capsys.readouterr().err == said
 
 
 def test_files_are_put_whole_and_removed_and_other_holders_keep_theirs(store, quick):

@@ -26,6 +26,23 @@ _LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: list[Path] = []  # locks of this process
 
 
+class HeldError(ValueError):
+  """Another process writes a directory.
+
+  Attributes:
+    writer: that process, as far as it is known.
+  """
+
+  def __init__(self, folder: object, holder: Mapping[str, Any], hint: str = ''):
+    self.writer = 'another process'
+    if holder:
+      self.writer = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
+    self.writer += hint
+    super().__init__(
+      f'{folder}: is being written by {self.writer}: wait for it, or choose another directory'
+    )
+
+
 def writes(parameter: str, addresses: bool = False) -> Callable[[Callable], Callable]:
   """Make a decorator: the function holds the directory that `parameter` names while it runs.
 
@@ -57,8 +74,8 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   stage is locked at its address too.
 
   Raises:
-    ValueError: if another process holds the lock: its number, its machine and since when; or if
-      the directory is an address, not its stage.
+    HeldError: if another process holds the lock: its number, its machine and since when.
+    ValueError: if the directory is an address, not its stage.
     OSError: if the address of a stage cannot be read or written.
   """
   if stage.is_address(folder):
@@ -72,7 +89,7 @@ def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   handle = _take(path)
   _held.append(path)
   try:
-    with lease.held(folder, name, _holder(), _alive, _refusal):
+    with lease.held(folder, name, _holder(), _alive, HeldError):
       yield
   except BaseException as e:
     if not isinstance(e, Exception):  # a signal
@@ -98,16 +115,17 @@ def _take(path: Path) -> int:
   """Lock a file, write its holder into it, and return its open descriptor."""
   while True:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    holder, refusal = _read(handle), ''
+    holder, refusal = _read(handle), None
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-      refusal = _refusal(path.parent, holder)
-      if e.errno in _LOCKLESS:  # the holder in the file decides
-        refusal = _alive(holder) and f'{refusal} (if that process is gone, delete {path})'
+      if e.errno not in _LOCKLESS:
+        refusal = HeldError(path.parent, holder)
+      elif _alive(holder):  # the holder in the file decides
+        refusal = HeldError(path.parent, holder, f' (if that process is gone, delete {path})')
     if refusal:
       os.close(handle)
-      raise ValueError(refusal)
+      raise refusal
     with contextlib.suppress(FileNotFoundError):  # it was released and removed meanwhile
       if os.path.samestat(os.fstat(handle), path.stat()):
         break
@@ -158,13 +176,6 @@ def _started(pid: int) -> str:
     return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
   except OSError:
     return ''
-
-
-def _refusal(folder: object, holder: Mapping[str, Any]) -> str:
-  writer = 'another process'
-  if holder:
-    writer = f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
-  return f'{folder}: is being written by {writer}: wait for it, or choose another directory'
 
 
 def check(

@@ -19,6 +19,7 @@ from slm.base import files, stage
 RENEW = 10.0  # seconds between renewals, and puts of changed files
 LEASE = 60.0  # seconds after which a lease that was not renewed is taken over
 _SETTLE = 1.0  # seconds until one of two that take a lease over at once knows that it has lost
+_HOLDER = {'host': str, 'pid': int, 'started': str, 'since': str, 'boot': str}  # of a lease
 _leases: 'list[Lease]' = []  # of this process
 
 
@@ -28,14 +29,14 @@ def held(
   name: str,
   holder: Mapping[str, Any],
   alive: Callable[[Mapping[str, Any]], bool],
-  refusal: Callable[[object, Mapping[str, Any]], str],
+  refusal: Callable[[object, Mapping[str, Any]], ValueError],
 ) -> Iterator[None]:
   """Hold a stage, or the part of it called `name`, at its address; nothing for other directories.
 
   What has changed is put there at the end, also after an error.
 
   Raises:
-    ValueError: if another process holds it; see `Lease.take`.
+    ValueError: the `refusal`, if another process holds it; see `Lease.take`.
     OSError: if the address cannot be read or written, or another process took it over.
   """
   if not stage.address(folder):
@@ -94,13 +95,13 @@ class Lease:
   def take(
     self,
     alive: Callable[[Mapping[str, Any]], bool],
-    refusal: Callable[[object, Mapping[str, Any]], str],
+    refusal: Callable[[object, Mapping[str, Any]], ValueError],
   ) -> None:
     """Take the lease.
 
     Raises:
       ValueError: the `refusal`, if another process renews it. Who is not `alive` on this machine
-        is not waited for.
+        is not waited for. Or if the lease is damaged.
     """
     first, since = {}, time.monotonic()
     with stage.reaching(self._object, 'made'):
@@ -108,13 +109,13 @@ class Lease:
         if not (found := self._read()):  # given back meanwhile
           continue
         if first and found != first:
-          raise ValueError(refusal(self._where, found))
+          raise refusal(self._where, found)
         here = found['boot'] == self._holder['boot']
         if (here and not alive(found)) or time.monotonic() - since > LEASE:
           self._put('overwrite')
           time.sleep(_SETTLE)
           if not self._is_mine(found := self._read()):
-            raise ValueError(refusal(self._where, found))
+            raise refusal(self._where, found)
           return
         if not first:
           print(
@@ -141,7 +142,9 @@ class Lease:
     except FileNotFoundError:
       return {}
     with files.reading(self._object):
-      return dict(json.loads(content))
+      found = json.loads(content)
+    files.check(self._object, found, _HOLDER)
+    return found
 
   def _is_mine(self, found: dict[str, Any]) -> bool:
     return found | {'renewed': 0} == self._holder | {'renewed': 0}
@@ -158,7 +161,8 @@ class Lease:
 
   def _go_on(self) -> None:
     while not self._over.wait(RENEW):
-      with contextlib.suppress(OSError):  # raised by the next `push`, in the thread that writes
+      # The next `push` raises one too, in the thread that writes.
+      with contextlib.suppress(OSError, ValueError):
         self._renew()
         self.push()
 
@@ -204,6 +208,7 @@ class Lease:
     self._over.set()
     if self in _leases:
       _leases.remove(self)
-    with self._busy, contextlib.suppress(OSError), stage.reaching(self._object, 'removed'):
+    gone = contextlib.suppress(OSError, ValueError)  # ValueError: damaged, and so another's
+    with self._busy, gone, stage.reaching(self._object, 'removed'):
       if self._is_mine(self._read()):
         stage.bucket(self._object).rm_file(self._object)

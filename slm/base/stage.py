@@ -11,6 +11,7 @@ import fcntl
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -26,8 +27,15 @@ _fetched: set[Path] = set()  # stages that this process has fetched
 
 
 def cache() -> Path:
-  """Return the directory of copies and stages: $SLM_CACHE, by default ~/.cache/slm."""
-  return Path(os.environ.get('SLM_CACHE') or Path.home() / '.cache' / 'slm').absolute()
+  """Return the directory of copies and stages: $SLM_CACHE, by default ~/.cache/slm.
+
+  Raises:
+    ValueError: if $SLM_CACHE is an address.
+  """
+  given = os.environ.get('SLM_CACHE', '')
+  if is_address(given):
+    raise ValueError(f'SLM_CACHE={given}: expected a directory of this machine, found an address')
+  return Path(given or Path.home() / '.cache' / 'slm').absolute()
 
 
 def is_address(path: str | os.PathLike) -> bool:
@@ -63,7 +71,9 @@ def absolute(path: str | os.PathLike) -> str:
 
 def named(text: str) -> str:
   """Return a text with addresses in place of their stages."""
-  return text.replace(f'{cache() / "gs"}/', 'gs://')
+  with contextlib.suppress(ValueError):  # the text may say that $SLM_CACHE is no directory
+    text = text.replace(f'{cache() / "gs"}/', 'gs://')
+  return text
 
 
 def origin(path: Any) -> Any:
@@ -164,11 +174,20 @@ def fetched(folder: Path) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(BlockingIOError):
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
       known = _pull(folder)
-    fcntl.flock(handle, fcntl.LOCK_SH)  # waits for another's pull, not for those that write
+    _share(handle, folder)
     _fetched.add(folder)
     yield known
   finally:
     os.close(handle)
+
+
+def _share(handle: int, folder: Path) -> None:
+  """Share the lock of a stage; this waits for another's pull, not for those that write."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    print(f'{address(folder)}: waiting for another process here that fetches it', file=sys.stderr)
+    fcntl.flock(handle, fcntl.LOCK_SH)
 
 
 def _pull(folder: Path) -> dict[str, Any]:

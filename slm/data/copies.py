@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -90,13 +91,17 @@ def _reading(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold(copy: Path) -> Iterator[None]:
-  """Hold a copy, once no other process of this machine does."""
+  """Hold a copy, once no other process does; the first wait is said on stderr."""
   with contextlib.ExitStack() as stack:
+    said = False
     while True:
       try:
         stack.enter_context(artifact.hold(copy))
         break
-      except ValueError:
+      except artifact.HeldError as e:
+        if not said:
+          print(f'{copy}: waiting for {e.writer}, which makes this copy', file=sys.stderr)
+        said = True
         time.sleep(_WAIT)
     yield
 
