@@ -1,12 +1,15 @@
 """Compile the training steps of a study for a slice of TPUs that is not here, as slm.compile does.
 
-What a compilation says is kept in a directory and not asked for again; steps that are the same
-program are compiled once.
+What a compilation says is kept in a directory and not asked for again, while compiler and code are
+the same; steps that are the same program are compiled once.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -30,6 +33,8 @@ from slm.weights.tree import flatten
 # The parts of a config that decide which program a step is.
 _PROGRAM = ('model', 'reparam', 'objective', 'optim', 'mesh', 'dtype', 'context')
 _ROWS = ('batch_size', 'accum', 'rows_per_group', 'level', 'order')
+# The packages of slm that a step is made of, and counted by.
+_CODE = ('models', 'objectives', 'reparam', 'runs', 'training', 'weights')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,43 +53,54 @@ def define_flag() -> None:
   )
 
 
-def keep(
-  path: Path, topology: str, cfg: RunConfig, teacher: DecoderConfig | None, decode: int = 0
-) -> dict[str, Any]:
+def keep(path: Path, topology: str, run: Run, decode: int = 0) -> dict[str, Any]:
   """Return what a step, or the decoding of `decode` rows, takes on a slice; compile it if new.
 
-  `path` keeps it as JSON, and beside it the report as text.
+  `path` keeps it as JSON, and beside it the report as text. It is new too if program, compiler or
+  code were others, and if it failed otherwise than for lack of memory.
   """
-  if not path.exists():  # a process each: XLA keeps memory, and may end the process
-    context = multiprocessing.get_context('spawn')
+  asked = {'topology': topology, 'decode': decode, 'program': digest(run)}
+  if path.exists():
+    found = files.read_json(path)
+    if found.get('final') and all(found.get(key) == value for key, value in asked.items()):
+      return found
+  theta = jax.eval_shape(load.build(run.cfg)[1].init, jax.random.key(0))
+  about = {
+    'chips': len(aot.devices(topology)), 'trained': sum(x.size for _, x in flatten(theta))
+  }  # fmt: skip
+  context = multiprocessing.get_context('spawn')
+  try:  # a process each: XLA keeps memory, and may end the process
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-      pool.submit(_compile, path, topology, cfg, teacher, decode).result()
+      found, text = pool.submit(_compile, topology, run, decode).result()
+  except concurrent.futures.process.BrokenProcessPool:
+    found, text = {'error': 'the compiler ended its process', 'final': False}, ''
+  if text:
+    files.write_text(path.with_suffix('.txt'), text + '\n')
+  else:
+    path.with_suffix('.txt').unlink(missing_ok=True)
+  files.write_json(path, asked | about | found)
   return files.read_json(path)
 
 
-def _compile(path, topology, cfg, teacher, decode) -> None:
-  devices = aot.devices(topology)
-  found: dict[str, Any] = {'topology': topology, 'chips': len(devices)}
-  found['mesh'] = sharding.mesh_shape(vars(cfg.mesh), len(devices))
-  began = time.monotonic()
+def _compile(topology: str, run: Run, decode: int) -> tuple[dict[str, Any], str]:
+  """Compile for a slice; return what is found, and the report, '' of what does not compile."""
+  devices, cfg, began = aot.devices(topology), run.cfg, time.monotonic()
+  found, text = {'final': True}, ''
   try:
     if decode:
       step = aot.compile_decoding(cfg, devices, decode)
     else:
-      step = aot.compile_step(cfg, devices, teacher)
+      step = aot.compile_step(cfg, devices, run.teacher)
   except ValueError as e:
-    found['error'] = str(e)
+    found |= {'error': str(e), 'final': isinstance(e, aot.DoesNotFitError)}
   else:
     chip = chips.of_slice(topology)
     found |= dataclasses.asdict(step) | {'seconds': aot.seconds(step, chip)}
+    found['mesh'] = sharding.mesh_shape(vars(cfg.mesh), len(devices))
     found['memory share'] = sum(step.memory.values()) / chip.bytes
     found['mfu'] = step.model_flops / (max(found['seconds'].values()) * chip.flops)
     text = aot.report(cfg, step, topology, len(devices), decode)
-    files.write_text(path.with_suffix('.txt'), text + '\n')
-  theta = jax.eval_shape(load.build(cfg)[1].init, jax.random.key(0))
-  found['trained'] = sum(x.size for _, x in flatten(theta))
-  found['compile seconds'] = time.monotonic() - began
-  files.write_json(path, found)
+  return found | {'compile seconds': time.monotonic() - began}, text
 
 
 def study(runs: Sequence[Run], topology: str, out: Path) -> str:
@@ -101,7 +117,7 @@ def study(runs: Sequence[Run], topology: str, out: Path) -> str:
       progress.say(run.name)
       if name not in found:
         path = out / 'compiled' / f'{name}.json'
-        found[name] = keep(path, chosen, run.cfg, run.teacher)
+        found[name] = keep(path, chosen, run)
       progress.update(1)
     rows = [(run, found[name]) for run, _, name in steps]
     file = out / f'compiled-{topology.replace(":", "-")}.md'
@@ -129,11 +145,30 @@ def _program(run: Run, topology: str) -> tuple[str, str]:
 
 
 def digest(run: Run) -> str:
-  """Return a name of the program that a run's step is: of shapes and options, not text or rates."""
+  """Return a name of the program that a run's step is: of shapes and options, not text or rates.
+
+  It is another one with another compiler or other code.
+  """
   given = schema.plain(run.cfg)
   key = {name: given[name] for name in _PROGRAM} | {name: given['data'][name] for name in _ROWS}
-  key |= {'teacher': run.teacher and schema.plain(run.teacher), 'jax': jax.__version__}
+  key |= {'teacher': run.teacher and schema.plain(run.teacher), **_made_by()}
   return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _made_by() -> dict[str, str]:
+  """Return the versions of JAX and libtpu, '' without it, and a hash of the code of a step.
+
+  A commit is none: most change something else, and what is compiled takes hours.
+  """
+  try:
+    libtpu = importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError:
+    libtpu = ''
+  root, code = Path(aot.__file__).parents[1], hashlib.sha256()
+  for path in sorted(path for part in _CODE for path in (root / part).rglob('*.py')):
+    code.update(path.read_bytes())
+  return {'jax': jax.__version__, 'libtpu': libtpu, 'code': code.hexdigest()}
 
 
 def _divides(cfg: RunConfig, groups: int, count: int) -> bool:

@@ -1,5 +1,6 @@
 """Studies whose runs are compiled for a slice of TPUs in place of running them."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -15,9 +16,9 @@ from experiments.minitron.scales import SCALES as MINITRON
 from experiments.minitron.students import STUDENTS
 from experiments.specialise import run as specialise
 from experiments.specialise.scales import SCALES
-from slm.base import files
 from slm.data.loader import DataConfig
 from slm.models.config import DecoderConfig
+from slm.reparam.projection import ProjectConfig
 from slm.runs.config import RunConfig, write_run
 from slm.training import aot, program
 
@@ -36,7 +37,31 @@ def test_every_training_of_a_scale_is_listed_with_its_own_step(scale):
     if run.cfg.reparam.name == 'code':
       network = runs['project-0'].cfg
       assert (run.cfg.reparam.of, run.cfg.model) == (network.reparam, network.model), name
-  assert len({compiled.digest(run) for run in runs.values()}) < len(runs) / 2
+  programs = {compiled.digest(run) for run in runs.values()}
+  assert len(programs) == {'quick': 7, 'paper': 20}[scale] < len(runs) / 2
+
+
+def test_a_program_has_another_name_with_whatever_decides_it(monkeypatch):
+  run = next(r for r in specialise.outline(SCALES['quick']) if r.teacher)
+  cfg, name = run.cfg, compiled.digest(run)
+  part = lambda section, **keys: {section: dataclasses.replace(getattr(cfg, section), **keys)}
+  changes = [
+    part('model', num_layers=9), part('objective', temperature=3.0), part('mesh', fsdp=2),
+    {'reparam': ProjectConfig()}, {'context': 7}, {'dtype': 'bfloat16'}, part('optim', clip=0.0),
+    *(part('data', **{key: 2 * getattr(cfg.data, key)}) for key in ('batch_size', 'accum')),
+    part('data', level=2), part('data', level=2, rows_per_group=2),
+    part('data', level=2, order='histogram'),
+  ]  # fmt: skip
+  others = [dataclasses.replace(run, cfg=dataclasses.replace(cfg, **change)) for change in changes]
+  others += [dataclasses.replace(run, teacher=None), dataclasses.replace(run, teacher=cfg.model)]
+  assert len({name, *map(compiled.digest, others)}) == 1 + len(others)
+  rates = part('schedule', peak=1.0) | {'steps': 7, 'seed': 7}
+  assert compiled.digest(compiled.Run('x', dataclasses.replace(cfg, **rates), run.teacher)) == name
+  for made_by in ('libtpu', 'code', 'jax'):
+    other = compiled._made_by() | {made_by: 'other'}
+    monkeypatch.setattr(compiled, '_made_by', lambda other=other: other)
+    assert compiled.digest(run) != name, made_by
+    monkeypatch.undo()
 
 
 def test_students_are_listed_with_those_that_they_are_cut_from():
@@ -73,7 +98,8 @@ def test_programs_are_compiled_once_on_the_slice_their_rows_divide_over(tmp_path
   ]
   asked = []
 
-  def keep(path, topology, cfg, teacher):
+  def keep(path, topology, run):
+    cfg = run.cfg
     asked.append((topology, cfg.data.batch_size, path.parent.name))
     if cfg.data.batch_size == 3:
       return {'topology': topology, 'error': 'no'}
@@ -99,9 +125,79 @@ def test_programs_are_compiled_once_on_the_slice_their_rows_divide_over(tmp_path
   assert (tmp_path / 'compiled-v5e-8x8.md').read_text().count('\n') == 2 + 4
 
 
-def test_what_was_compiled_is_not_compiled_again(tmp_path):
-  files.write_json(tmp_path / 'x.json', {'chips': 4})
-  assert compiled.keep(tmp_path / 'x.json', 'v5e:2x2', None, None) == {'chips': 4}
+class Pool:
+  """In place of a process: what `run` is asked for, here."""
+
+  def __init__(self, *_, **__):
+    pass
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def submit(self, function, *args):
+    done = concurrent.futures.Future()
+    done.set_result(function(*args))
+    return done
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Return a run whose compilation, as often as it is asked for, is a list's last entry."""
+  answers = []
+
+  def answer(*_):
+    if isinstance(answers[-1], Exception):
+      raise answers[-1]
+    return answers[-1]
+
+  monkeypatch.setattr(aot, 'devices', lambda topology: range(4))
+  monkeypatch.setattr(aot, 'report', lambda *_: 'as text')
+  monkeypatch.setattr(aot, 'compile_step', answer)
+  shape = {'embed': 8, 'num_layers': 1, 'num_heads': 1, 'num_kv_heads': 1, 'head_dim': 8, 'mlp': 8}
+  cfg = RunConfig(model=DecoderConfig(vocab=16, **shape), data=DataConfig())
+  return compiled.Run('x', cfg), answers
+
+
+def test_what_was_compiled_is_compiled_again_only_if_it_may_be_another(
+  small, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(concurrent.futures, 'ProcessPoolExecutor', Pool)
+  (run, answers), path = small, tmp_path / 'x.json'
+  step = lambda flops: aot.Compiled(1, {'weights': 1.0}, flops, 1.0, 1.0, [], 0)
+  answers.append(ValueError('XLA: INTERNAL'))
+  assert compiled.keep(path, 'v5e:2x2', run)['error'] == 'XLA: INTERNAL'
+  answers.append(aot.DoesNotFitError('needs more'))  # the error was no final answer
+  for _ in range(2):
+    assert compiled.keep(path, 'v5e:2x2', run)['error'] == 'needs more'
+    answers.append(step(2.0))
+  assert not path.with_suffix('.txt').exists()
+  wide = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, context=7))
+  assert compiled.keep(path, 'v5e:2x2', wide)['flops'] == 2  # an edited cell of one name
+  assert path.with_suffix('.txt').read_text() == 'as text\n'
+  answers.append(step(3.0))
+  assert compiled.keep(path, 'v5e:2x2', wide)['flops'] == 2
+  assert compiled.keep(path, 'v5e:4x4', wide)['flops'] == 3
+  answers.append(step(4.0))
+  monkeypatch.setattr(compiled, '_made_by', lambda: {'libtpu': 'newer'})
+  assert compiled.keep(path, 'v5e:4x4', wide)['flops'] == 4
+
+
+def die(*_):
+  """In place of a compilation that ends its process."""
+  os.abort()
+
+
+def test_a_compilation_that_dies_is_an_error_of_its_program_alone(small, tmp_path, monkeypatch):
+  run, path = small[0], tmp_path / 'x.json'
+  monkeypatch.setattr(compiled, '_compile', die)
+  found = compiled.keep(path, 'v5e:2x2', run)
+  assert found['error'] == 'the compiler ended its process' and found['trained'] == 600
+  monkeypatch.setattr(concurrent.futures, 'ProcessPoolExecutor', Pool)
+  monkeypatch.setattr(compiled, '_compile', lambda *_: ({'final': True}, ''))
+  assert 'error' not in compiled.keep(path, 'v5e:2x2', run)  # it is asked again
 
 
 @pytest.mark.skipif(not LIBTPU, reason='SLM_LIBTPU is not set: make libtpu')

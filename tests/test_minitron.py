@@ -278,6 +278,8 @@ def test_the_study_cuts_trains_and_measures(tmp_path, monkeypatch):
   prepared = {'tokenizer.vocab': made['tokenizer']['vocab'], 'context': made['context']}
   listed = run.outline(dataclasses.replace(scale, prepare=prepared), [BY_NAME[n] for n in names])
   assert {r.name for r in listed} == {'teacher', *(f'{n}-0' for n in names)}
+  programs = {r.name: compiled.digest(r) for r in listed}
+  assert len({programs[n] for n in ('teacher', 'width-0', 'width_lm_equal-0')}) == 3
   for planned in listed:  # what would be compiled is what was trained
     trained = config.of(root / 'runs' / planned.name)
     assert planned.cfg.steps == trained.steps and bool(planned.teacher) == bool(trained.teacher)

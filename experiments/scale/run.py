@@ -4,8 +4,9 @@
     python -m experiments.scale.run --out=runs/scale --only=slm,moe --slices=v5e-256
 
 Needs libtpu (pip install -e '.[tpu]'); all of them take about an hour of one core. What a
-compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for again; OUT/table.md
-is written after each. Nothing runs on a chip: times are bounds, as those of slm.compile.
+compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for again, unless cells,
+compiler or code have changed; OUT/table.md is written after each. Nothing runs on a chip: times are
+bounds, as those of slm.compile.
 """
 
 from pathlib import Path
@@ -74,7 +75,8 @@ def main(_: list[str]) -> None:
       progress.say(f'{name} for {slice_name}')
       cell, topology = cells.CELLS[name], cells.SLICES[slice_name]
       count = len(aot.devices(topology))
-      compiled.keep(path, topology, *cells.training(cell, count), cell.decode * count)
+      run = compiled.Run(name, *cells.training(cell, count))
+      compiled.keep(path, topology, run, cell.decode * count)
       files.write_text(out / 'table.md', tables.markdown(table(out)))
       progress.update(1)
   print(tables.text(table(out)))
