@@ -6,7 +6,7 @@ r"""Compile a run's training step, or its decoding, for TPUs that are not here; 
 
 Needs libtpu, the extra slm[tpu], and neither data nor weights; a teacher may be named by its run. A
 step that does not fit ends with exit status 1; --autotune then looks for a setting of
-rematerialisation, accumulation and mesh with which it does.
+rematerialisation, accumulation and mesh with which it does, from what should cost least time on.
 """
 
 from absl import flags
@@ -21,8 +21,11 @@ def main(_: list[str]) -> None:
   """Compile, and print the report."""
   f = flags.FLAGS
   console.required('topology')
-  given = f.config.to_dict()
+  if f.decode and f.autotune:
+    raise ValueError('--autotune: looks for settings of a training step: leave out --decode')
+  given, section = f.config.to_dict(), ''
   if 'sizes' in given:  # a recipe of slm.minitron
+    section = 'recover.'
     planned = recipe.outline(given)
     cfg, teacher = planned.recover, planned.teacher
   else:
@@ -37,16 +40,19 @@ def main(_: list[str]) -> None:
     else:
       step = aot.compile_step(cfg, chips, teacher)
   except aot.DoesNotFitError as e:
-    more = 'take fewer rows' if f.decode else advice(cfg, chips, teacher, f.autotune)
+    more = 'take fewer rows' if f.decode else advice(cfg, chips, teacher, f.autotune, section)
     raise ValueError(f'{f.topology}: {e}; {more}') from None
   print(aot.report(cfg, step, f.topology, len(chips), f.decode))
 
 
-def advice(cfg, chips, teacher, search: bool) -> str:
-  """Return the first setting that fits, or the settings to try."""
-  options = aot.smaller(cfg, len(chips))
+def advice(cfg, chips, teacher, search: bool, section: str = '') -> str:
+  """Return the first settings that fit, or those to try; `section` of the config has their keys."""
+  options = [
+    (' '.join(f'--config.{section}{setting}' for setting in settings), changed)
+    for settings, changed in aot.smaller(cfg, len(chips))
+  ]
   if not options:
-    return 'the microbatch cannot be smaller: take more chips'
+    return 'no other model.remat, data.accum or mesh takes less: take more chips'
   if not search:
     return f'--autotune tries {len(options)} settings, from {options[0][0]}'
   with console.Progress('autotune', len(options), 'settings') as progress:
@@ -57,13 +63,13 @@ def advice(cfg, chips, teacher, search: bool) -> str:
       except ValueError:  # not this one either, or the mesh does not divide the weights
         progress.update(1)
       else:
-        return f'it fits with {" ".join(f"--config.{setting}" for setting in name.split())}'
+        return f'it fits with {name}'
   return f'nor does it with any of {len(options)} settings: take more chips'
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('topology', '', 'KIND:SHAPE of a slice, such as v5e:16x16 or v5p:4x4x4.')
-  flags.DEFINE_integer('context', 0, 'Tokens per row, without data.')
-  flags.DEFINE_integer('decode', 0, 'Rows to decode, in place of a training step.')
+  flags.DEFINE_integer('context', 0, 'Tokens per row, without data.', 0)
+  flags.DEFINE_integer('decode', 0, 'Rows to decode, in place of a training step.', 0)
   flags.DEFINE_bool('autotune', False, 'Look for a setting that fits, if this one does not.')
   console.run(main, config='base', keys=config.RunConfig)

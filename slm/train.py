@@ -43,5 +43,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('devices', 0, '--dry_run: number of chips; 0: that of the mesh.')
   flags.DEFINE_enum('chip', 'h100', plan.NAMES, '--dry_run: kind of chip; cpu measures this one.')
   flags.DEFINE_float('mfu', 0.4, "--dry_run: share of the chip's peak reached.")
-  flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, without data.')
+  flags.DEFINE_integer('context', 0, '--dry_run: tokens per row, without data.', 0)
   console.run(main, config='base', keys=config.RunConfig)

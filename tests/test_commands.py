@@ -9,6 +9,7 @@ from absl import flags
 from slm import __main__, __version__
 from slm.base import arguments
 from slm.data import loader
+from slm.training import aot
 
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning')  # runpy: already imported
 COMMANDS = [name for name in arguments.commands() if name != 'harness']  # that one is lm-eval's own
@@ -94,6 +95,36 @@ def test_old_spellings_name_the_new_one(call, command, old, new):
   code, out, err = call(command, old)
   assert code == 1 and not out and new in err
   assert err.startswith('error: --') and err.count('\n') == 1
+
+
+RECIPE = ['--config=minitron_published:nemo_8b'] + [
+  f'--config.recover.{setting}'
+  for setting in ('data.batch_size=2', 'model.remat=dots', 'mesh.data=1', 'mesh.fsdp=-1')
+]
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['--decode=-4'], 'flag --decode=-4'),
+    (['--context=-8'], 'flag --context=-8'),
+    ([], 'without data.path: expected --config.model.vocab and --context'),
+    (['--decode=4', '--autotune'], '--autotune: looks for settings of a training step: leave out'),
+    (['--context=8', *(f'--config.{x}=2' for x in ('model.vocab', 'data.batch_size', 'mesh.fsdp'))],
+     'needs 9G; --autotune tries 2 settings, from --config.model.remat=dots'),
+    (RECIPE, 'needs 9G; --autotune tries 1 settings, from --config.recover.model.remat=full'),
+    ([*RECIPE, '--autotune'], 'needs 9G; it fits with --config.recover.model.remat=full'),
+  ],
+)  # fmt: skip
+def test_what_compile_refuses_names_the_flags(call, argv, message, monkeypatch):
+  def compile_step(cfg, *_):
+    if cfg.model.remat != 'full':
+      raise aot.DoesNotFitError('needs 9G')
+
+  monkeypatch.setattr(aot, 'devices', lambda topology: [None] * 2)
+  monkeypatch.setattr(aot, 'compile_step', compile_step)
+  code, out, err = call('compile', '--topology=v5e:1x2', *argv)
+  assert code == 1 and not out and message in err.splitlines()[-1], err
 
 
 def test_commands_share_one_grammar():

@@ -18,7 +18,7 @@ from slm.models import flash
 from slm.models.config import DecoderConfig
 from slm.runs import config
 from slm.training import aot, hlo, plan, program
-from slm.weights import chips
+from slm.weights import chips, sharding
 from slm.weights.count import num_params
 
 AXES, SHAPE = ('data', 'fsdp', 'tensor', 'expert'), (2, 4, 1, 1)
@@ -112,6 +112,12 @@ def test_collectives_are_counted_as_often_as_they_run_and_named_by_their_axes():
 )
 def test_every_notation_of_groups_of_devices_is_read(groups, axes):
   assert hlo._members(f'replica_groups={groups}, dimensions={{0}}', AXES, SHAPE)[0] == axes
+
+
+@pytest.mark.parametrize('groups', ['replica_groups=@all', 'source_target_pairs=<0,1>'])
+def test_an_unknown_notation_of_groups_is_not_taken_for_all_devices(groups):
+  with pytest.raises(ValueError, match=f'^HLO: {groups}.*: is no known notation of groups'):
+    hlo._members(f'channel_id=1, {groups}, dimensions={{0}}', AXES, SHAPE)
 
 
 def test_memory_traffic_leaves_out_what_stays_on_the_chip_and_counts_slices():
@@ -243,6 +249,8 @@ def test_decoding_is_compiled_from_shapes():
   assert 0.5 < found.flops / found.model_flops < 1.5
   with pytest.raises(ValueError, match='--decode=9: expected a multiple of the 8 chips'):
     aot.compile_decoding(cfg, jax.devices(), 9)
+  with pytest.raises(ValueError, match='--decode: expected a context of a prompt and .* found 1 t'):
+    aot.compile_decoding(dataclasses.replace(cfg, context=1), jax.devices(), 8)
 
 
 def test_errors_of_the_compiler_are_one_line():
@@ -254,19 +262,55 @@ def test_errors_of_the_compiler_are_one_line():
   assert str(aot._explained(RuntimeError('INTERNAL: no\nmore'))) == 'XLA: INTERNAL: no'
 
 
-def test_smaller_settings_compute_the_same_and_are_tried_in_order():
-  cfg = tiny(mesh__data=-1, mesh__fsdp=1)
-  options = aot.smaller(cfg, 8)
-  assert options[0][0] == 'mesh.data=1 mesh.fsdp=-1 model.remat=none data.accum=1'
-  assert [name for name, _ in options if name.startswith('model')][0].endswith('data.accum=2')
-  assert all(c.data.batch_size == cfg.data.batch_size for _, c in options)
-  assert all(16 // c.data.accum % 8 == 0 for _, c in options)
-  assert len({name for name, _ in options}) == len(options)
+def test_smaller_settings_are_tried_in_the_order_of_the_time_that_they_cost():
+  whole = 'mesh.data=1 mesh.fsdp=-1'
+  once = ['', whole, 'data.accum=2', f'{whole} data.accum=2']
+  expected = once[1:]
+  for remat in ('dots', 'full'):
+    at = lambda x, remat=remat: x.replace('data.accum', f'model.remat={remat} data.accum')
+    expected += [at(x) if 'accum' in x else f'{x} model.remat={remat}'.strip() for x in once]
+  found = aot.smaller(tiny(mesh__data=-1, mesh__fsdp=1), 8)
+  assert [' '.join(settings) for settings, _ in found] == expected
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'rows', 'first'),
+  [
+    ({'data': -1, 'fsdp': 1}, 16, ['mesh.data=1', 'mesh.fsdp=-1']),
+    # Fewer rows than chips: four of the eight split them, and two each head.
+    ({'data': -1, 'fsdp': 1, 'tensor': 2}, 4, ['mesh.data=1', 'mesh.fsdp=-1']),
+    ({'data': 1, 'fsdp': -1, 'tensor': 2}, 4, ['model.remat=dots']),
+    ({'data': 2, 'fsdp': 1, 'tensor': -1}, 8, ['mesh.data=1', 'mesh.fsdp=-1', 'mesh.tensor=4']),
+  ],
+)
+def test_smaller_settings_are_those_of_the_config_that_is_tried(mesh, rows, first):
+  given = {f'mesh.{axis}': n for axis, n in mesh.items()} | {'data.batch_size': rows}
+  found = aot.smaller(tiny(**given), 8)
+  assert found[0][0] == first
+  assert {c.model.remat for _, c in found} >= {'dots', 'full'}
+  for settings, tried in found:
+    pairs = [setting.split('=') for setting in settings]
+    assert tiny(**given | {key: int(x) if x[-1].isdigit() else x for key, x in pairs}) == tried
+    shards = sharding.batch_devices(sharding.make_mesh(vars(tried.mesh)))
+    assert rows // tried.data.accum % shards == 0
+  assert len({c for _, c in found}) == len(found)
+
+
+def test_nothing_is_smaller_than_the_smallest():
+  assert not aot.smaller(tiny(model__remat='full', data__batch_size=8), 8)
 
 
 @pytest.mark.parametrize(
   ('topology', 'message'),
-  [('v5e', 'expected KIND:SHAPE'), ('h100:8x8', 'expected KIND:SHAPE'), ('v5e:0', 'expected KIND')],
+  [
+    ('v5e', 'expected KIND:SHAPE'),
+    ('h100:8x8', 'expected KIND:SHAPE'),
+    ('v5e:0', 'expected KIND'),
+    ('v5e:2x2x2', 'two sides for v5e'),
+    ('v6e:4', 'two sides'),
+    ('v5p:4x4', 'three for v4 and v5p'),
+    ('v5e:0x4', 'expected KIND:SHAPE'),
+  ],
 )
 def test_an_unknown_slice_is_refused(topology, message):
   with pytest.raises(ValueError, match=message):

@@ -389,7 +389,7 @@ def without_data(config: Mapping[str, Any], context: int = 0) -> RunConfig:
   given = inherit(complete(config))
   context = given.get('context', context)
   if not (given['model']['vocab'] and context):
-    raise ValueError('--dry_run without data.path: expected model.vocab and --context')
+    raise ValueError('without data.path: expected --config.model.vocab and --context')
   return dataclasses.replace(read(given), context=context)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh
 
 from slm import models
 from slm.base import console
@@ -78,8 +79,8 @@ def devices(topology: str) -> list[Any]:
   """
   if not re.fullmatch(chips.SLICE, topology):
     raise ValueError(
-      f'--topology={topology}: expected KIND:SHAPE, such as v5e:16x16 or v5p:4x4x4, with a kind of '
-      f'{", ".join(chips.TPUS)}'
+      f'--topology={topology}: expected KIND:SHAPE, such as v5e:16x16 or v5p:4x4x4: two sides for '
+      'v5e and v6e, three for v4 and v5p'
     )
   if not importlib.util.find_spec('libtpu'):
     raise ValueError("--topology: compiling for TPUs needs libtpu: pip install 'slm[tpu]'")
@@ -119,9 +120,13 @@ def compile_decoding(cfg: RunConfig, slice_devices: list[Any], rows: int) -> Com
 
   Raises:
     DoesNotFitError: if the program needs more memory than a chip has, saying how much.
-    ValueError: if weights or rows do not divide over the mesh.
+    ValueError: if weights or rows do not divide over the mesh, or nothing can be appended.
   """
   mesh = sharding.make_mesh(vars(cfg.mesh), slice_devices)
+  if cfg.context < 2:
+    raise ValueError(
+      f'--decode: expected a context of a prompt and a token to append, found {cfg.context} tokens'
+    )
   if rows % (shards := sharding.batch_devices(mesh)):
     raise ValueError(f'--decode={rows}: expected a multiple of the {shards} chips that split rows')
   model = models.build(cfg.model)
@@ -212,28 +217,38 @@ def seconds(step: Compiled, chip: chips.Chip) -> dict[str, float]:
   }
 
 
-def smaller(cfg: RunConfig, count: int) -> list[tuple[str, RunConfig]]:
-  """Return configs of the same computation that need less memory, the fastest first."""
-  options = []
-  microbatch = cfg.data.batch_size // cfg.data.accum
-  groups = microbatch // cfg.data.rows_per_group
-  factors = [n for n in range(1, groups // count + 1) if groups % (n * count) == 0]
-  for remat in _REMAT[_REMAT.index(cfg.model.remat) :]:
-    for factor in factors:
-      changed = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, remat=remat),
-        data=dataclasses.replace(cfg.data, accum=cfg.data.accum * factor),
-      )
-      names = f'model.remat={remat} data.accum={changed.data.accum}'
-      options.append((names, changed))
-  split = sharding.MeshConfig(data=1, fsdp=-1)
-  if cfg.mesh != split:
-    whole = [
-      (f'mesh.data=1 mesh.fsdp=-1 {n}', dataclasses.replace(c, mesh=split)) for n, c in options
-    ]
-    options = options[:1] + whole + options[1:]
-  return options[1:]
+def smaller(cfg: RunConfig, count: int) -> list[tuple[list[str], RunConfig]]:
+  """Return what to set, KEY=VALUE, for the same computation in less memory, and its configs.
+
+  Those that should add least time come first: ordered by what is computed again, then by the number
+  of microbatches, each of which sends weights that are split again, then as `_meshes` orders them.
+  """
+  d, found = cfg.data, []
+  groups = d.batch_size // d.accum // d.rows_per_group
+  for i, mesh in enumerate(_meshes(cfg.mesh, count)):
+    shape = sharding.mesh_shape(vars(mesh), count)
+    split = sharding.batch_devices(AbstractMesh(shape, sharding.MESH_AXES))
+    for factor in (n for n in range(1, groups // split + 1) if groups % (n * split) == 0):
+      data = dataclasses.replace(d, accum=d.accum * factor)
+      for j, remat in enumerate(_REMAT[_REMAT.index(cfg.model.remat) :]):
+        model = dataclasses.replace(cfg.model, remat=remat)
+        changed = dataclasses.replace(cfg, mesh=mesh, model=model, data=data)
+        now = {f'mesh.{axis}': n for axis, n in vars(mesh).items() if n != vars(cfg.mesh)[axis]}
+        now |= {'model.remat': remat} if j else {}
+        now |= {'data.accum': data.accum} if factor > 1 else {}
+        found.append(((j, factor, i), [f'{key}={x}' for key, x in now.items()], changed))
+  found.sort(key=lambda option: option[0])
+  return [(settings, changed) for _, settings, changed in found if settings]
+
+
+def _meshes(mesh: sharding.MeshConfig, count: int) -> list[sharding.MeshConfig]:
+  """Return a mesh and those that split weights over more chips, the one most like it first."""
+  shape = sharding.mesh_shape(vars(mesh), count)
+  _, _, tensor, expert = shape
+  found = {shape: mesh}
+  for other in (sharding.MeshConfig(1, -1, tensor, expert), sharding.MeshConfig(1, -1)):
+    found.setdefault(sharding.mesh_shape(vars(other), count), other)
+  return list(found.values())
 
 
 def report(cfg: RunConfig, step: Compiled, topology: str, count: int, decode: int = 0) -> str:

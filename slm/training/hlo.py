@@ -278,7 +278,11 @@ def _members(
 
 
 def _group(attributes: str, devices: int) -> np.ndarray:
-  """Return the devices of one group of a collective, from any of HLO's notations."""
+  """Return the devices of one group of a collective, from any of HLO's notations.
+
+  Raises:
+    ValueError: if it is in another one.
+  """
   if pairs := re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', attributes):
     return np.array([int(pairs[1]), int(pairs[2])])
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
@@ -293,7 +297,9 @@ def _group(attributes: str, devices: int) -> np.ndarray:
     chosen = set(re.findall(r"'(\w+)'", mesh[3]))
     where = tuple(slice(None) if name in chosen else 0 for name in sizes)
     return listed.reshape(list(sizes.values()))[where].ravel()
-  return np.arange(devices)
+  if unread := re.search(r'(?:replica_groups|source_target_pairs)=(?!\{\}).{,40}', attributes):
+    raise ValueError(f'HLO: {unread[0]}: is no known notation of groups of devices')
+  return np.arange(devices)  # {} and nothing: all of them
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

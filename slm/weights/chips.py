@@ -32,7 +32,7 @@ CHIPS = {
 }
 # Kinds of TPU as libtpu and Google name the slices of them, KIND:SHAPE -> their chip.
 TPUS = {'v4': 'tpu-v4', 'v5e': 'tpu-v5e', 'v5p': 'tpu-v5p', 'v6e': 'tpu-v6e'}
-SLICE = rf'({"|".join(TPUS)}):\d+(x\d+){{1,2}}'
+SLICE = r'(v5e|v6e):[1-9]\d*x[1-9]\d*|(v4|v5p):[1-9]\d*(x[1-9]\d*){2}'
 # The `device_kind` of JAX's devices -> their chip. PCIe cards of the H100 and H200 are slower.
 _KINDS = {
   'NVIDIA A100-SXM4-40GB': 'a100',
