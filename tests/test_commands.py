@@ -1,6 +1,7 @@
 """The command line: one grammar, flags in any order, configs by name, --help, the `slm` command."""
 
 import re
+import runpy
 import sys
 
 import pytest
@@ -19,11 +20,11 @@ COMMANDS = [name for name in arguments.commands() if name != 'harness']  # that 
 def call(monkeypatch, capsys):
   """Return call(command, *arguments) -> (exit status, stdout, stderr), in this process."""
 
-  def run(*argv):
+  def run(*argv, main=__main__.main):
     monkeypatch.setattr(sys, 'argv', ['slm', *argv])
     before, code = set(flags.FLAGS), 0
     try:
-      __main__.main()
+      main()
     except SystemExit as e:
       code = e.code
     finally:
@@ -125,6 +126,24 @@ def test_what_compile_refuses_names_the_flags(call, argv, message, monkeypatch):
   monkeypatch.setattr(aot, 'compile_step', compile_step)
   code, out, err = call('compile', '--topology=v5e:1x2', *argv)
   assert code == 1 and not out and message in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize(
+  ('module', 'argv', 'message'),
+  [
+    ('specialise', ['--dry_run', '--topology=v5e:2x2'], '--dry_run, --topology: expected one of'),
+    ('specialise', ['--out='], 'expected --out'),
+    ('minitron', ['--out='], 'expected --out'),
+    ('speed', ['--out='], 'expected --out'),
+    ('speed', ['--rounds=-1'], 'flag --rounds=-1'),
+    ('faults', ['--out='], 'expected --out'),
+    ('faults', ['--seed=-1'], 'flag --seed=-1'),
+  ],
+)
+def test_what_experiments_refuse_names_the_flags(call, module, argv, message, monkeypatch):
+  main = lambda: runpy.run_module(f'experiments.{module}.run', run_name='__main__')
+  code, out, err = call(*argv, main=main)
+  assert code == 1 and not out and message in err, err
 
 
 def test_commands_share_one_grammar():

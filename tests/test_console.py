@@ -66,7 +66,10 @@ def test_progress_leaves_out_what_comes_before_the_first_unit(monkeypatch, capsy
 @pytest.mark.parametrize(
   ('seconds', 'text'),
   [
-    (0.4, '0 s'),
+    (0, '0 s'),
+    (0.4, '400 ms'),
+    (0.00123, '1.23 ms'),
+    (0.6, '1 s'),
     (59.4, '59 s'),
     (65, '1 min 05 s'),
     (3599.7, '1 h 00 min'),

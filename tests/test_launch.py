@@ -206,10 +206,14 @@ RUN = ['train', '--config.data.path=DATA', '--workdir=RUN']
     ('slurm', RUN, {'gpus': 3}, r'mesh: 32 groups of rows .* do not divide over 3 devices'),
     ('slurm', [*RUN, '--config.mesh.data=4'], {'gpus': 8}, 'needs 4 devices, found 8'),
     ('slurm', RUN, {'time': '1h'}, "--time: expected a value such as 12:00:00, found '1h'"),
+    ('slurm', RUN, {'time': '00:05:00'}, '--time=00:05:00: expected more than --grace=300 s'),
+    ('slurm', RUN, {'time': '1-00', 'grace': 86_400}, '--time=1-00: .* --grace=86400 s.* 86400 s'),
+    ('slurm', RUN, {'time': '1-'}, '--time: expected a value such as 12:00:00'),
     ('slurm', RUN, {'name': 'a b'}, '--name: expected a value such as'),
     ('slurm', RUN, {'env': ['A']}, "--env: expected NAME=VALUE, found 'A'"),
     ('gke', RUN, {}, '--on=gke: expected --image'),
     ('gke', RUN, {'image': 'i', 'topology': 'v9:2x2'}, '--topology: expected a value such as v5e'),
+    ('gke', RUN, {'image': 'i', 'topology': 'v5e:2x2x2'}, 'or v4 and v5p with three sides'),
     ('gke', RUN, {'image': 'i', 'topology': 'v5e:4x4', 'nodes': 2}, '--nodes and --gpus'),
     ('gke', RUN, {'image': 'i', 'topology': 'v5e:4x4', 'chips': 3}, '--chips=3'),
     ('tpu-vm', RUN, {}, '--on=tpu-vm: expected --name'),
@@ -219,6 +223,15 @@ RUN = ['train', '--config.data.path=DATA', '--workdir=RUN']
 def test_what_is_wrong_is_named_before_anything_is_printed(on, command, given, message):
   with pytest.raises((ValueError, flags.Error), match=message):
     launch.make(on, command, given)
+
+
+@pytest.mark.parametrize(
+  ('limit', 'expected'),
+  [('', 0), ('0', 0), ('90', 5400), ('1:30', 90), ('2:00:05', 7205), ('1-2', 93_600),
+   ('1-2:03', 93_780), ('1-2:03:04', 93_784)],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(limit, expected):
+  assert launch.seconds(limit) == expected
 
 
 def test_runs_that_are_elsewhere_need_not_be_here(tmp_path):

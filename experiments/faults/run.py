@@ -320,6 +320,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(_: list[str]) -> None:
   """Run the trials and print the table; fail if one made anything else."""
+  console.required('out')
   f = flags.FLAGS
   out = Path(f.out)
   lines = Study(SCALES[f.scale], out, f.seed).run()
@@ -332,5 +333,5 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_enum('scale', 'smoke', sorted(SCALES), 'How many trials, and of what size.')
   flags.DEFINE_string('out', 'runs/faults', 'Directory of the trials and the table.')
-  flags.DEFINE_integer('seed', 0, 'Seed of the moments and signals.')
+  flags.DEFINE_integer('seed', 0, 'Seed of the moments and signals.', 0)
   console.run(main)

@@ -230,6 +230,7 @@ def _jobs(scale: Scale, students: Iterable[Student]) -> list[tuple[int, Student]
 def main(_: list[str]) -> None:
   """Run the study that the flags name."""
   f, scales = flags.FLAGS, SCALES | smollm2.SCALES
+  console.required('out')
   if f.scale not in scales:
     raise ValueError(f'--scale: expected one of {sorted(scales)}, found {f.scale!r}')
   students = {s.name: s for s in smollm2.STUDENTS} if f.scale in smollm2.SCALES else BY_NAME
@@ -271,6 +272,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('out', 'runs/minitron', 'Where data, runs and the report go.')
   flags.DEFINE_string('cache', '~/.cache/slm/xla', "JAX's compilation cache.")
   flags.DEFINE_list('only', [], 'Make these students alone; the report says what was not run.')
-  flags.DEFINE_integer('rounds', 9, 'Interleaved repeats of the measurement of speed.')
+  flags.DEFINE_integer('rounds', 9, 'Interleaved repeats of the measurement of speed.', 1)
   compiled.define_flag()
   console.run(main)

@@ -233,9 +233,12 @@ def main(_: list[str]) -> None:
   seeds = tuple(int(s) if s.isdigit() else s for s in f.seeds)
   if unknown := [s for s in seeds if s not in known]:
     raise ValueError(f'--seeds: expected some of {known}, found {unknown}')
+  if f.dry_run and f.topology:
+    raise ValueError('--dry_run, --topology: expected one of them: each prints a cost of its own')
   if f.dry_run:
     print(dry_run(SCALES[f.scale], f.devices, f.chip, f.mfu))
     return
+  console.required('out')
   if f.topology:
     print(compiled.study(outline(SCALES[f.scale], seeds), f.topology, Path(f.out)))
     return

@@ -212,6 +212,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
   """Measure a scale and write its json and markdown."""
+  console.required('out')
   f = flags.FLAGS
   if f.scale not in SCALES:
     raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
@@ -224,5 +225,5 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
-  flags.DEFINE_integer('rounds', 15, 'Interleaved repeats.')
+  flags.DEFINE_integer('rounds', 15, 'Interleaved repeats.', 1)
   console.run(main)

@@ -101,7 +101,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _main(argv: list[str]) -> None:
-  console.required('corpus')
+  console.required('corpus', 'out')
   f = flags.FLAGS
   out, options = Path(f.out), ['--config.workers=1', *argv[1:]]
   record = out / f'{f.name}.json'

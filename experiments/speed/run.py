@@ -327,6 +327,7 @@ def machine() -> dict[str, str]:
 
 def main(_: list[str]) -> None:
   """Measure a scale and write its json, markdown and plot."""
+  console.required('out')
   f = flags.FLAGS
   if f.scale not in SCALES:
     raise ValueError(f'--scale: expected one of {sorted(SCALES)}, found {f.scale!r}')
@@ -353,10 +354,10 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('scale', 'cpu', f'One of {sorted(SCALES)}.')
   flags.DEFINE_string('out', 'experiments/speed/results', 'Directory of the results.')
-  flags.DEFINE_integer('rounds', 0, "Repeats of every row; 0: the scale's.")
+  flags.DEFINE_integer('rounds', 0, "Repeats of every row; 0: the scale's.", 0)
   flags.DEFINE_float(
     'limit', None, "Seconds for all processes of gpu and smoke, 0: none; by default the scale's."
   )
-  flags.DEFINE_integer('busy', 0, 'Other processes that compute meanwhile.')
+  flags.DEFINE_integer('busy', 0, 'Other processes that compute meanwhile.', 0)
   flags.DEFINE_multi_string('row', [], 'Measure this row alone, and add it to the table.')
   console.run(main)

@@ -260,7 +260,7 @@ def documents(path: str, number: int, most: int) -> list[str]:
 
 def main(_: list[str]) -> None:
   """Write OUT/table.md and OUT/differences.jsonl."""
-  console.required('prompts', 'texts')
+  console.required('prompts', 'texts', 'out')
   texts = {Path(p).parent.name + '/' + Path(p).name.partition('.')[0]: p for p in FLAGS.texts}
   found = {name: documents(path, FLAGS.documents, 3000) for name, path in texts.items()}
   items = [json.loads(line) for line in sources.lines(FLAGS.prompts)][: FLAGS.limit or None]

@@ -211,8 +211,10 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """Format a time in the two units that a reader needs, as 42 s, 3 min 05 s or 7 h 20 min."""
+  """Format a time in the units that a reader needs, as 1.5 ms, 42 s, 3 min 05 s or 7 h 20 min."""
   minutes, rest = divmod(round(seconds), 60)
+  if seconds > 0 and not (minutes or rest):
+    return f'{1e3 * seconds:.3g} ms'
   if minutes < 60:
     return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'
   return f'{minutes // 60:,} h {minutes % 60:02d} min'

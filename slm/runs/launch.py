@@ -38,9 +38,9 @@ TPUS = {
 # 63 characters of a pod's name are the template's and Kubernetes'.
 _PLAIN = {
   'name': (r'[a-z]([-a-z0-9]{0,43}[a-z0-9])?', 'slm-1 (lower case, at most 45 characters)'),
-  'time': (r'[\d:-]*', '12:00:00'),
+  'time': (r'(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?', '12:00:00'),
   'partition': (r'[\w.,-]*', 'gpu'),
-  'topology': (rf'({chips.SLICE})?', f'v5e:16x16, of {", ".join(chips.TPUS)}'),
+  'topology': (rf'({chips.SLICE})?', 'v5e:16x16, or v4 and v5p with three sides'),
 }
 
 
@@ -75,6 +75,11 @@ class Job:
     if self.topology and (self.nodes, self.gpus) != (1, 0):
       raise ValueError(
         f'--topology={self.topology}: --nodes and --gpus are of machines without one'
+      )
+    if 0 < (limit := seconds(self.time)) <= self.grace:
+      raise ValueError(
+        f'--time={self.time}: expected more than --grace={self.grace} s, which are left to save; '
+        f'found {limit} s'
       )
     if self.slice > self.chips and self.slice % self.chips:
       raise ValueError(f'--chips={self.chips}: does not divide the {self.slice} of --topology')
@@ -111,6 +116,17 @@ class Job:
     """Return the same for a shell, with the environment."""
     environment = ['env', *self.env] if self.env else []
     return shlex.join([*environment, *self.process(several, **keys)])
+
+
+def seconds(limit: str) -> int:
+  """Return the seconds of a time limit in the formats of sbatch; 0, as there, is none.
+
+  They are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+  """
+  days, dash, rest = limit.rpartition('-')
+  parts = [int(part) for part in rest.split(':') if part]
+  units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+  return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def slurm(job: Job) -> str:
