@@ -1,5 +1,6 @@
-"""Cached generation against full forward passes; sampling; the entry point."""
+"""Cached generation against full forward passes; sampling; slots; the entry point."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from slm import models
 from slm.models import decode
 from slm.models.decoder import unembed
 from slm.runs.config import section
+from slm.weights import sharding
 
 MODEL = models.build(
   section('model', {
@@ -162,3 +164,47 @@ def test_greedy_equals_transformers():
   )
   out = decode.generate(MODEL, PARAMS, prompts, prompts * 0 + 1, KEY, max_tokens=20)
   np.testing.assert_array_equal(out.tokens, want[:, 4:].numpy())
+
+
+def queued(model, params, samples, slots, how=decode.drawn, end=(7,), most=9):
+  """Answer prompts of very different lengths in slots and by `generate`."""
+  prompts = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5], [8, 9], [7, 9, 3, 2, 3]]
+  width = max(map(len, prompts))
+  lengths = jnp.array([len(p) for p in prompts])
+  right = jnp.array([p + [0] * (width - len(p)) for p in prompts])
+  left = jnp.array([[0] * (width - len(p)) + p for p in prompts])
+  mask = jnp.arange(width)[None] >= width - lengths[:, None]
+  keys = jax.random.split(jax.random.key(3), len(prompts) * samples)
+  options = {'max_tokens': most, 'sampler': how, 'end': frozenset(end), 'temperature': 0.9}
+  run = jax.jit(functools.partial(decode.answer, model, slots=slots, **options))
+  repeat = lambda x: jnp.repeat(x, samples, axis=0)
+  expected = decode.generate(model, params, repeat(left), repeat(mask), keys, **options)
+  return run(params, right, lengths, keys), expected
+
+
+@pytest.mark.parametrize(('samples', 'slots'), [(3, 4), (3, 1), (1, 8), (3, 15)])
+def test_slots_give_what_waiting_for_the_longest_gives(samples, slots):
+  """Whatever their number and so the order, and with answers of one token and of the most."""
+  out, expected = queued(MODEL, PARAMS, samples, slots)
+  if samples == 3:
+    assert {1, 9} <= set(np.asarray(expected.lengths).tolist())
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  np.testing.assert_array_equal(out.lengths, expected.lengths)
+  np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_slots_are_greedy_too_and_keep_to_a_window():
+  shape = {'layer_types': ('window', 'full'), 'window': 3}
+  model = models.build(dataclasses.replace(MODEL.cfg, **shape))
+  out, expected = queued(model, PARAMS, 2, 3, decode.greedy)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  whole, _ = queued(MODEL, PARAMS, 2, 3, decode.greedy)
+  assert (out.tokens != whole.tokens).any()  # the window matters
+
+
+def test_slots_on_several_devices():
+  mesh = sharding.make_mesh({'data': 5}, jax.devices()[:5])
+  with jax.set_mesh(mesh):
+    out, expected = queued(MODEL, PARAMS, 3, 2)
+  np.testing.assert_array_equal(out.tokens, expected.tokens)
+  np.testing.assert_array_equal(out.lengths, expected.lengths)

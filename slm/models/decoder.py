@@ -22,6 +22,7 @@ REMAT = {
   'dots': jax.checkpoint_policies.save_only_these_names('linear'),
   'full': jax.checkpoint_policies.nothing_saveable,
 }
+RING = 'ring'  # in a cache whose index goes round
 
 
 @flax.struct.dataclass
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
     x = constrain(self._embed(batch['inputs']), 'batch', None, None)
     tables, kinds = _tables(c, batch['positions'])
 
-    queries, index = batch['segments'], 0
+    queries, index, ring = batch['segments'], 0, cache is not None and RING in cache
     keys, kv = queries, None
     if cache is not None:
       index = cache['index']
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
       kv = {'k': cache['k'], 'v': cache['v']}
     t = queries.shape[1]
     kernel = 'reference' if self.is_initializing() else flash.kernel(c, t, cache is not None)
-    mask = _mask(c, kinds, queries, keys, index) if kernel == 'reference' else queries
+    mask = _mask(c, kinds, queries, keys, index, ring) if kernel == 'reference' else queries
 
     block = Block
     if REMAT[c.remat]:
@@ -102,7 +103,8 @@ class Decoder(nn.Module):
     (x, kept), (new, routing) = run(*inputs)
     hidden = Norm(c, name='final_norm')(x, queries > 0)
     if cache is not None:
-      cache = {**_appended(kv, new, index), 'segments': keys, 'index': index + t}
+      after = (index + t) % keys.shape[1] if ring else index + t
+      cache = {**cache, **_appended(kv, new, index), 'segments': keys, 'index': after}
     return Output(hidden, cache, routing, kept, c.logit_cap)
 
   def _embed(self, ids: jax.Array) -> jax.Array:
@@ -155,14 +157,17 @@ def by_layer(held: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask(
-  c: DecoderConfig, kinds: list[str], queries: jax.Array, keys: jax.Array, index: Any
-) -> jax.Array:
+  c: DecoderConfig, kinds: list[str], queries: jax.Array, keys: jax.Array, index: Any,
+  ring: bool = False,
+) -> jax.Array:  # fmt: skip
   """Return the mask [b,t,s] of queries [b,t], the first at `index`, and keys [b,s].
 
+  In a `ring` of keys those after the index are the oldest ones; t is 1.
   With windows the mask has a leading axis for the kinds of layers, and each block takes its own.
   """
   t, s = queries.shape[1], keys.shape[1]
   distance = (index + jnp.arange(t))[:, None] - jnp.arange(s)[None, :]
+  distance = distance % s if ring else distance
   mask = (distance >= 0)[None] & (queries[:, :, None] == keys[:, None, :])
   if not c.window:
     return mask
@@ -190,14 +195,21 @@ def _tables(c: DecoderConfig, positions: jax.Array) -> tuple[Any, list[str]]:
   return jax.tree.map(lambda *x: jnp.stack(x), *tables), kinds
 
 
-def init_cache(cfg: DecoderConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-  """Allocate a cache for `batch` rows of at most `length` tokens."""
+def init_cache(
+  cfg: DecoderConfig, batch: int, length: int, dtype: Any, ring: bool = False
+) -> dict[str, Any]:
+  """Allocate a cache for `batch` rows of at most `length` tokens.
+
+  In a ring the latest `length` tokens are kept, which are read one at a time. A row may then hold
+  one text after the other, if each has at most `length` tokens and a segment of its own.
+  """
   shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
   return {
     'k': jnp.zeros(shape, dtype),
     'v': jnp.zeros(shape, dtype),
     'segments': jnp.zeros((batch, length), jnp.int32),
     'index': jnp.zeros((), jnp.int32),
+    **({RING: ()} if ring else {}),
   }
 
 
