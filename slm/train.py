@@ -12,6 +12,7 @@ import jax
 from absl import flags
 
 from slm.base import console
+from slm.inference import rewards
 from slm.runs import config, processes
 from slm.training import plan
 from slm.training.loop import train
@@ -31,7 +32,7 @@ def main(_: list[str]) -> None:
   if given['distributed']['enable']:
     processes.connect(given['distributed'])
   with processes.ending():
-    result = train(given, f.workdir, f.profile)
+    result = train(given, f.workdir, f.profile, rewards.reward)
   if jax.process_index() == 0:
     print(json.dumps(result))
 

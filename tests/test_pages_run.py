@@ -48,6 +48,9 @@ SMALLER = {
   '--config.tensorboard=False --config.eval.max_rows=32',
   'slm.train --config=configs/dpo.py': '--config.epochs=0 --config.steps=2 --config.log_every=1 '
   '--config.tensorboard=False --config.eval.max_rows=32',
+  'slm.train --config=configs/grpo.py': '--config.steps=2 --config.schedule.warmup=1 '
+  '--config.tensorboard=False --config.eval.max_rows=4 --config.data.batch_size=2 '
+  '--config.objective.samples=2 --config.objective.max_tokens=4',
   'slm.generate': '--max_tokens=4',
   'slm.latency': '--prompt=16 --new_tokens=4 --rounds=1',
   'slm.prune calibrate': '--rows=32',

@@ -101,7 +101,9 @@ def random_run() -> pathlib.Path:
   return random_model(root, tok)
 
 
-def random_model(root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0) -> pathlib.Path:
+def random_model(
+  root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0, sure: float = 12.0
+) -> pathlib.Path:
   """Write a random run of `vocab` embeddings (0: one a token); its tokenizer is in root/data."""
   cfg = RunConfig(
     steps=0, context=64, tokenizer=tok.fingerprint, objective=NextTokenConfig(chunk=64),
@@ -112,6 +114,6 @@ def random_model(root: pathlib.Path, tok: tokenizer.Tokenizer, vocab: int = 0) -
     eval=EvalConfig(batch_size=8), data=DataConfig(path=str(root / 'data')),
   )  # fmt: skip
   params = jax.jit(models.build(cfg.model).init)(jax.random.key(5))
-  params['embedding'] = params['embedding'] * 12  # confident, so that what it writes varies
+  params['embedding'] = params['embedding'] * sure  # so that what it writes varies
   load.write_dense(root / 'run', cfg, params, [])
   return root / 'run'

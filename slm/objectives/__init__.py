@@ -12,31 +12,52 @@ import jax
 from slm import models, reparam
 from slm.data.loader import DataConfig
 from slm.models.config import DecoderConfig
-from slm.objectives import distill, heldout, next_token, preference, reference, teacher
-from slm.objectives.setup import ROWS, Objective, Setup
+from slm.objectives import (
+  answers,
+  distill,
+  heldout,
+  next_token,
+  policy,
+  preference,
+  reference,
+  teacher,
+)
+from slm.objectives.setup import ROWS, Objective, Reward, Setup
 from slm.runs import load
-from slm.runs.config import DistillConfig, DpoConfig, NextTokenConfig, RunConfig
+from slm.runs.config import DistillConfig, DpoConfig, NextTokenConfig, PolicyConfig, RunConfig
 
 OBJECTIVES = {
   NextTokenConfig: next_token.next_token,
   DistillConfig: distill.distill,
   DpoConfig: preference.dpo,
+  PolicyConfig: policy.policy,
 }
 
 
 def build(
-  cfg: NextTokenConfig | DistillConfig | DpoConfig, forward: Mapping[str, Callable]
+  cfg: NextTokenConfig | DistillConfig | DpoConfig | PolicyConfig,
+  forward: Mapping[str, Callable],
 ) -> Objective:
   """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
   return OBJECTIVES[type(cfg)](cfg, forward)
 
 
 def setup(
-  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
+  cfg: RunConfig,
+  model: models.Model,
+  rep: reparam.Reparam,
+  mesh: jax.sharding.Mesh,
+  reward: Reward | None = None,
 ) -> Setup:
-  """Set up a run's objective; raise ValueError if what it needs is missing or does not fit."""
+  """Set up a run's objective; `reward` scores answers to prompts.
+
+  Raises:
+    ValueError: if what it needs is missing or does not fit.
+  """
   if isinstance(cfg.objective, DpoConfig):
     return reference.setup(cfg, model, rep, mesh)
+  if isinstance(cfg.objective, PolicyConfig):
+    return answers.setup(cfg, model, rep, mesh, reward)
   evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
   if isinstance(cfg.objective, DistillConfig):
     return teacher.setup(cfg, model, rep, mesh, evaluators)
@@ -56,6 +77,8 @@ def outline(
   Raises:
     ValueError: if a distillation has no teacher's shape.
   """
+  if isinstance(cfg.objective, PolicyConfig):
+    return answers.outline(cfg, model, rep, mesh)
   if isinstance(cfg.objective, DistillConfig):
     if not (teacher_model or cfg.teacher_cache):
       raise ValueError('teacher: a distillation needs the shape of its teacher: name a run')

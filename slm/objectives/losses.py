@@ -39,14 +39,17 @@ def over_tokens(
 
 
 def token_logprobs(
-  weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float = 0.0, chunk: int = 512
-) -> jax.Array:
+  weight: jax.Array, hidden: jax.Array, targets: jax.Array, cap: float = 0.0, chunk: int = 512,
+  temperature: float = 1.0,
+) -> jax.Array:  # fmt: skip
   """Return log softmax of each position's logits at its target: [v,d], [b,t,d], [b,t] -> [b,t].
 
-  Differentiable with respect to weight and hidden, for losses of whole sequences (DPO, policy
-  gradients). For a sum over tokens, `chunked` needs one product with the head less.
+  The logits are divided by `temperature`. Differentiable with respect to weight and hidden, for
+  losses of whole sequences (DPO, policy gradients). For a sum over tokens, `chunked` needs one
+  product with the head less.
   """
-  return -over_tokens(cross_entropy, weight, hidden, targets, cap, chunk)
+  loss = lambda scores, targets: cross_entropy(scores / temperature, targets)
+  return -over_tokens(loss, weight, hidden, targets, cap, chunk)
 
 
 def next_token(cap: float, weight: jax.Array, hidden: jax.Array, _, rows) -> dict[str, jax.Array]:
@@ -225,10 +228,12 @@ def join(x: jax.Array, t: int) -> jax.Array:
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :t]
 
 
-def target_logprobs(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:
+def target_logprobs(
+  forward: Callable, params: Params, batch: Batch, chunk: int, temperature: float = 1.0
+) -> jax.Array:
   """Return the log-probability of every position's target, [b,t] float32."""
   out = forward(params, batch)
-  return token_logprobs(head(params), out.hidden, batch['targets'], out.cap, chunk)
+  return token_logprobs(head(params), out.hidden, batch['targets'], out.cap, chunk, temperature)
 
 
 def token_losses(forward: Callable, params: Params, batch: Batch, chunk: int) -> jax.Array:

@@ -43,27 +43,48 @@ def outline(
 ) -> Setup:
   """Set up as `setup` does, with shapes in place of weights and nothing to evaluate."""
   cache = signals.Signals(cfg.teacher_cache) if cfg.teacher_cache else None
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  params = checkpoint.abstract(shapes, sharding.shardings(shapes, mesh))
-  return _setup(cfg, model, rep, {}, params if cfg.objective.has_reference else None, cache)
+  params = shapes(model, mesh) if cfg.objective.has_reference else None
+  return _setup(cfg, model, rep, {}, params, cache)
+
+
+def logprobs(
+  model: models.Model, rep: reparam.Reparam, chunk: int, temperature: float = 1.0
+) -> Callable[[Params, losses.Batch], jax.Array]:
+  """Return f(frozen, batch) -> the log-probabilities [b,t] that a run's start has of the targets.
+
+  Its weights are frozen['base'] where theta changes them (LoRA), else frozen['reference'].
+  """
+  kept = 'base' if rep.base == 'params' else 'reference'
+
+  def reference(frozen, batch):
+    return losses.target_logprobs(model.forward, frozen[kept], batch, chunk, temperature)
+
+  return reference
+
+
+def weights(rep: reparam.Reparam, params: Params) -> Params:
+  """Return what `logprobs` needs in `frozen` beside the weights that theta changes."""
+  return {} if rep.base == 'params' else {'reference': params}
+
+
+def shapes(model: models.Model, mesh: jax.sharding.Mesh) -> Params:
+  """Return the shapes and shardings of a run's start."""
+  drawn = jax.eval_shape(model.init, jax.random.key(0))
+  return checkpoint.abstract(drawn, sharding.shardings(drawn, mesh))
 
 
 def _setup(cfg, model, rep, evaluators, params=None, cache=None) -> Setup:
   """Make the set-up of a run: `params` are the reference's, `cache` its log-probabilities."""
   forward = {'student': reparam.map_groups(rep, model.forward)}
-  kept, live = 'base' if rep.base == 'params' else 'reference', params is not None and not cache
-
-  def reference(frozen, batch):
-    return losses.target_logprobs(model.forward, frozen[kept], batch, cfg.objective.chunk)
-
+  live = params is not None and not cache
   if cache:
     forward['reference'] = lambda frozen, batch: batch['teacher_logprobs']
   elif live:
-    forward['reference'] = reference
+    forward['reference'] = logprobs(model, rep, cfg.objective.chunk)
   return Setup(
     {ROWS: preference.dpo(cfg.objective, forward)},
     evaluators,
-    frozen={kept: params} if live and kept == 'reference' else {},
+    frozen=weights(rep, params) if live else {},
     flops=forward_flops(model.cfg, cfg.context) if live else 0.0,
     ancestors=(str(cache.path),) if cache else (),
     look_up=cache,

@@ -1,9 +1,10 @@
 """What an objective brings beside its loss: frozen weights, evaluators, rewritten batches."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from slm.objectives.losses import Batch, Sums
@@ -12,6 +13,9 @@ from slm.weights.axes import Params
 Objective = Callable[[Params, Params, Batch], Sums]  # (params, frozen, batch) -> sums
 # (condition -> dense params of its specialist) -> values by name, including 'loss' and 'tokens'
 Evaluator = Callable[[Callable[[int], Params]], dict[str, float]]
+# Labels of prompts, by row -> ((rows, texts) -> a reward each, NaN where none could be decided).
+Grade = Callable[[Sequence[int], Sequence[str]], Sequence[float]]
+Reward = Callable[[Sequence[Sequence[Mapping[str, Any]]]], Grade]
 ROWS = 'rows'
 
 
@@ -28,7 +32,8 @@ class Setup:
     flops: FLOPs per token of a step beyond the model's own forward and backward pass.
     ancestors: the runs and directories that it is made from.
     look_up: rows by column -> further leaves of a batch.
-    rewrite: (theta, frozen, batch, step) -> the kind of batch and the batch to train on.
+    rewrite: (theta, frozen, batch, step) -> the kind of batch, the batch to train on, and metrics.
+    leaves: the shapes of a batch, where it is always another than the data's.
   """
 
   objectives: Mapping[str, Objective]
@@ -39,4 +44,5 @@ class Setup:
   flops: float = 0.0
   ancestors: tuple[str, ...] = ()
   look_up: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None
-  rewrite: Callable[[Params, Params, Batch, int], tuple[str, Batch]] | None = None
+  rewrite: Callable[[Params, Params, Batch, int], tuple[str, Batch, dict[str, Any]]] | None = None
+  leaves: dict[str, jax.ShapeDtypeStruct] | None = None

@@ -88,8 +88,8 @@ def _live(cfg, student, rep, mesh, loaded, outlined) -> tuple[dict[str, Callable
 
   def rewrite(theta, frozen, batch, step):
     if rollout.is_own(cfg, step):
-      return OWN, write(theta, frozen, batch, step)
-    return ROWS, batch
+      return OWN, write(theta, frozen, batch, step), {}
+    return ROWS, batch, {}
 
   return objectives, rewrite
 

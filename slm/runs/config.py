@@ -47,6 +47,7 @@ class ObjectiveConfig:
   reduction: str  # of the losses of a step: mean | sum
   counts_to_the_end = False  # whether a step depends on the total number of steps
   kinds = ('', 'conversations')  # of data that it trains on; '': text
+  answers = False  # whether it trains on sampled answers to prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,54 @@ class DpoConfig(ObjectiveConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class PolicyConfig(ObjectiveConfig):
+  """Policy gradients on sampled and scored answers to prompts: GRPO and its relatives."""
+
+  chunk: int = 256  # tokens whose logits exist at once on a device
+  samples: int = 8  # answers per prompt: a group
+  max_tokens: int = 128  # of an answer, its end token included
+  temperature: float = 1.0
+  # Answers drawn at once on a device, where the next takes the place of one that has ended;
+  # 0: all of them, until the longest has ended.
+  slots: int = 0
+  # What scores answers: the verifiers that the prompts name; or controls that must not help: a
+  # seeded coin, or the verifiers with the labels of other prompts.
+  reward: Literal['verifiers', 'random', 'shuffled'] = 'verifiers'
+  unended: float = 0.0  # reward of an answer without an end token ...
+  score_unended: bool = False  # ... unless it is scored like the others
+  # Of an answer: its reward minus the group's mean, divided by the standard deviation (std) or not
+  # (center), or minus the mean of the others in the group (loo).
+  advantage: Literal['std', 'center', 'loo'] = 'std'
+  # Of data.batch_size prompts, train on the first so many whose rewards differ; 0: on all.
+  keep: int = 0
+  clip_low: float = 0.2  # the ratio of probabilities is clipped to 1 - clip_low ..
+  clip_high: float = 0.2  # .. 1 + clip_high
+  # A step's losses are divided by the number of its tokens, or summed over each answer divided by
+  # its length and then by the number of answers, or by that number times max_tokens.
+  normalise: Literal['tokens', 'sequences', 'constant'] = 'tokens'
+  kl: float = 0.01  # weight of the KL divergence from the weights of `init` in the loss
+  kl_kind: Literal['k1', 'k2', 'k3'] = 'k3'  # its estimator
+  reduction: Literal['mean', 'sum'] = 'mean'  # of the losses of a step
+  name: str = 'policy'
+  kinds = ('prompts',)
+  answers = True
+
+  def __post_init__(self) -> None:
+    valid = self.samples >= 2 and self.max_tokens >= 1 and self.slots >= 0
+    if not valid or not 0 < self.temperature < math.inf:
+      raise ValueError(
+        'objective: expected samples >= 2, max_tokens >= 1, slots >= 0 and temperature > 0, found '
+        f'samples={self.samples}, max_tokens={self.max_tokens}, slots={self.slots}, '
+        f'temperature={self.temperature}'
+      )
+    if min(self.clip_low, self.clip_high) <= 0 or self.clip_low > 1 or min(self.kl, self.keep) < 0:
+      raise ValueError(
+        'objective: expected clip_low in 0..1, clip_high > 0, kl >= 0 and keep >= 0, found '
+        f'clip_low={self.clip_low}, clip_high={self.clip_high}, kl={self.kl}, keep={self.keep}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
   """The learning rate by step."""
 
@@ -253,7 +302,7 @@ class RunConfig:
   distributed: DistributedConfig = DistributedConfig()
   model: ModelConfig
   reparam: ReparamConfig = FullConfig()  # see slm/reparam and the configs of that name
-  objective: NextTokenConfig | DistillConfig | DpoConfig = NextTokenConfig()
+  objective: NextTokenConfig | DistillConfig | DpoConfig | PolicyConfig = NextTokenConfig()
   teacher: str = ''  # run directory of the distillation teacher
   # Instead of a teacher, or of a reference in memory: its predictions, as slm.signals wrote them.
   teacher_cache: str = ''

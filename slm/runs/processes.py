@@ -192,6 +192,18 @@ def global_rows(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
 
 
+def local_rows(tree: Any, axis: int = 0) -> Any:
+  """Return this process's part of global arrays whose dimension `axis` is the rows, in numpy."""
+
+  def local(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return np.asarray(x)
+    parts = {s.index[axis].start or 0: s.data for s in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)
+
+  return jax.tree.map(local, tree)
+
+
 @contextlib.contextmanager
 def hold(folder: Path, name: str = 'writer') -> Iterator[None]:
   """Hold a directory, or `name` in it, for all processes; process 0 takes the lock."""

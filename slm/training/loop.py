@@ -1,5 +1,6 @@
 """Train any model by any objective: the only train loop."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -15,6 +16,7 @@ from slm import objectives
 from slm.base import console, files, schema, stage
 from slm.data import loader
 from slm.objectives.losses import Batch
+from slm.objectives.setup import Reward
 from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import RunConfig
 from slm.training import optim, tracing, writers
@@ -25,10 +27,15 @@ from slm.training.tracing import Trace
 from slm.weights import sharding
 
 
-def train(given: Mapping[str, Any], workdir: str | Path, profile: str = '') -> dict[str, Any]:
+def train(
+  given: Mapping[str, Any],
+  workdir: str | Path,
+  profile: str = '',
+  reward: Reward | None = None,
+) -> dict[str, Any]:
   """Run or continue a training run; return the contents of result.json.
 
-  `profile` is START:STOP, the steps to trace.
+  `profile` is START:STOP, the steps to trace. `reward` scores answers to prompts.
 
   Raises:
     ValueError: if the config, the data or the run directory do not fit together, or another
@@ -58,7 +65,7 @@ def train(given: Mapping[str, Any], workdir: str | Path, profile: str = '') -> d
     for key in ('teacher', 'init'):
       if ref := getattr(cfg, key):
         progress.say(f'loading {key} {ref}')
-    return _Run(cfg, workdir, mesh, trace).loop()
+    return _Run(cfg, workdir, mesh, trace, reward).loop()
 
 
 def _extends(workdir: Path, cfg: RunConfig) -> bool:
@@ -82,11 +89,18 @@ def _extends(workdir: Path, cfg: RunConfig) -> bool:
 class _Run:
   """A run that trains: its model, objective, optimiser, data and compiled steps."""
 
-  def __init__(self, cfg: RunConfig, workdir: Path, mesh: jax.sharding.Mesh, trace: Trace):
+  def __init__(
+    self,
+    cfg: RunConfig,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    trace: Trace,
+    reward: Reward | None = None,
+  ):
     self.cfg, self.workdir, self.mesh, self.trace = cfg, workdir, mesh, trace
     self.model, self.reparam = load.build(cfg)
     load.check_groups(cfg, self.reparam, sharding.batch_devices(mesh))
-    self.setup = objectives.setup(cfg, self.model, self.reparam, mesh)
+    self.setup = objectives.setup(cfg, self.model, self.reparam, mesh, reward)
     self.frozen, self.beside = dict(self.setup.frozen), self.setup.beside
     if self.reparam.base:
       self.frozen['base'] = load.base(cfg, self.reparam, mesh)
@@ -151,6 +165,19 @@ class _Run:
   def global_batch(self, batch: dict[str, np.ndarray]) -> Batch:
     """Make global arrays of this process's rows, groups split over the batch axes."""
     return processes.global_rows(batch, self.mesh, axis=1)
+
+  def batch(self, state: State, step: int, record: Recorder) -> tuple[str, Batch, dict[str, Any]]:
+    """Return the kind of the next batch, the batch, and metrics of how it was made."""
+    batch, rewrite = self.global_batch(next(self.batches)), self.setup.rewrite
+    record.dispatch()
+    if not rewrite:
+      return objectives.ROWS, batch, {}
+    # Drawing answers waits for the step before anyway, and its time is told apart.
+    answers = self.cfg.objective.answers
+    with record.apart('rollout') if answers else contextlib.nullcontext():
+      made = rewrite(state.theta, self.frozen, batch, step)
+    record.dispatch()
+    return made
 
   def step(self, kind: str, state: State, batch: Batch, record: Recorder) -> tuple[State, Any]:
     """Take a step on a batch; compile for each kind and shape of batch once."""
@@ -239,12 +266,9 @@ class _Run:
         break
       self.trace.before(step, record)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        kind, batch = objectives.ROWS, self.global_batch(next(self.batches))
-        record.dispatch()
-        if self.setup.rewrite:
-          kind, batch = self.setup.rewrite(state.theta, self.frozen, batch, step)
+        kind, batch, made = self.batch(state, step, record)
         state, metrics = self.step(kind, state, batch, record)
-      record.dispatched(step, metrics)
+      record.dispatched(step, metrics | made)
       final, stop = step == cfg.steps, stop_signal(step)
       if due(cfg.eval.every) or final:
         record.flush()

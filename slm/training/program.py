@@ -155,6 +155,8 @@ def _batch(cfg, rep, setup, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   if setup.look_up:
     leaves |= setup.look_up({'tokens': row, 'segments': row})
   split = sharding.batch_sharding(mesh, axis=1)
+  if setup.leaves:
+    return {n: x.update(sharding=split) for n, x in setup.leaves.items()}
   batch = {
     name: jax.ShapeDtypeStruct((d.accum, groups, d.rows_per_group, *x.shape[3:]), x.dtype)
     for name, x in leaves.items()

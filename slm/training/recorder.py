@@ -25,6 +25,7 @@ TOTALS = (
   'tokens', 'flops', 'seconds', 'device_seconds', 'eval_tokens', 'eval_device_seconds',
   'compile_device_seconds', 'save_device_seconds',
 )  # fmt: skip
+ANSWERS = ('rollout_tokens', 'rollout_device_seconds')  # of runs that answer prompts
 
 
 class Diverged(FloatingPointError):
@@ -62,7 +63,8 @@ class Recorder:
     last = lines[-1] if lines else {}
     rewound = rundir.rewound_to(workdir, start)  # what was thrown away has cost something too
     costs = rewound['totals'] if rewound else last
-    self._total = {name: costs.get(name, 0) for name in TOTALS}
+    names = TOTALS + ANSWERS if cfg.objective.answers else TOTALS
+    self._total = {name: costs.get(name, 0) for name in names}
     self._counts = {'skipped': last.get('skipped', 0)} if cfg.optim.skip_above else {}
     if cfg.rewind.steps:
       self._counts['rewinds'] = len(rundir.read_rewinds(workdir))
@@ -112,7 +114,7 @@ class Recorder:
 
   @contextlib.contextmanager
   def apart(self, what: str) -> Iterator[None]:
-    """Count a block's time as `what`, 'compile' or 'save', and not as training."""
+    """Count a block's time as `what`, 'compile', 'save' or 'rollout', and not as training."""
     self.flush()
     began = time.monotonic()
     yield
@@ -134,6 +136,8 @@ class Recorder:
     self._tick()
     tokens = values.pop('tokens')
     self._total['tokens'] += int(tokens) if math.isfinite(tokens) else 0
+    if self._cfg.objective.answers:
+      self._total['rollout_tokens'] += int(values.pop('rollout_tokens'))
     self._total['flops'] += self._step_flops
     if why := self._problem(values):
       raise Diverged(self._workdir, step, why, dict(self._total))
@@ -203,7 +207,16 @@ class Recorder:
     flops = forward_flops(self._cfg.model, self._cfg.context) * t['eval_tokens']
     evaluation = (t['eval_tokens'], flops, t['eval_device_seconds'])
     phases = [phase_entry(self._cfg.phase, *training), phase_entry('evaluate', *evaluation)]
+    if self._cfg.objective.answers:
+      phases.append(self._rollouts())
     ledger.write_ledger(self._workdir, phases, self._ancestors)
+
+  def _rollouts(self) -> dict[str, Any]:
+    """Return the ledger's entry of drawing and scoring answers; prompts are not counted."""
+    tokens = self._total['rollout_tokens']
+    width = self._cfg.context + self._cfg.objective.max_tokens
+    flops = forward_flops(self._cfg.model, width) * tokens
+    return phase_entry('rollout', tokens, flops, self._total['rollout_device_seconds'])
 
   @property
   def best_step(self) -> int | None:

@@ -1,0 +1,345 @@
+"""Answers to prompts, drawn from the weights in training and scored, as batches to train on."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm import models, reparam
+from slm.data import loader, tokenizer
+from slm.models.decode import answer, drawn, generate, greedy
+from slm.objectives import policy, reference
+from slm.objectives.losses import Batch
+from slm.objectives.setup import ROWS, Evaluator, Reward, Setup
+from slm.runs import load, processes
+from slm.runs.config import PolicyConfig, RunConfig
+from slm.weights import sharding, tree
+from slm.weights.axes import Params
+from slm.weights.count import forward_flops
+
+Score = Callable[[int, list[int], list[str]], list[float]]  # (step, rows, texts) -> rewards
+_LEAVES = {'inputs': np.int32, 'targets': np.int32, 'segments': np.int32, 'positions': np.int32,
+           'weights': np.float32, 'old': np.float32, 'advantages': np.float32}  # fmt: skip
+# What a key of draws is for, folded into that of the run.
+_TRAIN, _HELD_OUT, _COIN, _SHUFFLE = 3, 4, 5, 6
+
+
+def setup(
+  cfg: RunConfig,
+  model: models.Model,
+  rep: reparam.Reparam,
+  mesh: jax.sharding.Mesh,
+  reward: Reward | None,
+) -> Setup:
+  """Set up a run that is trained on answers, scored by `reward`.
+
+  Raises:
+    ValueError: if there is no reward, it does not know a label of a prompt, or keys do not fit.
+  """
+  if reward is None:
+    raise ValueError(
+      "objective 'policy': expected a reward of answers: python -m slm.train has one"
+    )
+  split = loader.Split(cfg.data.path, cfg.data.set, cfg.data.split, cfg.data.index)
+  frozen = {}
+  if cfg.objective.kl:
+    if not cfg.init:
+      raise ValueError(
+        f'init: objective.kl={cfg.objective.kl} is from the weights of a run: name it with '
+        '--config.init=RUN, or set objective.kl=0'
+      )
+    frozen = reference.weights(rep, load.source(cfg, 'init', mesh).params())
+  tok = tokenizer.load(f'{cfg.data.path}/tokenizer')
+  return dataclasses.replace(
+    _shaped(cfg, model, rep, mesh),
+    evaluators={'heldout': evaluator(cfg, model, tok, mesh, reward)},
+    frozen=frozen,
+    rewrite=make_rewrite(cfg, model, rep, tok, mesh, scorer(cfg, split, reward)),
+  )
+
+
+def outline(
+  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
+) -> Setup:
+  """Set up the training step of such a run with shapes for weights; it draws no answers."""
+  frozen = reference.weights(rep, reference.shapes(model, mesh)) if cfg.objective.kl else {}
+  return dataclasses.replace(_shaped(cfg, model, rep, mesh), frozen=frozen)
+
+
+def _shaped(cfg, model, rep, mesh) -> Setup:
+  """Return what the shapes of a run decide: objective, batches and FLOPs."""
+  o, d, devices = cfg.objective, cfg.data, sharding.batch_devices(mesh)
+  if rep.clusters or d.mix_share:
+    raise ValueError(
+      "objective 'policy': expected one dense model and one set of prompts, found "
+      f'reparam {cfg.reparam.name!r}, data.mix_share={d.mix_share}'
+    )
+  groups = o.keep or d.batch_size
+  if groups > d.batch_size or groups * o.samples % (d.accum * devices):
+    raise ValueError(
+      f'objective.keep={o.keep}: expected at most data.batch_size={d.batch_size} groups, whose '
+      f'objective.samples={o.samples} answers data.accum={d.accum} microbatches on {devices} '
+      'devices can share'
+    )
+  width = cfg.context + o.max_tokens
+  shape = (d.accum, groups * o.samples // d.accum, 1, width)
+  passes = 3 + bool(o.kl)
+  trained = groups * o.samples * width * passes * forward_flops(model.cfg, width)
+  usual = 3 * forward_flops(model.cfg, cfg.context)
+  forward = {
+    'student': reparam.map_groups(rep, model.forward),
+    'reference': reference.logprobs(model, rep, o.chunk, o.temperature),
+  }
+  return Setup(
+    {ROWS: policy.policy(o, forward)},
+    {},
+    flops=trained / (d.batch_size * cfg.context) - usual,
+    leaves={name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in _LEAVES.items()},
+  )
+
+
+def scorer(cfg: RunConfig, split: loader.Split, reward: Reward) -> Score:
+  """Return the reward that cfg.objective.reward names, for the prompts of a split.
+
+  The coin of 'random' depends on (seed, step, row, sample) alone; 'shuffled' gives every prompt the
+  label of another, the same at all steps.
+  """
+  labels = [entry['verifiers'] for entry in split.labels()]
+  kind, seed = cfg.objective.reward, cfg.seed
+  if kind == 'random':
+    coin = lambda *at: float(np.random.default_rng([seed, _COIN, *at]).integers(2))
+    samples = cfg.objective.samples
+    return lambda step, rows, texts: [coin(step, r, i % samples) for i, r in enumerate(rows)]
+  if kind == 'shuffled':  # moving all of a random order by one place leaves no label in its place
+    order = np.random.default_rng([seed, _SHUFFLE]).permutation(len(labels))
+    moved = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    labels = [labels[moved[i]] for i in range(len(labels))]
+  grade = reward(labels)
+  return lambda step, rows, texts: grade(rows, texts)
+
+
+def keys(key: jax.Array, rows: jax.Array, samples: int) -> jax.Array:
+  """Return the keys [n * samples] of the answers to prompts [n], by their row and number."""
+  fold = jax.random.fold_in
+  one = lambda row: jax.vmap(lambda i: fold(fold(key, row), i))(jnp.arange(samples))
+  return jax.vmap(one)(rows).reshape(-1)
+
+
+def draw(
+  cfg: PolicyConfig, model: models.Model, tok: tokenizer.Tokenizer, params: Params, batch: Batch,
+  key: jax.Array, samples: int, sampler: Callable | None = None,
+) -> dict[str, jax.Array]:  # fmt: skip
+  """Answer the prompts of a batch: inputs [n,t] padded on the right, `length` and `row` [n].
+
+  Returns tokens and logprobs [n,samples,max_tokens], lengths and `ended` [n,samples], where the
+  end token counts as part of an answer.
+  """
+  n, t = batch['inputs'].shape
+  options = {
+    'max_tokens': cfg.max_tokens, 'end': tok.ends, 'known': tok.known,
+    'temperature': cfg.temperature,
+    'sampler': sampler or functools.partial(drawn, temperature=cfg.temperature),
+  }  # fmt: skip
+  own = keys(key, batch['row'], samples)
+  if cfg.slots:
+    out = answer(model, params, batch['inputs'], batch['length'], own, slots=cfg.slots, **options)
+  else:
+    place = jnp.arange(t)[None] - (t - batch['length'][:, None])  # padding goes to the left
+    ids = jnp.take_along_axis(batch['inputs'], jnp.maximum(place, 0), axis=1)
+    repeat = lambda x: jnp.repeat(x, samples, axis=0)
+    out = generate(model, params, repeat(ids), repeat(place >= 0), own, **options)
+  last = jnp.take_along_axis(out.tokens, out.lengths[:, None] - 1, axis=1)[:, 0]
+  ended = jnp.isin(last, jnp.array(sorted(tok.ends), jnp.int32))
+  made = {**out._asdict(), 'ended': ended}
+  return {name: x.reshape(n, samples, *x.shape[1:]) for name, x in made.items()}
+
+
+def rows(batch: Batch, out: Batch) -> Batch:
+  """Put every answer [n,g,m] behind its prompt [n,t]: leaves [n,g,t+m] of a training batch."""
+  (n, t), m = batch['inputs'].shape, out['tokens'].shape[-1]
+  start, stop = batch['length'][:, None, None], batch['length'][:, None] + out['lengths']
+  index, stop = jnp.arange(t + m)[None, None], stop[..., None]
+  answer = jnp.clip(index - start, 0, m - 1)
+  at = lambda x, place: jnp.take_along_axis(x, jnp.broadcast_to(place, (*x.shape[:2], t + m)), 2)
+  prompt = jnp.broadcast_to(batch['inputs'][:, None], (n, out['tokens'].shape[1], t))
+  ids = jnp.where(index < start, at(prompt, jnp.minimum(index, t - 1)), at(out['tokens'], answer))
+  real = index < stop
+  ids = jnp.where(real, ids, 0)
+  following = jnp.pad(ids[..., 1:], ((0, 0), (0, 0), (0, 1)))
+  predicts = (index >= start - 1) & (index < stop - 1)
+  old = at(out['logprobs'], jnp.clip(index - start + 1, 0, m - 1))
+  return {
+    'inputs': ids,
+    'targets': following,
+    'segments': real.astype(jnp.int32),
+    'positions': jnp.where(real, index, 0),
+    'weights': predicts.astype(jnp.float32),
+    'old': jnp.where(predicts, old, 0.0),
+  }
+
+
+def train_batch(
+  cfg: PolicyConfig, batch: Batch, out: Batch, rewards: jax.Array, accum: int
+) -> tuple[Batch, dict[str, jax.Array]]:
+  """Make the batch to train on, leaves [accum,rows,1,t+m], and the metrics of all answers.
+
+  `rewards` [n,g] are NaN where nothing could be decided, which counts 0. With cfg.keep, groups
+  whose rewards are all the same are left out; where fewer than `keep` remain, others fill their
+  places with weight 0.
+  """
+  undecided = jnp.isnan(rewards)
+  rewards = jnp.where(undecided, 0.0, rewards)
+  if not cfg.score_unended:
+    rewards = jnp.where(out['ended'], rewards, cfg.unended)
+  varies = jnp.any(rewards != rewards[:, :1], axis=1)
+  made = rows(batch, out)
+  advantages = policy.group_advantage(rewards, cfg.advantage)[..., None]
+  made['advantages'] = advantages * (made['weights'] > 0)
+  if cfg.keep:
+    chosen = jnp.argsort(~varies, stable=True)[: cfg.keep]
+    made['weights'] *= varies[:, None, None]
+    made = {name: x[chosen] for name, x in made.items()}
+  shape = lambda x: x.reshape(accum, -1, 1, x.shape[-1])
+  mean = lambda x: jnp.mean(x.astype(jnp.float32))
+  return {name: shape(x) for name, x in made.items()}, {
+    'reward': mean(rewards),
+    'reward_std': jnp.std(rewards),
+    'no_variance': mean(~varies),
+    'trained_groups': jnp.sum(varies) if not cfg.keep else jnp.minimum(varies.sum(), cfg.keep),
+    'answer_tokens': mean(out['lengths']),
+    'ended': mean(out['ended']),
+    'undecided': mean(undecided),
+    'rollout_tokens': out['lengths'].sum(),
+  }
+
+
+def texts(tok: tokenizer.Tokenizer, batch: Mapping[str, Any], out: Mapping[str, Any]) -> list[str]:
+  """Decode answers [n,g,m] to prompts [n,t], those of a prompt one after the other."""
+  found = []
+  for prompt, length, tokens, lengths in zip(
+    batch['inputs'], batch['length'], out['tokens'], out['lengths'], strict=True
+  ):
+    context = prompt[:length].tolist()
+    answers = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    found += [tok.continued(context, ids[:size]) for ids, size in answers]
+  return found
+
+
+def make_rewrite(
+  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, tok: tokenizer.Tokenizer,
+  mesh: jax.sharding.Mesh, score: Score,
+) -> Callable[..., tuple[str, Batch, dict[str, Any]]]:  # fmt: skip
+  """Make f(theta, frozen, batch [accum,groups,1,t], step) -> (kind, batch, metrics).
+
+  Answers are drawn from theta itself, on all devices; each process scores those of its own rows.
+  What is drawn depends on theta and (seed, step, row) alone.
+  """
+  o, split = cfg.objective, sharding.batch_sharding(mesh, axis=1)
+  key = jax.random.fold_in(jax.random.key(cfg.seed), _TRAIN)
+  accum = cfg.data.accum
+  apart = lambda tree: jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), tree)
+
+  @functools.partial(jax.jit, out_shardings=split)
+  def respond(theta, frozen, batch, step):
+    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
+    return apart(
+      draw(o, model, tok, params, _flat(batch), jax.random.fold_in(key, step), o.samples)
+    )
+
+  @functools.partial(jax.jit, out_shardings=(split, None))
+  def assemble(batch, out, rewards):
+    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (out, rewards))
+    return train_batch(o, _flat(batch), *joined, accum)
+
+  def rewrite(theta, frozen, batch, step):
+    began = time.monotonic()
+    batch = {name: batch[name] for name in ('inputs', 'length', 'row')}
+    out = respond(theta, frozen, batch, step)
+    here = processes.local_rows((batch, out), axis=1)
+    drawn_at = time.monotonic()
+    rewards = scored(score, tok, step, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), here))
+    rewards = rewards.reshape(accum, -1, o.samples)
+    made, metrics = assemble(batch, out, processes.global_rows(rewards, mesh, axis=1))
+    seconds = {'rollout_seconds': drawn_at - began, 'score_seconds': time.monotonic() - drawn_at}
+    speed = cfg.data.batch_size * o.samples / sum(seconds.values())
+    measured = {**seconds, 'rollouts_per_second': speed}
+    return ROWS, made, metrics | {name: np.float32(x) for name, x in measured.items()}
+
+  return rewrite
+
+
+def _flat(batch: Batch) -> Batch:
+  """Return inputs [n,t], length [n] and row [n] of prompts, whatever axes lead."""
+  t = batch['inputs'].shape[-1]
+  return {name: x.reshape((-1, t) if name == 'inputs' else -1) for name, x in batch.items()}
+
+
+def scored(
+  score: Score, tok: tokenizer.Tokenizer, step: int, batch: Mapping[str, np.ndarray],
+  out: Mapping[str, np.ndarray],
+) -> np.ndarray:  # fmt: skip
+  """Return the rewards [n,g] of the answers to prompts, leaves [n,...]."""
+  prompts = _flat(batch)
+  shape = out['lengths'].shape
+  numbers = np.repeat(prompts['row'], shape[1]).tolist()
+  rewards = score(step, numbers, texts(tok, prompts, out))
+  return np.asarray(rewards, np.float32).reshape(shape)
+
+
+def evaluator(
+  cfg: RunConfig, model: models.Model, tok: tokenizer.Tokenizer, mesh: jax.sharding.Mesh,
+  reward: Reward,
+) -> Evaluator:  # fmt: skip
+  """Make the evaluator of a run in training: the rewards of answers to held-out prompts.
+
+  The verifiers score one answer drawn as in training and one greedy one. The draws are the same at
+  every evaluation. The loss is minus the mean reward of what was drawn.
+  """
+  e, o = cfg.eval, cfg.objective
+  devices = sharding.batch_devices(mesh)
+  size = -(-e.batch_size // devices) * devices
+  index, count = processes.local_share(mesh)
+  labels = loader.Split(cfg.data.path, e.set, e.split).labels()
+  grade = reward([entry['verifiers'] for entry in labels])
+  score = lambda step, rows, texts: grade([max(row, 0) for row in rows], texts)
+  key = jax.random.fold_in(jax.random.key(cfg.seed), _HELD_OUT)
+  split = sharding.batch_sharding(mesh)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  @functools.partial(jax.jit, out_shardings=split)
+  def respond(params, batch):
+    params = tree.cast(params, jnp.dtype(cfg.dtype))
+    both = [draw(o, model, tok, params, _flat(batch), key, 1, how) for how in (None, greedy)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *both)
+
+  @functools.partial(jax.jit, out_shardings=replicated)
+  def total(rewards, out, row):
+    rewards = jnp.nan_to_num(rewards)
+    rewards = jnp.where(out['ended'] | o.score_unended, rewards, o.unended)
+    real = row >= 0
+    tokens = out['lengths'].sum(1) * real
+    return *(rewards * real[:, None]).sum(0), real.sum(), tokens.sum()
+
+  def evaluate(specialist):
+    params, sums = specialist(0), np.zeros(4)
+    batches = loader.evaluation_batches(
+      cfg.data.path, e.set, e.split, size, max_rows=e.max_rows, process_index=index,
+      process_count=count,
+    )  # fmt: skip
+    for _, ids, batch in batches:
+      row = ids.reshape(count, -1)[index].astype(np.int32)
+      batch = {'inputs': batch['inputs'], 'length': batch['length'], 'row': row}
+      placed = processes.global_rows(batch, mesh)
+      out = respond(params, placed)
+      rewards = scored(score, tok, 0, *processes.local_rows((batch, out)))
+      rewards = processes.global_rows(rewards, mesh)
+      sums += np.array(total(rewards, out, placed['row']), float)
+    sampled, best = (sums[:2] / sums[2]).tolist()
+    return {'loss': -sampled, 'reward': sampled, 'greedy_reward': best, 'tokens': int(sums[3])}
+
+  return evaluate
