@@ -17,7 +17,7 @@ from test_conversations import fields, write
 
 from slm import models, objectives, reparam
 from slm.base import files
-from slm.data import prepare, rows, tokenizer
+from slm.data import loader, prepare, rows, tokenizer
 from slm.data.settings import TokenizerConfig
 from slm.models.config import DecoderConfig
 from slm.objectives import losses, preference, reference, signals, teacher
@@ -428,11 +428,16 @@ def test_log_probabilities_from_disk_are_those_of_the_live_reference(
   loop.train(given(start, teacher_cache=str(cache)), tmp_path / 'cached')
   for live, cached in zip(curves(trained), curves(tmp_path / 'cached'), strict=True):
     for a, b in zip(live, cached, strict=True):
-      assert a is b is None or a == pytest.approx(b, rel=1e-4, abs=1e-6)
+      assert a is b is None or a == pytest.approx(b, rel=1e-5, abs=1e-6)
   ledger = files.read_json(tmp_path / 'cached' / 'ledger.json')
   flops = 4 * 8 * CONTEXT * 3 * forward_flops(config.of(trained).model, CONTEXT)
   assert ledger['phases'][0]['flops'] == pytest.approx(flops)
   assert ledger['ancestors'] == [str(start[0]), str(cache)]
+  columns = loader.Split(start[1], 'pairs', 'train').read(np.arange(8))
+  params, batch = load.load(start[0], mesh()).params(), flat(columns)
+  live = losses.target_logprobs(models.build(config.of(start[0]).model).forward, params, batch, 64)
+  found = signals.Signals(cache)(columns)['teacher_logprobs']
+  np.testing.assert_allclose(found, live, rtol=1e-6, atol=2e-6)
   assert 'log-probabilities differ' in signals.verify(str(cache))
   damaged = shutil.copytree(cache, tmp_path / 'damaged')
   (path,) = signals.shards(damaged, files.read_json(damaged / 'signals.json'))
