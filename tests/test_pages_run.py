@@ -99,6 +99,14 @@ NOT_RUN = {
   "pip install -e '.[rl]'": 'changes the environment',
   'python -m slm.harness run --model=slm --model_args=pretrained=runs/slm-law --tasks=arc_easy':
     'downloads its task; tests/test_harness.py has one on disk',
+  'python -m slm.evaluate --run=runs/slm-law --suite=olmes_small --tasks=CORPORA --limit=200':
+    'needs corpora',
+  'python -m slm.compare --run=runs/slm --run=runs/slm-law --task=olmes_small.arc_easy-letter':
+    'needs the answers of the suite; tests/test_suites.py runs it',
+  'python -m slm.evaluate --run=runs/slm-law --suite=tulu_unseen --tasks=CORPORA --freeze':
+    'needs corpora; tests/test_suites.py runs it on small files',
+  'python -m slm.evaluate --run=runs/slm-law --suite=tulu_unseen --tasks=CORPORA':
+    'needs corpora; tests/test_suites.py runs it on small files',
   'python -m experiments.specialise.run --scale=cpu --corpus=CORPORA --out=runs/cpu':
     'two hours, and corpora; the scale quick is run',
   'python -m experiments.minitron.run --scale=cpu --corpus=CORPORA --out=runs/minitron':

@@ -20,7 +20,7 @@ import toy
 from slm import models
 from slm.base import files
 from slm.data import tokenizer
-from slm.inference import scoring, tasks
+from slm.inference import kinds, scoring, tasks
 from slm.interchange import convert
 from slm.models.decoder import unembed
 from slm.runs import config
@@ -201,17 +201,17 @@ def test_scores_by_hand():
   item = {'type': 'mc', 'query': 'q', 'choices': ['ab', 'é', 'abcdefgh'], 'gold': 2}
   answers = [(-3.0, False), (-3.0, False), (-8.0, True)]
   # -1.5, -1.5 (é is two bytes) and -1 a byte; of equal ones the first is taken.
-  assert tasks.choose(item, answers) == {
+  assert kinds.choose(item, answers) == {
     'acc': 0.0, 'acc_norm': 1.0, 'bpb': pytest.approx(1 / math.log(2)),
   }  # fmt: skip
-  assert tasks.choose({**item, 'gold': 0}, answers)['acc'] == 1.0
-  assert tasks.choose({**item, 'gold': 1}, answers)['acc'] == 0.0
+  assert kinds.choose({**item, 'gold': 0}, answers)['acc'] == 1.0
+  assert kinds.choose({**item, 'gold': 1}, answers)['acc'] == 0.0
   schema = {'type': 'schema', 'context_options': ['x', 'y'], 'continuation': 'zz', 'gold': 1}
-  assert tasks.choose_context(schema, [(-2.0, False), (-1.0, False)]) == {
+  assert kinds.choose_context(schema, [(-2.0, False), (-1.0, False)]) == {
     'acc': 1.0, 'bpb': pytest.approx(0.5 / math.log(2)),
   }  # fmt: skip
   word = {'type': 'lm', 'context': 'x', 'continuation': 'four'}
-  assert tasks.last_word(word, [(-2.0, True)]) == {
+  assert kinds.last_word(word, [(-2.0, True)]) == {
     'acc': 1.0, 'nll': 2.0, 'bpb': pytest.approx(0.5 / math.log(2)),
   }  # fmt: skip
   answer = {'answer': 'Onion', 'aliases': ['The Allium cepa!', '?']}
@@ -222,7 +222,7 @@ def test_scores_by_hand():
     ('onions', 0),
     ('', 0),
   ):
-    assert tasks.short_answer(answer, text) == {'exact_match': right}
+    assert kinds.short_answer(answer, text) == {'exact_match': right}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_scores_by_hand():
   ],
 )
 def test_the_last_number_counts(final, text, right):
-  assert tasks.final_number({'final': final}, text) == {'exact_match': right}
+  assert kinds.final_number({'final': final}, text) == {'exact_match': right}
 
 
 def test_standard_errors_are_binomial():
@@ -266,22 +266,24 @@ def test_standard_errors_are_binomial():
   assert 'acc_stderr' not in tasks.summary(records[:1])
 
 
-def test_examples_are_other_items_with_their_answers():
+def test_examples_are_other_items_with_their_answers(scorer):
   items = [{'id': f'x-{i}', **q} for i, q in enumerate(questions())]
-  text = tasks.examples(items, items[5], 2, seed=0)
-  assert text == tasks.examples(items, items[5], 2, seed=0)
-  assert text != tasks.examples(items, items[5], 2, seed=1)
-  assert text != tasks.examples(items, items[6], 2, seed=0)
-  shown = [f'{x["query"]} {x["choices"][x["gold"]]}' for x in items]
-  drawn = text.removesuffix('\n\n').split('\n\n')
-  assert len(drawn) == 2 and set(drawn) <= {shown[i] for i in range(0, 30, 5)} - {shown[5]}
-  assert tasks.examples(items, items[5], 0, seed=0) == ''
+  ids = lambda *how, **seed: [x['id'] for x in tasks.drawn(items, *how, **seed)]
+  found = ids(items[5], 2, seed=0)
+  assert found == ids(items[5], 2, seed=0)
+  assert found != ids(items[5], 2, seed=1)
+  assert found != ids(items[6], 2, seed=0)
+  assert len(found) == 2 and set(found) <= {f'x-{i}' for i in range(0, 30, 5)} - {'x-5'}
+  asked = tasks.ask(tasks.Task('', ''), items[5], [items[0], items[10]], scorer.tok)
+  shown = [f'{x["query"]} {x["choices"][x["gold"]]}\n\n' for x in (items[0], items[10])]
+  assert asked == [(''.join(shown) + items[5]['query'], f' {c}') for c in items[5]['choices']]
+  assert ids(items[5], 0, seed=0) == []
   with pytest.raises(ValueError, match='shots=30: expected fewer than the items of the file, 30'):
-    tasks.examples(items, items[5], 30, seed=0)
+    ids(items[5], 30, seed=0)
 
 
 def test_every_kind_runs_and_few_shots_change_the_question(run, tmp_path):
-  kinds = {
+  made = {
     'mc': [MC, {**MC, 'choices': ['rope', 'x'], 'gold': 1}],
     'schema': [
       {'type': 'schema', 'context_options': ['the ship', 'a tide'], 'continuation': 'x', 'gold': g}
@@ -291,9 +293,9 @@ def test_every_kind_runs_and_few_shots_change_the_question(run, tmp_path):
     'qa': [{'type': 'qa', 'query': 'Question: x', 'answer': 'y', 'aliases': []}] * 2,
     'numeric': [{'question': f'What is {i}?', 'final': '3', 'type': 'Sum'} for i in range(2)],
   }
-  paths = [write(tmp_path / f'{kind}.jsonl.gz', items) for kind, items in kinds.items()]
+  paths = [write(tmp_path / f'{kind}.jsonl.gz', items) for kind, items in made.items()]
   found = tasks.run(run, paths, MESH(), 8)
-  assert {k: v['type'] for k, v in found.items()} == {k: k for k in kinds}
+  assert {k: v['type'] for k, v in found.items()} == {k: k for k in made}
   assert all(v['n'] == 2 for v in found.values())
   scorer = scoring.open_model(run, MESH(), 8)
   want = scorer.pair('Question: what sails?\nAnswer:', ' a ship')
@@ -301,7 +303,7 @@ def test_every_kind_runs_and_few_shots_change_the_question(run, tmp_path):
   assert record['answer'][0][0] == pytest.approx(one_by_one(scorer, *want)[0], abs=1e-4)
   shots = tasks.run(run, paths[:1], MESH(), 8, shots=1)['mc-1shot']
   assert shots['tokens'] > found['mc']['tokens'] and shots['shots'] == 1
-  assert {*files.read_json(run / 'tasks.json')} == {*kinds, 'mc-1shot'}
+  assert {*files.read_json(run / 'tasks.json')} == {*made, 'mc-1shot'}
   assert tasks.run(f'{run}@0', paths[:1], MESH(), 8)['mc']['acc'] == found['mc']['acc']
   assert {*files.read_json(run / 'tasks-0.json')} == {'mc'}
 
@@ -397,8 +399,8 @@ def test_blank_lines_are_skipped(tmp_path):
 
 
 def test_a_kind_names_its_main_score(scorer, monkeypatch):
-  kind = tasks.KINDS['lm']._replace(score=lambda item, answers: {'rank': 2.0}, main='rank')
-  monkeypatch.setitem(tasks.KINDS, 'ranked', kind)
+  kind = kinds.KINDS['lm']._replace(score=lambda item, answers: {'rank': 2.0}, main='rank')
+  monkeypatch.setitem(kinds.KINDS, 'ranked', kind)
   items = [{'id': 'x', 'type': 'ranked', 'context': 'the', 'continuation': 'ship'}]
   result = tasks.evaluate(scorer, items)
   assert result['score'] == 2.0 and tasks.line(result) == 'rank 2'

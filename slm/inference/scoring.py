@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm import models
-from slm.data import tokenizer
+from slm.data import chat, tokenizer
 from slm.interchange import convert, families
 from slm.models import decode
 from slm.models.config import DecoderConfig
@@ -42,20 +42,25 @@ class Scorer:
   sums: Callable[..., jax.Array]  # (params, batch [b,t]) -> [b,2]: NLL, tokens that are not greedy
   generate: Callable[..., decode.Completions]  # (params, ids [b,t], mask [b,t], max_tokens)
 
-  def encode(self, text: str) -> list[int]:
-    """Encode a text as the model was trained to read it: after `begin`."""
-    return self.tok.begun(text, self.begin)
+  def encode(self, text: str, rendered: bool = False) -> list[int]:
+    """Encode a text as the model was trained to read it: after `begin`.
 
-  def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    A rendered conversation holds its special tokens, and is encoded without adding any.
+    """
+    return chat.encode(self.tok, text) if rendered else self.tok.begun(text, self.begin)
+
+  def pair(
+    self, context: str, continuation: str, rendered: bool = False
+  ) -> tuple[list[int], list[int]]:
     """Encode both as one text and split the ids where the context ends; neither part is empty.
 
     Raises:
       ValueError: if the continuation has no token.
     """
-    whole = self.encode(context + continuation)
+    whole = self.encode(context + continuation, rendered)
     if not continuation or not self.tok.encode(continuation):
       raise ValueError(f'continuation: expected text with a token, found {continuation!r}')
-    cut = min(len(self.encode(context)), len(whole) - 1)
+    cut = min(len(self.encode(context, rendered)), len(whole) - 1)
     return whole[:cut] or [self.tok.start], whole[cut:]
 
 

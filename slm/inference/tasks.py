@@ -1,10 +1,12 @@
 """Scores on task files: questions with known answers, scored by likelihood or generation.
 
-A file holds JSON lines, each an item with an `id` and the fields of its kind in KINDS. `type` names
-the kind; items with a `question` and a `final` answer are numeric. Contexts and continuations are
-joined by a space unless the context ends in white space.
+A Task says how the items of a file are asked: examples, chat, template; their kind says the rest.
+Contexts and continuations are joined by a space unless the context ends in white space, and in a
+chat not at all: the continuation is the model's answer.
 """
 
+import collections
+import dataclasses
 import itertools
 import json
 import math
@@ -12,164 +14,50 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from slm.base import console, files
-from slm.data import sources
-from slm.inference import scoring, verifiers
+from slm.data import chat, tokenizer
+from slm.inference import scoring
+from slm.inference.kinds import KINDS, Item, Pair, read
+from slm.reporting import scores
 from slm.runs import processes, rundir
 from slm.weights import tree
 
-Item = Mapping[str, Any]
-Pair = tuple[str, str]
 _GROUP = 8  # batches of requests between two writes of the answers
 
 
-class Kind(NamedTuple):
-  """A kind of item: its fields, its (context, continuation) pairs, and the scores of an answer.
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A file of items, and how they are asked and scored; empty values are those of the kind."""
 
-  `score` takes the item and the (log-probability, greedy) of each pair or, where max_tokens is set,
-  the text generated after the context; `main` names the score that models are compared by.
-  Few-shot examples show the gold pair: item['gold'], or the first.
-  """
-
-  fields: Mapping[str, type]
-  pairs: Callable[[Item], list[Pair]]
-  score: Callable[[Item, Any], dict[str, float]]
-  main: str = 'acc'
-  max_tokens: int = 0
+  name: str
+  file: str
+  kind: str = ''  # of KINDS, where items can be asked in several ways
+  split: str = ''  # the items asked; '' is all
+  shots: int = 0
+  shots_from: str = ''  # split of the file, or another file, whose first items are the examples;
+  # '' draws other items of the file for each
+  seed: int = 0  # of that draw
+  chat: bool = False  # by the model's chat template
+  turns: bool = False  # each example is a turn of the conversation; else all are in the message
+  template: str = '{}'  # of the question, which replaces {}
+  phrase: str = ''  # asked for by the template, after which the answer stands
+  metric: str = ''
   until: tuple[str, ...] = ()
+  max_tokens: int = 0
+  group: str = ''  # field: scores are averaged over its values, and examples have the same value
+  form_of: str = ''  # the evaluation of which this is one form; the better form counts
+  limit: int = 0  # items used, from the first; 0 is all
 
-
-def choose(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-  """Score choices: acc, acc_norm by bytes, bits per byte of the gold one; ties go to the first.
-
-  Bytes are those of the choice in the file (acc_bytes of lm-evaluation-harness; OLMES, Gu et al.
-  2024, arXiv 2406.08446).
-  """
-  logprobs = np.array([logprob for logprob, _ in answers])
-  sizes = np.array([len(text.strip().encode()) for _, text in KINDS[item['type']].pairs(item)])
-  gold = item['gold']
-  return {
-    'acc': float(logprobs.argmax() == gold),
-    'acc_norm': float((logprobs / sizes).argmax() == gold),
-    'bpb': float(-logprobs[gold] / sizes[gold] / math.log(2)),
-  }
-
-
-def choose_context(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-  """Score contexts by the same continuation after each (Trinh and Le 2018, arXiv 1806.02847)."""
-  return {name: value for name, value in choose(item, answers).items() if name != 'acc_norm'}
-
-
-def last_word(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float]:
-  """Score a continuation: acc (whether it is the greedy one), NLL (nats), bits per byte."""
-  logprob, greedy = answers[0]
-  size = len(item['continuation'].strip().encode())
-  return {'acc': float(greedy), 'nll': -logprob, 'bpb': -logprob / math.log(2) / size}
-
-
-def short_answer(item: Item, text: str) -> dict[str, float]:
-  """Score a generated answer: exact match with the answer or one of its aliases."""
-  exact = verifiers.answers.exact(text, item['answer'], item['aliases'])
-  return {'exact_match': float(exact)}
-
-
-def final_number(item: Item, text: str) -> dict[str, float]:
-  """Score a generated solution: its last number is the final one (Cobbe et al. 2021, GSM8K).
-
-  verifiers.answers.gsm8k_numeric says how they are compared.
-  """
-  return {'exact_match': float(verifiers.answers.gsm8k_numeric(text, item['final']))}
-
-
-def _with_answer(query: str) -> str:
-  """Add the line `Answer:` to a query with a `Question:` that does not end in a colon."""
-  lacks = re.search(r'^Question:', query, re.MULTILINE) and not query.rstrip().endswith(':')
-  return f'{query}\nAnswer:' if lacks else query
-
-
-KINDS = {
-  'mc': Kind(
-    {'query': str, 'choices': list, 'gold': int},
-    lambda x: [(_with_answer(x['query']), choice) for choice in x['choices']],
-    choose,
-  ),
-  'schema': Kind(
-    {'context_options': list, 'continuation': str, 'gold': int},
-    lambda x: [(context, x['continuation']) for context in x['context_options']],
-    choose_context,
-  ),
-  'lm': Kind(
-    {'context': str, 'continuation': str},
-    lambda x: [(x['context'], x['continuation'])],
-    last_word,
-  ),
-  'qa': Kind(
-    {'query': str, 'answer': str, 'aliases': list},
-    lambda x: [(_with_answer(x['query']), x['answer'])],
-    short_answer, 'exact_match', 32, ('\n',),
-  ),
-  'numeric': Kind(
-    {'question': str, 'final': str},
-    lambda x: [(f'Question: {x["question"]}\nAnswer:', x.get('answer') or x['final'])],
-    final_number, 'exact_match', 256, ('\n\n', 'Question:'),
-  ),
-}  # fmt: skip
-
-
-def read(path: str | Path) -> list[dict[str, Any]]:
-  """Read a task file, plain, .gz or .zst; every item gets the `type` of its kind.
-
-  Raises:
-    ValueError: naming the file and line of an item that is malformed, of another kind than the
-      first, or has the id of another.
-  """
-  items: dict[str, dict[str, Any]] = {}
-  for number, line in enumerate(sources.lines(str(path)), 1):
-    if not line.strip():
-      continue
-    where = f'{path}:{number}'
-    with files.reading(where, 'valid JSON'):
-      item = json.loads(line)
-    if not isinstance(item, dict) or not isinstance(item.get('id'), str):
-      raise ValueError(f'{where}: expected an object with an id')
-    if item.get('type') not in list(KINDS) and {'question', 'final'} <= set(item):
-      item['type'] = 'numeric'
-    _check(where, item)
-    if item['id'] in items:
-      raise ValueError(f'{where}: id {item["id"]!r} was used before')
-    items[item['id']] = item
-    if item['type'] != (first := next(iter(items.values()))['type']):
-      raise ValueError(f'{where}: type {item["type"]!r}, the first item has {first!r}')
-  if not items:
-    raise ValueError(f'{path}: holds no items')
-  return list(items.values())
-
-
-_EXPECTED = {str: 'text', list: 'a list of texts', int: 'a whole number'}
-
-
-def _check(where: str, item: dict[str, Any]) -> None:
-  if item.get('type') not in list(KINDS):
-    raise ValueError(f'{where}: type: expected one of {list(KINDS)}, found {item.get("type")!r}')
-  for name, kind in KINDS[item['type']].fields.items():
-    value = item.get(name)
-    texts = value if kind is list else [value] if kind is str else []
-    if not isinstance(value, kind) or not all(isinstance(x, str) for x in texts):
-      found = repr(value) if name in item else 'none'
-      raise ValueError(f'{where}: {name}: expected {_EXPECTED[kind]}, found {found}')
-  pairs = KINDS[item['type']].pairs(item)
-  if not all(isinstance(text, str) and text.strip() for _, text in pairs):
-    raise ValueError(f'{where}: an answer is empty or no text')
-  gold = item.get('gold', 0)
-  if not isinstance(gold, int) or not 0 <= gold < len(pairs):
-    raise ValueError(f'{where}: gold: expected 0 to {len(pairs) - 1}, found {gold!r}')
+  @property
+  def evaluation(self) -> str:
+    """Return the name of the evaluation that this task is, or is a form of."""
+    return self.form_of or self.name
 
 
 def joined(pair: Pair) -> Pair:
@@ -179,45 +67,92 @@ def joined(pair: Pair) -> Pair:
   return head, (context[len(head) :] or ' ' * bool(head)) + continuation
 
 
-def examples(items: Sequence[Item], item: Item, shots: int, seed: int) -> str:
-  """Write `shots` other items with their answers: drawn by (seed, id), from `dev` if it suffices.
+def drawn(items: Sequence[Item], item: Item, shots: int, seed: int) -> list[Item]:
+  """Draw `shots` other items by (seed, id), from `dev` if it suffices.
 
   Raises:
     ValueError: if there are too few items.
   """
   if not shots:
-    return ''
+    return []
   pool = [x for x in items if x.get('split') == 'dev']
   pool = pool if len(pool) > shots else items
   if len(pool) <= shots:
     raise ValueError(f'shots={shots}: expected fewer than the items of the file, {len(pool)}')
-  drawn = random.Random(f'{seed} {item["id"]}').sample(pool, shots + 1)
-  others = [x for x in drawn if x['id'] != item['id']][:shots]
-  gold = lambda other: KINDS[other['type']].pairs(other)[other.get('gold', 0)]
-  return ''.join(''.join(joined(gold(x))) + '\n\n' for x in others)
+  found = random.Random(f'{seed} {item["id"]}').sample(pool, shots + 1)
+  return [x for x in found if x['id'] != item['id']][:shots]
+
+
+def first(task: Task, pool: Sequence[Item], item: Item) -> list[Item]:
+  """Return the first task.shots items of a pool, others than item, of its group.
+
+  Raises:
+    ValueError: if there are too few.
+  """
+  same = lambda x: not task.group or x.get(task.group) == item.get(task.group)
+  found = list(itertools.islice((x for x in pool if x['id'] != item['id'] and same(x)), task.shots))
+  if len(found) < task.shots:
+    raise ValueError(
+      f'{task.name}: expected {task.shots} examples for {item["id"]} from {task.shots_from!r}, '
+      f'found {len(found)}'
+    )
+  return found
+
+
+def ask(task: Task, item: Item, shown: Sequence[Item], tok: tokenizer.Tokenizer) -> list[Pair]:
+  """Write the (context, continuation) pairs of an item after examples, as they are encoded.
+
+  Raises:
+    ValueError: if a chat is asked for and there is no template, or it refuses the messages.
+  """
+  fill = lambda pair: (task.template.replace('{}', pair[0]), pair[1])
+  gold = lambda x: fill(KINDS[x['type']].pairs(x)[x.get('gold', 0)])
+  pairs = [fill(pair) for pair in KINDS[item['type']].pairs(item)]
+  written = ''.join(''.join(joined(gold(x))) + '\n\n' for x in shown)
+  if not task.chat:
+    return [joined((written + context, text)) for context, text in pairs]
+  if not tok.chat_template:
+    raise ValueError(f'{task.name}: is asked as a chat, and the tokenizer holds no chat template')
+  history = [m for x in shown for m in zip(('user', 'assistant'), gold(x), strict=True)]
+  history, written = (history, '') if task.turns else ([], written)
+
+  def render(context: str) -> str:
+    talk = [*history, *_messages(written + context)]
+    messages = [{'role': role, 'content': content.strip()} for role, content in talk]
+    special = chat.variables(tok)
+    return chat.render(messages, tok.chat_template, add_generation_prompt=True, **special)
+
+  return [(render(context), text.strip()) for context, text in pairs]
+
+
+def _messages(text: str) -> list[Pair]:
+  """Return a text as a message, or as those of a dialogue of `Human:` and `Assistant:`."""
+  if not text.startswith('Human: '):
+    return [('user', text)]
+  _, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ', text)
+  roles = [{'Human': 'user', 'Assistant': 'assistant'}[name] for name in parts[::2]]
+  return list(zip(roles, parts[1::2], strict=True))
 
 
 def answer(
-  scorer: scoring.Scorer, items: Sequence[Item], prefixes: Sequence[str], max_tokens: int
-) -> list[dict[str, Any]]:
-  """Answer items after their prefixes; returns a record of the answers, scores and cost of each.
+  scorer: scoring.Scorer, items: Sequence[Item], shown: Sequence[Sequence[Item]], task: Task,
+  max_tokens: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+  """Answer items after their examples; returns a record of the answers, scores and cost of each.
 
   `tokens` counts those of contexts and continuations (max_tokens where text is generated);
   `truncated` is whether a context did not fit; `device_seconds` is an equal share of the time.
   """
   kind, began = KINDS[items[0]['type']], time.monotonic()
-  requests = [
-    [joined((before + context, text)) for context, text in kind.pairs(item)]
-    for item, before in zip(items, prefixes, strict=True)
-  ]
+  requests = [ask(task, x, before, scorer.tok) for x, before in zip(items, shown, strict=True)]
   room = scorer.context + 1
   if kind.max_tokens:
-    prompts = [scorer.encode(pairs[0][0]) for pairs in requests]
-    answers = scoring.continuations(scorer, prompts, max_tokens, kind.until)
+    prompts = [scorer.encode(pairs[0][0], task.chat) for pairs in requests]
+    answers = scoring.continuations(scorer, prompts, max_tokens, task.until or kind.until)
     sizes = [[len(p) + max_tokens] for p in prompts]
     room = scorer.context
   else:
-    ids = [[scorer.pair(*pair) for pair in pairs] for pairs in requests]
+    ids = [[scorer.pair(*pair, task.chat) for pair in pairs] for pairs in requests]
     flat = iter(scoring.loglikelihoods(scorer, list(itertools.chain(*ids))))
     answers = [list(itertools.islice(flat, len(pairs))) for pairs in ids]
     sizes = [[len(a) + len(b) for a, b in pairs] for pairs in ids]
@@ -231,25 +166,29 @@ def answer(
       'scores': kind.score(item, given),
       'device_seconds': share,
     }
+    | ({'rule': kind.rule(item, given)} if kind.rule else {})
+    | ({'parts': kind.parts(item)} if kind.parts else {})
+    | ({'group': str(item.get(task.group))} if task.group else {})
     for item, given, lengths in zip(items, answers, sizes, strict=True)
   ]
 
 
-def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Average each score over items; the standard error is sqrt(variance / n).
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Average each score (scores.estimate), with its standard error where there is one.
 
-  For scores of 0 and 1 that is sqrt(p (1 - p) / (n - 1)). An NLL adds ppl, its exponential.
+  An NLL adds ppl, its exponential; `rules` counts by which rule answers were found.
   """
-  result: dict[str, float] = {'n': len(records)}
+  result: dict[str, Any] = {'n': len(records)}
   for name in records[0]['scores']:
-    values = np.array([r['scores'][name] for r in records])
-    result[name] = float(values.mean())
-    if len(values) > 1:
-      result[f'{name}_stderr'] = float(values.std(ddof=1) / math.sqrt(len(values)))
+    result[name], error = scores.estimate(*scores.columns(records, name))
+    if error is not None:
+      result[f'{name}_stderr'] = error
   if 'nll' in result:
     result['ppl'] = math.exp(result['nll'])
     if 'nll_stderr' in result:
       result['ppl_stderr'] = result['ppl'] * result['nll_stderr']
+  if 'rule' in records[0]:
+    result['rules'] = dict(collections.Counter(r['rule'] for r in records).most_common())
   totals = ('tokens', 'truncated', 'device_seconds')
   return result | {name: sum(r[name] for r in records) for name in totals}
 
@@ -258,19 +197,15 @@ def evaluate(scorer: scoring.Scorer, items: Sequence[Item]) -> dict[str, float]:
   """Return the summary of items; its 'score' is the main one of their kind."""
   kind = KINDS[items[0]['type']]
   max_tokens = min(kind.max_tokens, scorer.context // 2)
-  result = summary(answer(scorer, items, [''] * len(items), max_tokens))
+  result = summary(answer(scorer, items, [()] * len(items), Task('', ''), max_tokens))
   return result | {'score': result[kind.main]}
 
 
 def run(
   ref: str | Path, paths: Sequence[str], mesh: jax.sharding.Mesh, batch_size: int, *,
   data: str = '', shots: int = 0, seed: int = 0, limit: int = 0, split: str = '',
-) -> dict[str, dict[str, float]]:  # fmt: skip
-  """Evaluate a run on task files; returns a summary by task.
-
-  RUN/tasks/TASK.jsonl has a line per item; a second call continues it, or replaces it if the
-  checkpoint, the file or the settings have changed. RUN/tasks.json holds the summaries. `split` and
-  `limit` (items from the first; 0 is all) choose items.
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+  """Evaluate a run on task files as `perform` does; the examples are drawn by `seed`.
 
   Raises:
     ValueError: if two files have one name, an option does not fit, or another process writes there.
@@ -280,47 +215,115 @@ def run(
     raise ValueError(f'--task: two files have one name: {sorted(names)}')
   if min(shots, limit) < 0:
     raise ValueError(f'--shots={shots}, --limit={limit}: expected at least 0')
-  items_by_name = {name: read(path) for name, path in zip(names, paths, strict=True)}
+  options = {'shots': shots, 'seed': seed * bool(shots), 'limit': limit, 'split': split}
+  named = [Task(name, path, **options) for name, path in zip(names, paths, strict=True)]
+  return perform(ref, named, mesh, batch_size, data=data)
+
+
+def perform(
+  ref: str | Path, tasks: Sequence[Task], mesh: jax.sharding.Mesh, batch_size: int, *,
+  data: str = '',
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+  """Evaluate a run on tasks; returns a summary by task.
+
+  RUN/tasks/TASK.jsonl has a line per item; a second call continues it, or replaces it if the
+  checkpoint, the file or the settings have changed. RUN/tasks.json holds the summaries.
+
+  Raises:
+    ValueError: if a task does not fit its file or the model, or another process writes there.
+  """
+  pools = [_items(task) for task in tasks]
   folder = rundir.evaluations(ref, 'tasks')
   scorer = scoring.open_model(ref, mesh, batch_size, data=data)
   record, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
   with processes.hold(folder.parent, folder.name):
     results = files.read_json(record) if record.exists() else {}
-    for (name, items), path in zip(items_by_name.items(), paths, strict=True):
-      chosen = [x for x in items if split in ('', x.get('split'))][: limit or None]
-      if not chosen:
-        raise ValueError(f'{path}: no item has split {split!r}')
-      settings = {
-        'sha256': files.sha256(Path(path)), 'step': scorer.step, 'weights': weights,
-        'context': scorer.context, 'shots': shots, 'seed': seed * bool(shots),
-        'max_tokens': min(KINDS[items[0]['type']].max_tokens, scorer.context // 2),
-      }  # fmt: skip
-      records = _records(scorer, folder / f'{name}.jsonl', items, chosen, settings)
-      settings |= {'type': items[0]['type'], 'split': split, 'limit': limit}
-      results[name] = summary([records[x['id']] for x in chosen]) | settings
+    for task, (items, pool) in zip(tasks, pools, strict=True):
+      chosen = choice(task, items)
+      facts = {'step': scorer.step, 'weights': weights, 'context': scorer.context}
+      settings = _settings(task, items[0]['type'], scorer) | facts
+      records = _records(scorer, folder / f'{task.name}.jsonl', task, pool, chosen, settings)
+      settings |= {'type': items[0]['type'], 'split': task.split, 'limit': task.limit}
+      settings |= {'main': task.metric or KINDS[items[0]['type']].main}
+      settings |= {'of': len(choice(dataclasses.replace(task, limit=0), items))}
+      results[task.name] = summary([records[x['id']] for x in chosen]) | settings
       if not jax.process_index():
         files.write_json(record, results)
-  return {name: results[name] for name in names}
+  return {task.name: results[task.name] for task in tasks}
+
+
+def _items(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Read the items of a task, and those from which its examples are taken."""
+  items = read(task.file, task.kind)
+  for item in items if task.phrase else ():
+    item['phrase'] = task.phrase
+  if task.shots and not KINDS[items[0]['type']].answered:
+    raise ValueError(f'{task.file}: shots={task.shots}: its items hold no answer to show')
+  if not choice(task, items):
+    raise ValueError(f'{task.file}: no item has split {task.split!r}')
+  if not task.shots_from:
+    return items, items
+  if not _in_file(task.shots_from):
+    return items, [x for x in items if x.get('split') == task.shots_from]
+  return items, read(task.shots_from, task.kind)
+
+
+def _in_file(shots_from: str) -> bool:
+  return '.' in shots_from
+
+
+def choice(task: Task, items: Sequence[Item]) -> list[Item]:
+  """Return the items that are asked; a limit takes as many of each group as it can."""
+  found = [x for x in items if task.split in ('', x.get('split'))]
+  if task.limit and task.group:
+    seen = collections.Counter()
+    turn = {}
+    for item in found:
+      turn[item['id']] = seen[item.get(task.group)]
+      seen[item.get(task.group)] += 1
+    found.sort(key=lambda x: turn[x['id']])
+  return found[: task.limit or None]
+
+
+def _settings(task: Task, kind: str, scorer: scoring.Scorer) -> dict[str, Any]:
+  """Return what answers depend on beside the weights; the rarer ones only where they are set."""
+  most = min(task.max_tokens or KINDS[kind].max_tokens, scorer.context // 2)
+  settings = {
+    'sha256': files.sha256(Path(task.file)), 'shots': task.shots, 'seed': task.seed,
+    'max_tokens': most if KINDS[kind].max_tokens else 0,
+  }  # fmt: skip
+  rare = ('kind', 'shots_from', 'chat', 'turns', 'template', 'phrase', 'until', 'group')
+  default = Task('', '')
+  changed = {k: getattr(task, k) for k in rare if getattr(task, k) != getattr(default, k)}
+  if _in_file(task.shots_from):
+    changed['shots_from'] = files.sha256(Path(task.shots_from))
+  if task.chat:
+    changed['chat_template'] = scorer.tok.chat_template
+  return settings | json.loads(json.dumps(changed))
 
 
 def _records(
-  scorer: scoring.Scorer, path: Path, items: Sequence[Item], chosen: Sequence[Item],
+  scorer: scoring.Scorer, path: Path, task: Task, pool: Sequence[Item], chosen: Sequence[Item],
   settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
   """Return the chosen items' records by id; those that the file lacks are appended to it."""
   records = _resume(path, settings)
   todo = [x for x in chosen if x['id'] not in records]
-  prefixes = {x['id']: examples(items, x, settings['shots'], settings['seed']) for x in todo}
+  draw = lambda x: (
+    first(task, pool, x) if task.shots_from else drawn(pool, x, task.shots, task.seed)
+  )
+  shown = {x['id']: draw(x) for x in todo}
   pairs = lambda x: KINDS[x['type']].pairs(x)
-  length = lambda x: len(prefixes[x['id']]) + max(len(a) + len(b) for a, b in pairs(x))
+  longest = lambda x: max(len(a) + len(b) for a, b in pairs(x))
+  length = lambda x: longest(x) + sum(map(longest, shown[x['id']]))
   todo.sort(key=length, reverse=True)  # items of similar length share a batch: little padding
   size = max(_GROUP * scorer.batch_size // max(len(pairs(x)) for x in chosen), 1)
   with console.Progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
     progress.skip(len(chosen) - len(todo))
     for i in range(0, len(todo), size):
       group = todo[i : i + size]
-      before = [prefixes[x['id']] for x in group]
-      answered = answer(scorer, group, before, settings['max_tokens'])
+      before = [shown[x['id']] for x in group]
+      answered = answer(scorer, group, before, task, settings['max_tokens'])
       records |= {r['id']: r for r in answered}
       if not jax.process_index():
         with path.open('a') as f:
@@ -337,9 +340,9 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     before, *records = [json.loads(line) for line in lines] or [{}]
   except ValueError as e:
     raise ValueError(f'{path}: damaged ({e}); remove it to start again') from None
-  changed = [k for k in settings if before.get(k) != settings[k]]
+  changed = [k for k in settings | before if before.get(k) != settings.get(k)]
   if before and changed:
-    changes = ', '.join(f'{k} was {before.get(k)}, now {settings[k]}' for k in changed)
+    changes = ', '.join(f'{k} was {before.get(k)}, now {settings.get(k)}' for k in changed)
     print(f'{path}: evaluated again, as {changes}', file=sys.stderr)
   if changed:
     lines, records = [json.dumps(settings)], []
@@ -349,7 +352,10 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def line(result: Mapping[str, Any]) -> str:
-  """Format the scores of a summary with their standard errors."""
+  """Format the scores of a summary with their standard errors, and the rules that found answers."""
   names = dict.fromkeys([*(kind.main for kind in KINDS.values()), 'acc_norm', 'ppl', 'bpb'])
+  names |= dict.fromkeys(('strict', 'loose_parts', 'strict_parts'))
   error = lambda name: f' ± {result[name]:.2g}' if name in result else ''  # none of a single item
-  return '  '.join(f'{k} {result[k]:.4g}{error(f"{k}_stderr")}' for k in names if k in result)
+  text = '  '.join(f'{k} {result[k]:.4g}{error(f"{k}_stderr")}' for k in names if k in result)
+  rules = ', '.join(f'{rule} {count}' for rule, count in result.get('rules', {}).items())
+  return text + f'  found by: {rules}' * bool(rules)
