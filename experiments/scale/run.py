@@ -3,7 +3,7 @@
     python -m experiments.scale.run --out=runs/scale
     python -m experiments.scale.run --out=runs/scale --only=slm,moe --slices=v5e-256
 
-Needs libtpu (pip install -e '.[tpu]'); all of them take about an hour of one core. What a
+Needs libtpu (pip install -e '.[tpu]'); all of them take about 40 minutes of one core. What a
 compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for again, unless cells,
 compiler or code have changed; OUT/table.md is written after each. Nothing runs on a chip: times are
 bounds, as those of slm.compile.

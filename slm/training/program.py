@@ -171,6 +171,8 @@ def memory(kinds: Mapping[str, Any], compiled: Any = None) -> dict[str, float]:
   held = {name: _bytes(arguments) for name, arguments in kinds.items()}
   if compiled:
     analysis = compiled.memory_analysis()
+    padding = analysis.argument_size_in_bytes - sum(held.values())
+    held['XLA padding of arguments'] = max(padding, 0.0)  # less if an argument is not used
     held['XLA temporaries'] = float(analysis.temp_size_in_bytes)
     held['XLA results'] = float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     held['XLA program'] = float(analysis.generated_code_size_in_bytes)

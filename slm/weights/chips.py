@@ -11,7 +11,7 @@ class Chip:
     flops: peak dense bfloat16 FLOP/s.
     bytes: of memory.
     bandwidth: bytes/s of that memory.
-    network: bytes/s that a TPU sends along one axis of its slice, both directions together.
+    network: bytes/s that a TPU sends over all its links, two to each axis of its slice.
   """
 
   flops: float
@@ -24,11 +24,12 @@ CHIPS = {
   'a100': Chip(312e12, 80e9, 2.04e12),
   'h100': Chip(989e12, 80e9, 3.35e12),
   'h200': Chip(989e12, 141e9, 4.8e12),
-  # Google Cloud's pages of each TPU; links as in "How to Scale Your Model" (Austin et al. 2025).
-  'tpu-v4': Chip(275e12, 32 * 2**30, 1.228e12, 9e10),
-  'tpu-v5e': Chip(197e12, 16 * 2**30, 8.2e11, 9e10),
-  'tpu-v5p': Chip(459e12, 95e9, 2.765e12, 1.8e11),
-  'tpu-v6e': Chip(918e12, 32 * 2**30, 1.64e12, 1.8e11),
+  # Google Cloud's pages of each TPU; links as in "How to Scale Your Model" (Austin et al. 2025):
+  # v4 and v5p have three axes, v5e and v6e two.
+  'tpu-v4': Chip(275e12, 32 * 2**30, 1.228e12, 3 * 9e10),
+  'tpu-v5e': Chip(197e12, 16 * 2**30, 8.2e11, 2 * 9e10),
+  'tpu-v5p': Chip(459e12, 95e9, 2.765e12, 3 * 1.8e11),
+  'tpu-v6e': Chip(918e12, 32 * 2**30, 1.64e12, 2 * 1.8e11),
 }
 # Kinds of TPU as libtpu and Google name the slices of them, KIND:SHAPE -> their chip.
 TPUS = {'v4': 'tpu-v4', 'v5e': 'tpu-v5e', 'v5p': 'tpu-v5p', 'v6e': 'tpu-v6e'}
