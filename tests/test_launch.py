@@ -203,7 +203,7 @@ RUN = ['train', '--config.data.path=DATA', '--workdir=RUN']
     ('local', ['generate', '--run=x'], {'nodes': 2}, 'only slm train runs as several'),
     ('local', RUN, {'gpus': 2}, '--gpus: is not used with --on=local'),
     ('slurm', ['minitron', '--config.nope=1'], {}, '--config.nope: .* has no such key'),
-    ('slurm', RUN, {'gpus': 3}, r'mesh: 32 groups of rows .* do not divide over 3 devices'),
+    ('slurm', RUN, {'gpus': 3}, r'32 groups of rows .* over 3 .*; data.batch_size=33 does'),
     ('slurm', [*RUN, '--config.mesh.data=4'], {'gpus': 8}, 'needs 4 devices, found 8'),
     ('slurm', RUN, {'time': '1h'}, "--time: expected a value such as 12:00:00, found '1h'"),
     ('slurm', RUN, {'time': '00:05:00'}, '--time=00:05:00: expected more than --grace=300 s'),
@@ -211,7 +211,14 @@ RUN = ['train', '--config.data.path=DATA', '--workdir=RUN']
     ('slurm', RUN, {'time': '1-'}, '--time: expected a value such as 12:00:00'),
     ('slurm', RUN, {'name': 'a b'}, '--name: expected a value such as'),
     ('slurm', RUN, {'env': ['A']}, "--env: expected NAME=VALUE, found 'A'"),
+    ('slurm', ['trian', '--workdir=r'], {'nodes': 2}, "slm has no command 'trian'"),
+    ('slurm', [*RUN, '--workdir=s3://b/r'], {}, 'expected a directory, or an address gs://'),
+    ('slurm', [*RUN, '--config.steps=40'], {}, 'schedule.warmup=100: expected less than steps=40'),
+    ('slurm', [*RUN, '--config.mesh.fsdp=-1'], {}, 'mesh.data, mesh.fsdp are all -1'),
     ('gke', RUN, {}, '--on=gke: expected --image'),
+    ('gke', RUN, {'image': 'a b', 'gpus': 8}, '--image: expected a value such as'),
+    ('gke', RUN, {'image': 'i', 'nodes': 2}, 'expected --topology, or --gpus of each'),
+    ('gke', RUN, {'image': 'i', 'gpus': 8}, 'lies on the own disk of each pod'),
     ('gke', RUN, {'image': 'i', 'topology': 'v9:2x2'}, '--topology: expected a value such as v5e'),
     ('gke', RUN, {'image': 'i', 'topology': 'v5e:2x2x2'}, 'or v4 and v5p with three sides'),
     ('gke', RUN, {'image': 'i', 'topology': 'v5e:4x4', 'nodes': 2}, '--nodes and --gpus'),
@@ -245,7 +252,11 @@ def test_runs_that_are_elsewhere_need_not_be_here(tmp_path):
 
 def test_what_is_not_here_cannot_be_submitted_from_here(monkeypatch):
   monkeypatch.setenv('PATH', '')
-  for on, given in (('slurm', {}), ('gke', {'image': 'i'}), ('tpu-vm', {'name': 'pod'})):
+  for on, given in (
+    ('slurm', {}),
+    ('gke', {'image': 'i', 'gpus': 1, 'dir': '/d'}),
+    ('tpu-vm', {'name': 'pod'}),
+  ):
     job = launch.make(on, RUN, given)
     with pytest.raises(
       ValueError, match='--submit: (sbatch|kubectl|gcloud) is not on this machine'

@@ -239,6 +239,8 @@ def verify(ref: str | Path) -> Iterator[tuple[str, str]]:
     ValueError: if there is no such checkpoint.
   """
   run, step = rundir.split_ref(ref)
+  if not run.exists():
+    raise ValueError(f'{run}: no such file or directory')
   steps = saved_steps(run / 'checkpoints')[::-1]
   if not steps:
     raise ValueError(f'{run}: holds no checkpoints, the run has not saved yet')

@@ -483,6 +483,12 @@ def check(cfg: RunConfig) -> None:
       f'epochs={cfg.epochs}, schedule.warmup_share={cfg.schedule.warmup_share}: expected at least '
       '0, and a share below 1'
     )
+  warmup = 0 if cfg.epochs or cfg.schedule.warmup_share else cfg.schedule.warmup
+  if not 0 <= warmup < cfg.steps:  # with a share or epochs the steps decide it, and may come later
+    raise ValueError(
+      f'schedule.warmup={warmup}: expected less than steps={cfg.steps}; lower it, or set '
+      'schedule.warmup_share=0.1'
+    )
   if cfg.checkpoint.keep < 1:  # Checkpoints opens a directory to read with keep=0
     raise ValueError(f'checkpoint.keep: expected at least 1, found {cfg.checkpoint.keep}')
   if cfg.checkpoint.keep_every < 0:

@@ -40,6 +40,7 @@ _PLAIN = {
   'name': (r'[a-z]([-a-z0-9]{0,43}[a-z0-9])?', 'slm-1 (lower case, at most 45 characters)'),
   'time': (r'(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?', '12:00:00'),
   'partition': (r'[\w.,-]*', 'gpu'),
+  'image': (r'[\w./:@-]*', 'ghcr.io/me/slm:1'),
   'topology': (rf'({chips.SLICE})?', 'v5e:16x16, or v4 and v5p with three sides'),
 }
 
@@ -278,9 +279,20 @@ def make(on: str, command: Sequence[str], given: Mapping[str, Any]) -> Job:
   defaults = {'name': 'slm', 'python': target.python}
   port = {'port': _free_port()} if on == 'local' else {}
   job = Job(tuple(command), **defaults | port | given)
+  if command[0] not in (known := arguments.commands()):
+    near = arguments.suggestion(command[0], known)
+    raise ValueError(f'slm has no command {command[0]!r}{near or "; slm --help lists them"}')
+  if on == 'gke' and not (job.topology or job.gpus):
+    raise ValueError('--on=gke: expected --topology, or --gpus of each of --nodes')
   if command[0] != TRAIN and (job.hosts > 1 or on == 'tpu-vm'):
     raise ValueError(f'slm {command[0]}: expected one process; only slm train runs as several')
   workdir = check(command, job.devices)
+  lasts = job.dir or stage.is_address(workdir) or workdir.startswith('/')
+  if on == 'gke' and workdir and not lasts:
+    raise ValueError(
+      f'--workdir={workdir}: lies on the own disk of each pod, which a restart empties: name a '
+      'path of a volume that all pods mount, or an address'
+    )
   return dataclasses.replace(job, name=given.get('name') or _name(workdir or command[0]))
 
 
@@ -312,13 +324,10 @@ def check(command: Sequence[str], devices: int) -> str:
   whose values are checked too; of other commands only the config and its keys are.
 
   Raises:
-    ValueError: if there is no such command or config, or a key or value of it is wrong.
+    ValueError: if there is no such config, or a key or value of it is wrong.
     absl.flags.Error: if `slm train` has no such flag.
   """
   name, *rest = command
-  if name not in (known := arguments.commands()):
-    near = arguments.suggestion(name, known)
-    raise ValueError(f'slm has no command {name!r}{near or "; slm --help lists them"}')
   if name == TRAIN:
     return _check_train(rest, devices)
   asked = [sys.executable, '-m', f'slm.{name}', *rest, '--help']  # reads the config first
@@ -337,6 +346,7 @@ def _check_train(args: Sequence[str], devices: int) -> str:
     raise ValueError(f'unexpected argument {words[1]!r}; flags are --name=value')
   if not values.workdir:
     raise ValueError('slm train: expected --workdir, the run directory')
+  stage.of(values.workdir)  # refuses addresses at which there are no runs
   given = config.complete(values.config.to_dict())
   if not given['data']['path']:
     raise ValueError('slm train: expected --config.data.path, the prepared data')

@@ -80,7 +80,8 @@ def check_groups(cfg: RunConfig, rep: reparam.Reparam, devices: int) -> None:
   if groups % devices:
     raise ValueError(
       f'mesh: {groups} groups of rows per microbatch (data.batch_size / accum / rows_per_group) '
-      f'do not divide over {devices} devices of the batch axes'
+      f'do not divide over {devices} devices of the batch axes; data.batch_size='
+      f'{-(-groups // devices) * devices * d.accum * d.rows_per_group} does'
     )
 
 

@@ -53,6 +53,9 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   if shape.count(-1) == 1:
     rest = math.prod(n for n in shape if n != -1)
     shape[shape.index(-1)] = max(devices // rest, 1) if rest else -1
+  if shape.count(-1) > 1:
+    left = ', '.join(f'mesh.{a}' for a, n in zip(MESH_AXES, shape, strict=True) if n == -1)
+    raise ValueError(f'mesh: {left} are all -1, the devices that are left: set all but one to 1')
   if min(shape) < 1 or math.prod(shape) != devices:
     raise ValueError(
       f'mesh: {dict(zip(MESH_AXES, shape, strict=True))} needs {math.prod(shape)} devices, '
