@@ -18,7 +18,7 @@ from slm.runs import foreground, launch
 ROOT = Path(__file__).parent.parent
 # What a shell, sbatch, YAML and Kubernetes could each misread.
 AWKWARD = [
-  '--workdir=runs/it\'s "mine" $HOME',
+  '--workdir=/runs/it\'s "mine" $HOME',
   '--config.eval.set=$(date) `x` \\ {a: b} # -- é\n$$',
 ]
 TRAIN = ['train', '--config=configs/pretrain.py', '--config.data.path=DATA', *AWKWARD]
@@ -214,7 +214,7 @@ RUN = ['train', '--config.data.path=DATA', '--workdir=RUN']
     ('slurm', ['trian', '--workdir=r'], {'nodes': 2}, "slm has no command 'trian'"),
     ('slurm', [*RUN, '--workdir=s3://b/r'], {}, 'expected a directory, or an address gs://'),
     ('slurm', [*RUN, '--config.steps=40'], {}, 'schedule.warmup=100: expected less than steps=40'),
-    ('slurm', [*RUN, '--config.mesh.fsdp=-1'], {}, 'mesh.data, mesh.fsdp are all -1'),
+    ('slurm', [*RUN, '--config.mesh.fsdp=-1'], {'gpus': 8}, 'mesh.data, mesh.fsdp are all -1'),
     ('gke', RUN, {}, '--on=gke: expected --image'),
     ('gke', RUN, {'image': 'a b', 'gpus': 8}, '--image: expected a value such as'),
     ('gke', RUN, {'image': 'i', 'nodes': 2}, 'expected --topology, or --gpus of each'),

@@ -163,7 +163,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
   command = [sys.executable, '-m', 'slm.train', '--config=configs/project.py', '--dry_run']
   command += ['--config.model.vocab=32000', f'--workdir={tmp_path / "run"}']
   done = subprocess.run(command, capture_output=True, text=True)
-  assert done.returncode == 1 and 'expected model.vocab and --context' in done.stderr
+  assert done.returncode == 1 and 'expected --config.model.vocab and --context' in done.stderr
   more = ['--context=1024', '--devices=64', '--config.data.batch_size=256', '--chip=tpu-v5e']
   done = subprocess.run([*command, *more], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
