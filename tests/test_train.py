@@ -480,8 +480,8 @@ def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
   """The loop uses a set-up's rewritten batches, evaluators and trained parts."""
   c, plain = tiny_config, objectives.setup
 
-  def setup(cfg, model, rep, mesh):
-    base = plain(cfg, model, rep, mesh)
+  def setup(cfg, model, rep, mesh, reward):
+    base = plain(cfg, model, rep, mesh, reward)
 
     def scaled(params, frozen, batch):
       sums = base.objectives['rows'](params, frozen, batch)
@@ -491,9 +491,9 @@ def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
 
     def rewrite(theta, frozen, batch, step):
       if step % 2:
-        return 'rows', batch
+        return 'rows', batch, {}
       short = {k: x[..., :16] if x.ndim == 4 else x for k, x in batch.items()}
-      return 'short', short | {'bonus': jax.numpy.ones_like(short['weights'])}
+      return 'short', short | {'bonus': jax.numpy.ones_like(short['weights'])}, {}
 
     beside = {'gain': {'scale': jax.numpy.ones(4)}}
     where = sharding.shardings(beside, mesh)

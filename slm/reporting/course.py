@@ -19,7 +19,7 @@ _GB = 1e9
 _POINTS = 1000  # of a drawn curve, at most
 _UNITS = ((3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
 # In the order in which they are drawn; others follow.
-_PHASES = ('pretrain', 'finetune', 'distill', 'evaluate', 'compile', 'save')
+_PHASES = ('pretrain', 'finetune', 'distill', 'rollout', 'evaluate', 'compile', 'save')
 _PANELS = {
   'lr': 'learning rate',
   'grad_norm': 'gradient norm, before clipping',
