@@ -47,6 +47,8 @@ $(VENV)/.test: $(VENV)/.installed
 	$(PY) -m pip install -q -e '.[test]'
 	touch $@
 
+# Compiling, which most tests do, is slower with one heap, and three workers would keep 10 GB.
+test: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 test: $(VENV)/.test
 	SLM_LIBTPU=$(wildcard $(LIBTPU)) $(PY) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
