@@ -38,6 +38,12 @@ TASKS = {
     'doc_to_choice': 'choices',
     'metric_list': [{'metric': m} for m in ('acc', 'acc_norm', 'acc_bytes')],
   },
+  'letters': {
+    'output_type': 'multiple_choice', 'doc_to_target': 'gold', 'doc_to_choice': ['A', 'B', 'C'],
+    'doc_to_text': '{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nAnswer:',
+    'num_fewshot': 2, 'fewshot_split': 'test', 'fewshot_config': {'sampler': 'first_n'},
+    'metric_list': [{'metric': 'acc'}],
+  },
   'text': {
     'output_type': 'loglikelihood_rolling', 'doc_to_text': '', 'doc_to_target': '{{question}}',
     'metric_list': [{'metric': 'bits_per_byte'}],
@@ -168,15 +174,24 @@ def test_scores_of_the_same_questions_are_those_of_slm_evaluate(folder, tmp_path
   lines = [{'id': str(i), 'type': 'mc', 'query': x['question'], **x} for i, x in enumerate(items)]
   path = tmp_path / 'sea.jsonl'
   path.write_text(''.join(json.dumps(x) + '\n' for x in lines))
-  run = shutil.copytree(toy.random_run(), tmp_path / 'run')
-  got = tasks.run(run, [str(path)], sharding.make_mesh({'data': -1}), 8)['sea']
-  want = lm_eval.simple_evaluate(
-    model=harness.SLM(str(run)), tasks=['choices'],
+  run, mesh = shutil.copytree(toy.random_run(), tmp_path / 'run'), sharding.make_mesh({'data': -1})
+  got = tasks.run(run, [str(path)], mesh, 8)['sea']
+  results = lm_eval.simple_evaluate(
+    model=harness.SLM(str(run)), tasks=['choices', 'letters'], log_samples=True,
     task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-  )['results']['choices']  # fmt: skip
+  )  # fmt: skip
+  want = results['results']['choices']
   for mine, theirs in (('acc', 'acc'), ('acc_norm', 'acc_bytes')):
     assert got[mine] == pytest.approx(want[f'{theirs},none'])
     assert got[f'{mine}_stderr'] == pytest.approx(want[f'{theirs}_stderr,none'])
+  path.write_text(''.join(json.dumps({**x, 'split': 'test'}) + '\n' for x in lines))
+  letters = tasks.Task('letters', str(path), 'letter', shots=2, shots_from='test')
+  tasks.perform(run, [letters], mesh, 8)
+  _, *kept = map(json.loads, (run / 'tasks/letters.jsonl').read_text().splitlines())
+  theirs = {str(x['doc_id']): x['filtered_resps'] for x in results['samples']['letters']}
+  for record in kept:
+    expected = [float(logprob) for logprob, _ in theirs[record['id']]]
+    np.testing.assert_allclose([x for x, _ in record['answer']], expected, atol=1e-4)
 
 
 def test_what_it_cannot_do_is_refused():
