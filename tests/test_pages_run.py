@@ -57,6 +57,7 @@ SMALLER = {
   'slm.prune search': '--count=2 --survivors=1 --config.steps=2 --config.schedule.warmup=1 '
   '--config.tensorboard=False --config.eval.max_rows=32',
   'slm.continuations': '--rows=8 --max_tokens=4',
+  'slm.synthesise answers': '--max_tokens=4',
   'slm.minitron': '--config.recover.steps=2 --config.recover.schedule.warmup=1 '
   '--config.calibrate.rows=32 --config.recover.eval.max_rows=32',
   'experiments.specialise.measured': '--out=measured.csv',
@@ -138,7 +139,8 @@ NOT_RUN = {
 # Extras that a command needs: where one is not installed, the command is skipped.
 NEEDS = {
   'slm.gguf import': 'gguf', 'slm.hf verify': 'transformers',
-  'slm.data.prepare --runner=direct': 'apache_beam',
+  'slm.data.prepare --runner=direct': 'apache_beam', 'slm.synthesise gym': 'reasoning_gym',
+  'slm.synthesise answers': 'langdetect',
 }  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def furnish(root):
   )
   for name, names in {
     'talks': ('prompt', 'response'), 'more': ('question', 'answer'), 'sums': ('prompt', 'final'),
-    'pairs': ('prompt', 'chosen', 'rejected'),
+    'pairs': ('prompt', 'chosen', 'rejected'), 'questions': ('question', 'answer'),
   }.items():  # fmt: skip
     lines = ''.join(json.dumps(talk(i, *names)) + '\n' for i in range(80))
     (root / f'{name}.jsonl').write_text(lines)

@@ -2,7 +2,7 @@
 
 Kinds, arguments and the ranges they are drawn from are those of IFEval (Zhou et al. 2023, arXiv
 2311.07911); the sentences and keywords are not. A constraint's id and arguments make a check of
-slm.inference.verifiers.
+slm.inference.verifiers: by `labelled` one of the evaluation, or one that Tülu 3 was trained with.
 """
 
 import random
@@ -20,6 +20,9 @@ LANGUAGES = {
   'vi': 'Vietnamese', 'ne': 'Nepali', 'sw': 'Swahili', 'kn': 'Kannada', 'mr': 'Marathi',
   'gu': 'Gujarati', 'pa': 'Punjabi', 'ml': 'Malayalam', 'fi': 'Finnish',
 }  # fmt: skip
+OPTIONS = ('My answer is yes.', 'My answer is no.', 'My answer is maybe.')
+TRAINED = ('tulu3_fixed', 'tulu3_released')  # labels of Tülu 3's training
+LABELS = ('official', 'official_loose', *TRAINED)
 _KEYWORDS = """amber anchor apple arrow autumn badge balance bamboo basket beacon blanket blossom
   border bottle branch bridge bright bronze bucket butter button cabin candle canvas canyon carbon
   castle cedar chain chalk channel cherry circle citizen clay clever cloud clover coast collar
@@ -236,6 +239,45 @@ _CONFLICTS: dict[str, frozenset[str] | set[str]] = {
   'change_case:english_lowercase': _CASES,
   'startend:quotation': {'detectable_format:title'},
 }  # fmt: skip
+# Each kind's verifier in Tülu 3's training, and the names of its arguments there.
+_TULU3: dict[str, tuple[str, Mapping[str, str]]] = {
+  'keywords:existence': ('verify_keywords', {'keywords': 'keyword_list'}),
+  'keywords:frequency': ('verify_keyword_frequency', {'keyword': 'word', 'frequency': 'N'}),
+  'keywords:forbidden_words': (
+    'validate_forbidden_words', {'forbidden_words': 'forbidden_words'}),
+  'keywords:letter_frequency': (
+    'verify_letter_frequency', {'letter': 'letter', 'let_frequency': 'N'}),
+  'language:response_language': ('validate_response_language', {'language': 'language'}),
+  'length_constraints:number_sentences': (
+    'verify_sentence_constraint', {'num_sentences': 'N', 'relation': 'quantifier'}),
+  'length_constraints:number_paragraphs': ('verify_paragraph_count', {'num_paragraphs': 'N'}),
+  'length_constraints:number_words': (
+    'validate_word_constraint', {'num_words': 'N', 'relation': 'quantifier'}),
+  'length_constraints:nth_paragraph_first_word': (
+    'validate_paragraphs',
+    {'num_paragraphs': 'N', 'first_word': 'first_word', 'nth_paragraph': 'i'}),
+  'detectable_content:number_placeholders': ('validate_placeholders', {'num_placeholders': 'N'}),
+  'detectable_content:postscript': (
+    'verify_postscript', {'postscript_marker': 'postscript_marker'}),
+  'detectable_format:number_bullet_lists': ('verify_bullet_points', {'num_bullets': 'N'}),
+  'detectable_format:constrained_response': ('validate_choice', {}),
+  'detectable_format:number_highlighted_sections': (
+    'validate_highlighted_sections', {'num_highlights': 'N'}),
+  'detectable_format:multiple_sections': (
+    'validate_sections', {'num_sections': 'N', 'section_spliter': 'section_splitter'}),
+  'detectable_format:json_format': ('validate_json_format', {}),
+  'detectable_format:title': ('validate_title', {}),
+  'combination:two_responses': ('validate_two_responses', {}),
+  'combination:repeat_prompt': ('validate_repeat_prompt', {'prompt_to_repeat': 'original_prompt'}),
+  'startend:end_checker': ('validate_end', {'end_phrase': 'end_phrase'}),
+  'startend:quotation': ('validate_quotation', {}),
+  'change_case:capital_word_frequency': (
+    'validate_frequency_capital_words',
+    {'capital_frequency': 'N', 'capital_relation': 'quantifier'}),
+  'change_case:english_capital': ('validate_uppercase', {}),
+  'change_case:english_lowercase': ('validate_lowercase', {}),
+  'punctuation:no_comma': ('validate_no_commas', {}),
+}  # fmt: skip
 
 
 def conflict(a: str, b: str) -> bool:
@@ -243,10 +285,43 @@ def conflict(a: str, b: str) -> bool:
   return a == b or b in _CONFLICTS.get(a, ()) or a in _CONFLICTS.get(b, ())
 
 
-def draw(rng: random.Random, prompt: str, kind: str) -> Constraint:
-  """Draw a constraint of a kind, and a sentence that states it."""
+def draw(rng: random.Random, prompt: str, kind: str, labels: str = 'official') -> Constraint:
+  """Draw a constraint of a kind, and a sentence that states it as `labels` check it."""
   args = KINDS[kind].draw(rng, prompt)
-  return Constraint(kind, args, rng.choice(KINDS[kind].sentences).format_map(_words(args)))
+  sentences = KINDS[kind].sentences
+  if labels in TRAINED:
+    args = _as_trained(kind, args)
+    sentences = [x for x in sentences if 'fence' not in x]  # around JSON: not in training
+  sentence = rng.choice(sentences).format_map(_words(args))
+  divider = labels in TRAINED and kind == 'length_constraints:number_paragraphs'
+  return Constraint(kind, args, sentence.replace('***', '* * *') if divider else sentence)
+
+
+def _as_trained(kind: str, args: Mapping[str, Any]) -> dict[str, Any]:
+  """Return arguments in words that hold for Tülu 3's verifiers: exactly, at least, at most."""
+  relation = next((key for key in args if key.endswith('relation')), '')
+  if not relation:
+    return dict(args)
+  if kind in ('keywords:frequency', 'keywords:letter_frequency'):
+    return {**args, relation: 'exactly'}
+  if args[relation] == 'at least':
+    return dict(args)
+  number = next(key for key, x in args.items() if isinstance(x, int))
+  return {**args, relation: 'at most', number: args[number] - 1}
+
+
+def labelled(constraint: Constraint, labels: str) -> dict[str, Any]:
+  """Return the check of a constraint that was drawn for `labels`: a verifier's id, and arguments.
+
+  `labels` is official, official_loose, tulu3_fixed or tulu3_released.
+  """
+  if labels not in TRAINED:
+    return {'id': f'ifeval.{labels}.{constraint.id}', 'args': constraint.args}
+  name, names = _TULU3[constraint.id]
+  args = {names[key]: value for key, value in constraint.args.items() if key in names}
+  if constraint.id == 'detectable_format:constrained_response':
+    args = {'options': list(OPTIONS)}
+  return {'id': f'ifeval.{labels}.{name}', 'args': args}
 
 
 def _words(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,15 +336,59 @@ def _words(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attach(
-  rng: random.Random, prompt: str, number: int, kinds: Sequence[str] = tuple(KINDS)
-) -> tuple[str, list[Constraint]]:
+  rng: random.Random, prompt: str, number: int, kinds: Sequence[str] = tuple(KINDS), *,
+  labels: str = 'official',
+) -> tuple[str, list[Constraint]]:  # fmt: skip
   """Return a prompt with sentences that state constraints, and those constraints.
 
-  They are up to `number` kinds without conflicts: fewer where a drawn one admits no other.
+  They are up to `number` kinds without conflicts, whose arguments do not contradict each other
+  under `labels`: fewer where a drawn one admits no other.
   """
   chosen: list[Constraint] = []
   for kind in rng.sample(list(kinds), len(kinds)):
     if len(chosen) < number and not any(conflict(kind, other.id) for other in chosen):
-      chosen.append(draw(rng, prompt, kind))
+      drawn = draw(rng, prompt, kind, labels)
+      if not any(contradict(drawn, other, labels) for other in chosen):
+        chosen.append(drawn)
   chosen.sort(key=lambda x: x.id != 'combination:repeat_prompt')  # repeats what is before it
   return ' '.join([prompt, *(x.sentence for x in chosen)]), chosen
+
+
+def contradict(a: Constraint, b: Constraint, labels: str = 'official') -> bool:
+  """Return whether the arguments of two constraints are ones that no text may satisfy together.
+
+  IFEval draws such prompts; no kinds that `conflict` knows are asked about.
+  """
+  return _rules_out(a, b, labels) or _rules_out(b, a, labels)
+
+
+def _rules_out(a: Constraint, b: Constraint, labels: str) -> bool:
+  trained, texts = labels in TRAINED, _texts(b)
+  name, other = a.id.partition(':')[2], b.id.partition(':')[2]
+  at_most = any(x in ('less than', 'at most', 'exactly') for x in a.args.values())
+  if name in ('existence', 'frequency', 'forbidden_words', 'nth_paragraph_first_word'):
+    return any(x in y or y in x for x in _texts(a) for y in texts)  # one word, in one constraint
+  if name == 'letter_frequency' and at_most:
+    capitals = trained and other == 'english_capital'  # only small letters are counted
+    return capitals or any(a.args['letter'] in x.lower() for x in texts)
+  if name == 'capital_word_frequency' and at_most:
+    return other == 'postscript' or 'SECTION' in texts
+  if name in ('english_capital', 'english_lowercase'):
+    change = str.upper if name == 'english_capital' else str.lower
+    exact = trained and other in ('postscript', 'end_checker', 'nth_paragraph_first_word')
+    return (exact or other == 'multiple_sections') and any(change(x) != x for x in texts)
+  if name == 'no_comma':
+    return any(',' in x for x in texts)
+  if trained and name == 'quotation':
+    return other == 'end_checker' or b.args.get('nth_paragraph') == 1
+  if labels == 'tulu3_released' and name == 'multiple_sections':  # nothing may come before them
+    return other == 'quotation' or b.args.get('nth_paragraph') == 1
+  # Dividers of * * * begin with an asterisk, as bullet points do.
+  return trained and (name, other) == ('number_bullet_lists', 'number_paragraphs')
+
+
+def _texts(constraint: Constraint) -> list[str]:
+  """Return the words and phrases among the arguments of a constraint."""
+  values = [x if isinstance(x, list) else [x] for x in constraint.args.values()]
+  number = {'less than', 'at least', 'at most', 'exactly'}
+  return [x for value in values for x in value if isinstance(x, str) and x not in number]

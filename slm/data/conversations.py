@@ -108,6 +108,39 @@ def read(path: str, spec: str, chat: ChatConfig, id_field: str) -> Iterator[tupl
     yield text, str(record[id_field]) if id_field else ''
 
 
+def whole(spec: str) -> Source:
+  """Return the source of prompts that is all of a specification, and is taken whole.
+
+  Raises:
+    ValueError: if there are several, or it says how much of it is taken.
+  """
+  source, *others = parse(spec, ChatConfig('prompts'))
+  if others or source.fraction or source.rows:
+    raise ValueError(f'{spec}: expected one source of prompts, without fraction and rows')
+  return source
+
+
+def asked(spec: str) -> Iterator[list[dict[str, Any]]]:
+  """Yield what each line of a source asks: messages, of which the last is the user's.
+
+  The answer to it, if the line has one, is left out.
+
+  Raises:
+    ValueError: as `whole`; or naming the line, if a field is missing or the last message is not a
+      user's text.
+  """
+  source = whole(spec)
+  for path in sources.expand(source.path):
+    for line, record in sources.records(path):
+      where = f'{path}:{line}'
+      found = _prompt(where, record, source.chat)
+      if len(found) > 1 and found[-1]['role'] == 'assistant':
+        found = found[:-1]
+      if found[-1]['role'] != 'user' or not found[-1]['content']:
+        raise ValueError(f'{where}: expected text of a user last, found {str(found[-1])[:60]}')
+      yield found
+
+
 def _names(record: Mapping[str, Any]) -> str:
   return ', '.join(sorted(record))
 

@@ -40,7 +40,8 @@ class Scorer:
   mesh: jax.sharding.Mesh
   batch_size: int
   sums: Callable[..., jax.Array]  # (params, batch [b,t]) -> [b,2]: NLL, tokens that are not greedy
-  generate: Callable[..., decode.Completions]  # (params, ids [b,t], mask [b,t], max_tokens)
+  # (params, ids [b,t], mask [b,t], max_tokens[, sampler, key]): greedy unless a sampler is given
+  generate: Callable[..., decode.Completions]
 
   def encode(self, text: str, rendered: bool = False) -> list[int]:
     """Encode a text as the model was trained to read it: after `begin`.
@@ -94,11 +95,11 @@ def make(
     values = losses.over_tokens(measures, *tokens, chunk)
     return jnp.stack([jnp.sum(x * batch['weights'], axis=-1) for x in values], axis=-1)
 
-  @functools.partial(program, static_argnums=3)
-  def generate(params, ids, mask, max_tokens):
-    stops = {'end': tok.ends, 'known': tok.known}
-    key = jax.random.key(0)  # not used by greedy decoding
-    return decode.generate(model, params, ids, mask, key, max_tokens=max_tokens, **stops)
+  @functools.partial(program, static_argnums=(3, 4))
+  def generate(params, ids, mask, max_tokens, sampler=decode.greedy, key=None):
+    options = {'end': tok.ends, 'known': tok.known, 'max_tokens': max_tokens, 'sampler': sampler}
+    key = jax.random.key(0) if key is None else key  # not used by greedy decoding
+    return decode.generate(model, params, ids, mask, key, **options)
 
   devices = sharding.batch_devices(mesh)
   batch_size = -(-batch_size // devices) * devices
