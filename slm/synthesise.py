@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   if f.rows < (kind != 'constraints'):
     raise ValueError(f'--rows={f.rows}: expected at least {int(kind != "constraints")}')
   if kind == 'constraints':
-    options = {'labels': f.labels, 'least': f.least, 'most': f.most}
+    options = {'labels': f.labels, 'least': f.least, 'most': f.most, 'kinds': f.task}
     rows = synthesis.constrained(f.prompts, rows=f.rows, seed=f.seed, **options)
   else:
     rows = getattr(synthesis, kind)(f.rows, f.seed, f.task)
@@ -70,7 +70,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('seed', 0, 'Seed of all that is drawn.')
   flags.DEFINE_string('prompts', '', 'constraints, answers: FILE[?prompt=FIELD&...] of prompts.')
   flags.DEFINE_integer('rows', 0, 'Prompts to make; constraints: of the file, 0 is all.')
-  flags.DEFINE_multi_string('task', [], 'gym, arithmetic: kind of problem; repeat for several.')
+  flags.DEFINE_multi_string('task', [], 'Kind of problem or constraint; repeat for several.')
   flags.DEFINE_string('labels', 'official', f'constraints: {" | ".join(constraints.LABELS)}.')
   flags.DEFINE_integer('least', 1, 'constraints: fewest for a prompt.')
   flags.DEFINE_integer('most', 3, 'constraints: most for a prompt.')

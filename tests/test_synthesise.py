@@ -156,6 +156,10 @@ def test_constrained_prompts_are_rows_that_prepare_reads(tmp_path):
   )
   rows = make()
   assert rows == make() != make(seed=1) and len(rows) == 41 and len(make(rows=7)) == 7
+  quoted = make(kinds=['startend:quotation'], least=1, most=1)
+  assert {*map(str, (row['verifier'] for row in quoted))} == {
+    "['ifeval.official.startend:quotation']"
+  }
   for row in rows:
     text = row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']
     assert text == ' '.join([row['request'], *row['sentences']])
@@ -181,6 +185,8 @@ def test_constrained_prompts_are_rows_that_prepare_reads(tmp_path):
   [
     ({'labels': 'tulu'}, '--labels=tulu: expected one of official'),
     ({'least': 3, 'most': 2}, 'expected 1 <= least <= most <= 25'),
+    ({'kinds': ['punctuation:no_comma']}, 'expected 1 <= least <= most <= 1'),
+    ({'kinds': ['no_comma']}, '--task=no_comma: expected one of keywords:existence'),
     ({'rows': 9}, '--rows=9: .* has 1 prompts'),
     ({'spec': '?fraction=0.5'}, 'expected one source of prompts, without fraction'),
     ({'spec': '?prompt=x'}, "no field 'x'"),

@@ -25,10 +25,11 @@ _THINGS = (
 
 
 def constrained(
-  spec: str, *, rows: int, seed: int, labels: str, least: int, most: int
+  spec: str, *, rows: int, seed: int, labels: str, least: int, most: int, kinds: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
   """Yield prompts of a source, `rows` of them (0: all), each with `least` to `most` constraints.
 
+  They are of `kinds`, ids of constraints.KINDS; without any, of all.
   `request` is the user's last message without the `sentences` that state the constraints; `labels`
   is one of constraints.LABELS. A prompt may get fewer where the drawn ones admit no other.
 
@@ -37,17 +38,19 @@ def constrained(
   """
   if labels not in constraints.LABELS:
     raise ValueError(f'--labels={labels}: expected one of {", ".join(constraints.LABELS)}')
-  if not 1 <= least <= most <= len(constraints.KINDS):
-    raise ValueError(
-      f'--least={least} --most={most}: expected 1 <= least <= most <= {len(constraints.KINDS)}'
-    )
+  if unknown := [x for x in kinds if x not in constraints.KINDS]:
+    raise ValueError(f'--task={unknown[0]}: expected one of {", ".join(constraints.KINDS)}')
+  kinds = tuple(kinds) or tuple(constraints.KINDS)
+  if not 1 <= least <= most <= len(kinds):
+    raise ValueError(f'--least={least} --most={most}: expected 1 <= least <= most <= {len(kinds)}')
   prompts = list(conversations.asked(spec))
   rng = random.Random(seed)
   if rows > len(prompts):
     raise ValueError(f'--rows={rows}: {spec} has {len(prompts):,} prompts')
   for messages in rng.sample(prompts, rows or len(prompts)):
     request = messages[-1]['content']
-    prompt, chosen = constraints.attach(rng, request, rng.randint(least, most), labels=labels)
+    number = rng.randint(least, most)
+    prompt, chosen = constraints.attach(rng, request, number, kinds, labels=labels)
     checks = [constraints.labelled(x, labels) for x in chosen]
     whole = [*messages[:-1], {**messages[-1], 'content': prompt}]
     yield {
