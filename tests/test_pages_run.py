@@ -48,6 +48,8 @@ SMALLER = {
   '--config.tensorboard=False --config.eval.max_rows=32',
   'slm.train --config=configs/dpo.py': '--config.epochs=0 --config.steps=2 --config.log_every=1 '
   '--config.tensorboard=False --config.eval.max_rows=32',
+  'slm.train --config=configs/reward.py': '--config.epochs=0 --config.steps=2 --config.log_every=1 '
+  '--config.tensorboard=False --config.eval.max_rows=32',
   'slm.train --config=configs/grpo.py': '--config.steps=2 --config.schedule.warmup=1 '
   '--config.tensorboard=False --config.eval.max_rows=4 --config.data.batch_size=2 '
   '--config.objective.samples=2 --config.objective.max_tokens=4',

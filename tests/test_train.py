@@ -500,7 +500,10 @@ def test_an_objective_brings_batches_evaluators_and_weights_of_its_own(
     return dataclasses.replace(
       base,
       objectives={'rows': scaled, 'short': scaled},
-      evaluators={**base.evaluators, 'extra': lambda of: {'loss': 1.0, 'tokens': 3, 'hits': 2.0}},
+      evaluators={
+        **base.evaluators,
+        'extra': lambda of, _: {'loss': 1.0, 'tokens': 3, 'hits': 2.0},
+      },
       beside=jax.device_put(beside, where),
       rates={'gain': 0.5},
       rewrite=rewrite,

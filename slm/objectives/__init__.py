@@ -20,24 +20,31 @@ from slm.objectives import (
   policy,
   preference,
   reference,
+  scalar,
   teacher,
 )
 from slm.objectives.setup import ROWS, Objective, Reward, Setup
 from slm.runs import load
-from slm.runs.config import DistillConfig, DpoConfig, NextTokenConfig, PolicyConfig, RunConfig
+from slm.runs.config import (
+  DistillConfig,
+  DpoConfig,
+  NextTokenConfig,
+  ObjectiveConfig,
+  PolicyConfig,
+  RewardConfig,
+  RunConfig,
+)
 
 OBJECTIVES = {
   NextTokenConfig: next_token.next_token,
   DistillConfig: distill.distill,
   DpoConfig: preference.dpo,
+  RewardConfig: scalar.reward,
   PolicyConfig: policy.policy,
 }
 
 
-def build(
-  cfg: NextTokenConfig | DistillConfig | DpoConfig | PolicyConfig,
-  forward: Mapping[str, Callable],
-) -> Objective:
+def build(cfg: ObjectiveConfig, forward: Mapping[str, Callable]) -> Objective:
   """Build objective(params, frozen, batch) -> {name: (sum, weight)} from its config."""
   return OBJECTIVES[type(cfg)](cfg, forward)
 
@@ -58,6 +65,8 @@ def setup(
     return reference.setup(cfg, model, rep, mesh)
   if isinstance(cfg.objective, PolicyConfig):
     return answers.setup(cfg, model, rep, mesh, reward)
+  if isinstance(cfg.objective, RewardConfig):
+    return scalar.setup(cfg, model, rep, mesh)
   evaluators = {'heldout': heldout.evaluator(cfg, model, rep, mesh)}
   if isinstance(cfg.objective, DistillConfig):
     return teacher.setup(cfg, model, rep, mesh, evaluators)
@@ -88,6 +97,8 @@ def outline(
     return teacher.setup(cfg, model, rep, mesh, {}, loaded)
   if isinstance(cfg.objective, DpoConfig):
     return reference.outline(cfg, model, rep, mesh)
+  if isinstance(cfg.objective, RewardConfig):
+    return scalar.outline(cfg, model, rep, mesh)
   return Setup(
     {ROWS: build(cfg.objective, {'student': reparam.map_groups(rep, model.forward)})}, {}
   )

@@ -325,7 +325,7 @@ def evaluator(
     tokens = out['lengths'].sum(1) * real
     return *(rewards * real[:, None]).sum(0), real.sum(), tokens.sum()
 
-  def evaluate(specialist):
+  def evaluate(specialist, _):
     params, sums = specialist(0), np.zeros(4)
     batches = loader.evaluation_batches(
       cfg.data.path, e.set, e.split, size, max_rows=e.max_rows, process_index=index,

@@ -88,7 +88,7 @@ def rows(
 
 def evaluator(
   cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: Mesh
-) -> Callable[[Callable[[int], Params]], dict[str, float]]:
+) -> Callable[[Callable[[int], Params], Params], dict[str, float]]:
   """Make the evaluator of a run in training: its loss on the rows that `cfg.eval` names.
 
   Each row is evaluated with its own cluster's specialist.
@@ -96,7 +96,7 @@ def evaluator(
   row_losses = make_row_losses(model.forward, cfg.dtype, cfg.objective.chunk, mesh)
   e = cfg.eval
   split = (mesh, cfg.data.path, e.set, e.split, e.batch_size, rep.clusters, e.max_rows)
-  return lambda specialist: summary(rows(row_losses, specialist, *split), 0)
+  return lambda specialist, _: summary(rows(row_losses, specialist, *split), 0)
 
 
 def summary(values: np.ndarray, num_bytes: int) -> dict[str, float]:

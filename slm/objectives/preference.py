@@ -15,6 +15,9 @@ from slm.objectives.losses import Batch, Sums
 from slm.runs.config import DpoConfig
 from slm.weights.axes import Params
 
+# Of rewards that are a model's own: -log sigmoid(chosen - rejected).
+BRADLEY_TERRY = DpoConfig(kind='plain', beta=1.0)
+
 
 def dpo(cfg: DpoConfig, forward: Mapping[str, Callable]) -> Callable[..., Sums]:
   """Make the objective of pairs; the logits of `chunk` tokens exist at a time.

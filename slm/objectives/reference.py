@@ -29,12 +29,17 @@ def setup(
     ValueError: if the start has not finished or holds several models, or if the log-probabilities
       on disk are not those of the start on the run's rows.
   """
-  evaluate = Evaluator(cfg, model, rep, mesh)
+
+  def scores(params, beside, batch):
+    logprobs = losses.target_logprobs(model.forward, params, batch, cfg.objective.chunk)
+    return preference.scores(cfg.objective, logprobs, batch)
+
+  evaluate = Evaluator(cfg, cfg.objective, scores, rep, mesh)
   if not cfg.objective.has_reference:
     return _setup(cfg, model, rep, {'heldout': evaluate})
   params = load.source(cfg, 'init', mesh).params()
   cache = _open(cfg, params) if cfg.teacher_cache else None
-  evaluate.reference = evaluate.pairs(lambda condition: params)
+  evaluate.reference = evaluate.pairs(lambda condition: params, {})
   return _setup(cfg, model, rep, {'heldout': evaluate}, params, cache)
 
 
@@ -123,18 +128,21 @@ class Evaluator:
   reference: np.ndarray | None = None
 
   def __init__(
-    self, cfg: RunConfig, model: models.Model, rep: reparam.Reparam, mesh: jax.sharding.Mesh
+    self,
+    cfg: RunConfig,
+    judged: DpoConfig,
+    scores: Callable[[Params, Params, losses.Batch], jax.Array],
+    rep: reparam.Reparam,
+    mesh: jax.sharding.Mesh,
   ):
-    self._cfg, objective, dtype = cfg.objective, cfg.objective, jnp.dtype(cfg.dtype)
+    """Evaluate by scores(params, beside, batch) -> [b,2,p] of answers, judged as DPO's are."""
+    self._judged, dtype = judged, jnp.dtype(cfg.dtype)
 
-    def measure(params, batch):
-      logprobs = losses.target_logprobs(
-        model.forward, tree.cast(params, dtype), batch, objective.chunk
-      )
+    def measure(weights, batch):
       mask = (batch['weights'] > 0).astype(jnp.float32)
       tokens = preference.by_answer(mask, batch['segments']).sum(1)
       of_pairs = jnp.stack([preference.pair_weights(batch), tokens], axis=1)
-      both = [preference.scores(objective, logprobs, batch), of_pairs]
+      both = [scores(*tree.cast(weights, dtype), batch), of_pairs]
       return jnp.concatenate(both, axis=1).reshape(len(tokens), -1)
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -142,15 +150,15 @@ class Evaluator:
     e = cfg.eval
     self._rows = (mesh, cfg.data.path, e.set, e.split, e.batch_size, rep.clusters, e.max_rows)
 
-  def pairs(self, specialist: Callable[[int], Params]) -> np.ndarray:
+  def pairs(self, specialist: Callable[[int], Params], beside: Params) -> np.ndarray:
     """Return the scores of both answers, the weight and the tokens of each pair: [pairs,4]."""
-    rows = heldout.rows(self._measure, specialist, *self._rows)
+    rows = heldout.rows(self._measure, lambda c: (specialist(c), beside), *self._rows)
     table = rows.reshape(len(rows), 4, -1).swapaxes(1, 2).reshape(-1, 4)
     return table[table[:, 2] > 0]
 
-  def __call__(self, specialist: Callable[[int], Params]) -> dict[str, float]:
+  def __call__(self, specialist: Callable[[int], Params], beside: Params) -> dict[str, float]:
     """Summarise the held-out pairs of a model."""
-    return summary(self._cfg, self.pairs(specialist), self.reference)
+    return summary(self._judged, self.pairs(specialist, beside), self.reference)
 
 
 def summary(
@@ -171,7 +179,8 @@ def summary(
   relative = scores if reference is None else scores - reference[:, :2]
   found = preference.judge(cfg, jnp.asarray(cfg.scale * relative)[..., None])
   values = {name: np.asarray(x, np.float64)[:, 0] for name, x in found.items()}
-  values['preferred'] = (scores[:, 0] > scores[:, 1]).astype(float)
+  if cfg != preference.BRADLEY_TERRY:  # where it is the accuracy
+    values['preferred'] = (scores[:, 0] > scores[:, 1]).astype(float)
   if reference is not None:
     values['gain'] = values['preferred'] - (reference[:, 0] > reference[:, 1])
   result = {'tokens': int(pairs[:, 3].sum()), 'pairs': len(pairs)}

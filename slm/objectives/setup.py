@@ -11,8 +11,9 @@ from slm.objectives.losses import Batch, Sums
 from slm.weights.axes import Params
 
 Objective = Callable[[Params, Params, Batch], Sums]  # (params, frozen, batch) -> sums
-# (condition -> dense params of its specialist) -> values by name, including 'loss' and 'tokens'
-Evaluator = Callable[[Callable[[int], Params]], dict[str, float]]
+# (condition -> dense params of its specialist, what is trained beside theta) -> values by name,
+# including 'loss' and 'tokens'
+Evaluator = Callable[[Callable[[int], Params], Params], dict[str, float]]
 # Labels of prompts, by row -> ((rows, texts) -> a reward each, NaN where none could be decided).
 Grade = Callable[[Sequence[int], Sequence[str]], Sequence[float]]
 Reward = Callable[[Sequence[Sequence[Mapping[str, Any]]]], Grade]

@@ -25,6 +25,7 @@ from slm.runs import processes, rundir
 
 Path = pathlib.Path
 policies = ocp.training.preservation_policies
+THETA, BESIDE = 'theta', 'beside'  # items of a checkpoint: what is served, what is trained with it
 _SUMS = 'checksums.json'
 
 
@@ -109,19 +110,23 @@ class Checkpoints:
     return min(scored, key=lambda c: (c.metrics['loss'], -c.step)).step if scored else self.latest
 
   def save(
-    self, step: int, theta: Any, opt_state: Any = None, batch: int = 0, loss: float | None = None
-  ) -> None:
+    self, step: int, theta: Any, opt_state: Any = None, beside: Any = None, batch: int = 0,
+    loss: float | None = None,
+  ) -> None:  # fmt: skip
     """Start an asynchronous save; the state may be donated as soon as this returns.
 
-    `batch` is the number of the next batch. A checkpoint with a `loss` may become the best.
+    `beside` is what is trained beside theta, `batch` the number of the next batch. A checkpoint
+    with a `loss` may become the best.
 
     Raises:
       OSError: if this save or the one before it fails, such as for lack of space, naming the newest
         intact step.
     """
-    items = {'theta': theta}
+    items = {THETA: theta}
     if opt_state is not None:
       items |= {'opt': opt_state, 'data': {'next': np.asarray(batch)}}
+    if beside:
+      items[BESIDE] = beside
     metrics = None if loss is None else {'loss': loss}
     lease.push(self._run)  # a restart needs the metrics of the steps before
     with self._errors('saved'):
@@ -187,22 +192,32 @@ class Checkpoints:
         f'{problem}: moved to {aside}, going on from step {steps[len(damaged)]}', file=sys.stderr
       )
 
-  def restore(self, step: int, theta: Any, opt_state: Any) -> tuple[Any, Any, int]:
-    """Return theta, opt_state and the next batch, laid out like the abstract arguments."""
-    abstract = {'theta': theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
+  def restore(
+    self, step: int, theta: Any, beside: Any, opt_state: Any
+  ) -> tuple[Any, Any, Any, int]:
+    """Return theta, beside, opt_state and the next batch, laid out like the abstract arguments."""
+    abstract = {THETA: theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
+    joined = beside and not (self._directory / str(step) / BESIDE).exists()  # by slm 0.2
+    if beside:
+      abstract |= {'opt': (opt_state, beside)} if joined else {BESIDE: beside}
     with self._errors('read', step):
       items = self._checkpointer.load_checkpointables(step, abstract)
-    return items['theta'], items['opt'], int(items['data']['next'])
+    opt_state, beside = items['opt'] if joined else (items['opt'], items.get(BESIDE, {}))
+    return items[THETA], beside, opt_state, int(items['data']['next'])
 
-  def restore_theta(self, step: int, theta: Any) -> Any:
-    """Return theta, laid out like the abstract argument; raise ValueError if it is damaged."""
-    processes.together(lambda: jax.process_index() or self._check_theta(step))
+  def restore_item(self, step: int, item: str, abstract: Any) -> Any:
+    """Return THETA or BESIDE, laid out like the abstract argument.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    processes.together(lambda: jax.process_index() or self._check_item(step, item))
     with self._errors('read', step):
-      return self._checkpointer.load_checkpointables(step, {'theta': theta})['theta']
+      return self._checkpointer.load_checkpointables(step, {item: abstract})[item]
 
-  def _check_theta(self, step: int) -> None:
-    if problem := damage(self._directory / str(step), 'theta'):
-      steps = (s for s in self.steps if not damage(self._directory / str(s), 'theta'))
+  def _check_item(self, step: int, item: str) -> None:
+    if problem := damage(self._directory / str(step), item):
+      steps = (s for s in self.steps if not damage(self._directory / str(s), item))
       sound = ', '.join(f'{self._directory.parent}@{s}' for s in steps)
       raise ValueError(f'{problem}; {"sound: " + sound if sound else "no other step is sound"}')
 

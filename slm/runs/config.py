@@ -161,6 +161,16 @@ class DpoConfig(ObjectiveConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig(ObjectiveConfig):
+  """Preference pairs: a scalar read at an answer's end is to be higher for the chosen one."""
+
+  chunk: int = 512  # tokens whose logits exist at once where the run is evaluated on text
+  reduction: Literal['mean', 'sum'] = 'mean'  # of the losses of a step's pairs
+  name: str = 'reward'
+  kinds = ('pairs',)
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig(ObjectiveConfig):
   """Policy gradients on sampled and scored answers to prompts: GRPO and its relatives."""
 
@@ -302,7 +312,9 @@ class RunConfig:
   distributed: DistributedConfig = DistributedConfig()
   model: ModelConfig
   reparam: ReparamConfig = FullConfig()  # see slm/reparam and the configs of that name
-  objective: NextTokenConfig | DistillConfig | DpoConfig | PolicyConfig = NextTokenConfig()
+  objective: NextTokenConfig | DistillConfig | DpoConfig | RewardConfig | PolicyConfig = (
+    NextTokenConfig()
+  )
   teacher: str = ''  # run directory of the distillation teacher
   # Instead of a teacher, or of a reference in memory: its predictions, as slm.signals wrote them.
   teacher_cache: str = ''

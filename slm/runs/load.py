@@ -110,9 +110,17 @@ def load(run: str | Path, mesh: Mesh, finished: bool = False) -> Loaded:
       step = saved.best
     elif step not in saved.steps:
       raise ValueError(f'{run}: has no checkpoint of step {step}, found steps {saved.steps}')
-    theta = saved.restore_theta(step, checkpoint.abstract(*theta_shardings(rep, mesh)))
+    shapes = checkpoint.abstract(*theta_shardings(rep, mesh))
+    theta = saved.restore_item(step, checkpoint.THETA, shapes)
   frozen = {'base': base(cfg, rep, mesh)} if rep.base else {}
   return Loaded(run, cfg, model, rep, theta, frozen, step)
+
+
+def beside(loaded: Loaded, shapes: Params, mesh: Mesh) -> Params:
+  """Load weights of these shapes that a run trained beside theta, at the step that was loaded."""
+  where = checkpoint.abstract(shapes, sharding.shardings(shapes, mesh))
+  with checkpoint.Checkpoints(loaded.path / 'checkpoints') as saved:
+    return saved.restore_item(loaded.step, checkpoint.BESIDE, where)
 
 
 def outline(cfg: RunConfig, mesh: Mesh) -> Loaded:

@@ -142,8 +142,9 @@ class _Run:
     if saved.latest is None:
       return self.initial_state()
     expected = checkpoint.abstract(self.shapes, self.layout)
-    theta, rest, next_batch = saved.restore(saved.latest, *_saved(expected))
-    opt_state, beside = rest if expected.beside else (rest, {})
+    theta, beside, opt_state, next_batch = saved.restore(
+      saved.latest, expected.theta, expected.beside, expected.opt_state
+    )
     if rewound := rundir.rewound_to(self.workdir, saved.latest):
       next_batch = rewound['next']
     self.batches.set_state(next_batch)
@@ -159,7 +160,8 @@ class _Run:
     if self.reparam.clusters or self.reparam.base:
       chosen = lambda condition: condition if self.reparam.clusters else None
       specialist = lambda c: self.materialize(state.theta, self.frozen, chosen(c))
-    values = {name: run(specialist) for name, run in self.setup.evaluators.items()}
+    runs = self.setup.evaluators.items()
+    values = {name: run(specialist, state.beside) for name, run in runs}
     return values, time.monotonic() - began
 
   def global_batch(self, batch: dict[str, np.ndarray]) -> Batch:
@@ -282,7 +284,8 @@ class _Run:
         # A checkpoint with a loss is a candidate for the best, which early stopping alone keeps.
         loss = record.eval_loss(step) if cfg.eval.patience else None
         with record.apart('save'):
-          saved.save(step, *_saved(state), self.batches.get_state(), loss)
+          weights = state.theta, state.opt_state, state.beside
+          saved.save(step, *weights, self.batches.get_state(), loss)
       if stop:
         break
     return step, stop
@@ -293,10 +296,3 @@ class _Run:
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)]
     ancestors = [*filter(None, [cfg.init]), *self.setup.ancestors]
     return Recorder(cfg, self.workdir, start, names, self.step_flops, ancestors)
-
-
-def _saved(state: State) -> tuple[Any, Any]:
-  """Return the part of a checkpoint that is served, and the part that only a restart needs."""
-  if state.beside:
-    return state.theta, (state.opt_state, state.beside)
-  return state.theta, state.opt_state

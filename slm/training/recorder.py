@@ -18,7 +18,7 @@ from slm.training import optim, writers
 from slm.weights.count import forward_flops
 
 _AVERAGE = 0.98  # share of the earlier losses in their running average, at every step
-_NO_CURVES = {'nll', 'tokens', 'rows', 'pairs', 'loss_stderr'}  # of a held-out summary
+_NO_CURVES = {'nll', 'tokens', 'rows', 'pairs'}  # of a held-out summary
 
 # Totals over all restarts of a run.
 TOTALS = (

@@ -34,6 +34,9 @@ AXES: dict[str, tuple[str, ...]] = {
   'w_router': ('embed', 'experts'),
   # slm/objectives/teacher.py: the map from the student's states to the teacher's width.
   'w_teacher': ('embed', 'teacher_embed'),
+  # slm/objectives/scalar.py: a scalar read from a state.
+  'w_score': ('embed',),
+  'b_score': (),
   # slm/reparam: E [k,m] and M^(l) [m,h] of a projected network; routers and hypernetworks.
   'expert_code': ('clusters', 'code'),
   'mix': ('code', 'basis'),

@@ -50,6 +50,10 @@ def forward_flops(cfg: Counted, context: int) -> float:
 
   Of the experts only those chosen count, even if all are computed.
   """
+  return hidden_flops(cfg, context) + 2.0 * cfg.sizes['vocab'] * cfg.sizes['embed']
+
+
+def hidden_flops(cfg: Counted, context: int) -> float:
+  """Count the FLOPs of one token's forward pass up to its last hidden state."""
   counts = active_params(cfg)
-  head = 2 * cfg.sizes['vocab'] * cfg.sizes['embed']
-  return 2.0 * (counts['attention'] + counts['mlp']) + head + cfg.score_flops(context)
+  return 2.0 * (counts['attention'] + counts['mlp']) + cfg.score_flops(context)
