@@ -204,11 +204,13 @@ def test_a_step_is_compiled_from_shapes():
   assert f'{least * cfg.steps / 3600 * 8:,.3g} chip-hours' in text
 
 
-def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step():
+@pytest.mark.parametrize('name', ['pretrain', 'dpo', 'grpo'])
+def test_the_head_is_gathered_and_its_gradient_reduced_once_a_step(name):
   """However many chunks the loss has."""
   sent = {}
   for chunk in (512, 16):
-    step = compile_step(tiny(objective__chunk=chunk))
+    changes = {} if name == 'pretrain' else {'init': '', 'model__num_layers': 1}
+    step = compile_step(tiny(name, objective__chunk=chunk, **changes))
     sent[chunk] = sum(c.bytes for c in step.collectives)
   assert sent[16] == pytest.approx(sent[512], rel=0.02)
 

@@ -1,5 +1,7 @@
 """Objectives compared with optax and torch, and chunked losses with full logits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from slm import objectives
 from slm.models.decoder import Output, logits
 from slm.objectives import distill, losses
 from slm.runs.config import section
+from slm.weights import sharding
 
 EMBED, VOCAB = 8, 31
 CE = {'name': 'next_token'}
@@ -148,6 +151,68 @@ def test_token_logprobs_are_those_of_full_logits(chunk, cap):
   np.testing.assert_allclose(pieces(params, hidden), whole(params, hidden), rtol=1e-5, atol=1e-5)
   grads = (jax.jit(jax.grad(loss), static_argnums=1)(params, f) for f in (pieces, whole))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *grads)
+
+
+def along_tokens(weight, hidden, targets, logprobs):
+  """Return the log-probabilities of targets, and the gradients of a loss of whole rows."""
+
+  def loss(weight, hidden):
+    values = logprobs(weight, hidden, targets)
+    return jnp.sum(jax.nn.log_sigmoid(values.sum(-1) / 5)), values
+
+  gradients, values = jax.grad(loss, (0, 1), has_aux=True)(weight, hidden)
+  return values, *gradients
+
+
+def of_full_logits(weight, hidden, targets):
+  return -losses.cross_entropy(logits(weight, hidden, 5.0) / 0.7, targets)
+
+
+def of_chunks(weight, hidden, targets):
+  return losses.token_logprobs(weight, hidden, targets, 5.0, 8, 0.7)
+
+
+def head_and_tokens(dtype, *groups: int):
+  keys = jax.random.split(jax.random.key(0), 3)
+  weight = jax.random.normal(keys[0], (48, 16), dtype)
+  hidden = jax.random.normal(keys[1], (*groups, 8, 13, 16), dtype)
+  return weight, hidden, jax.random.randint(keys[2], hidden.shape[:-1], 0, 48)
+
+
+@pytest.mark.parametrize(
+  ('axes', 'dtype', 'atol'),
+  [
+    ({'data': 1}, 'float32', 1e-6),
+    ({'data': 2, 'fsdp': 4}, 'float32', 1e-6),
+    ({'fsdp': 2, 'expert': 2, 'tensor': 2}, 'float32', 1e-6),
+    ({'data': 2, 'fsdp': 4}, 'bfloat16', 1e-2),
+  ],
+)
+def test_token_logprobs_are_the_same_on_every_mesh(axes, dtype, atol):
+  args = head_and_tokens(dtype)
+  expected = along_tokens(
+    *(x.astype('float32') if x.ndim == 3 else x for x in args), of_full_logits
+  )
+  mesh = sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])
+  rows = sharding.batch_sharding(mesh)
+  places = sharding.shardings({'lm_head': args[0]}, mesh)['lm_head'], rows, rows
+  with jax.set_mesh(mesh):
+    found = jax.jit(along_tokens, static_argnums=3)(*map(jax.device_put, args, places), of_chunks)
+  for a, b in zip(found, expected, strict=True):
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(b).max())
+
+
+def test_token_logprobs_of_groups_that_are_split_over_a_mesh():
+  """Rows inside a group are not split again, nor are they in the backward pass."""
+  args = head_and_tokens('float32', 4)
+  weight = jnp.stack([args[0] * scale for scale in (0.5, 1.0, 1.5, 2.0)])
+  mapped = lambda fn: lambda *x: sharding.vmap_groups(fn, 0)(*x)
+  expected = along_tokens(weight, *args[1:], mapped(of_full_logits))
+  with jax.set_mesh(sharding.make_mesh({'data': 2, 'fsdp': 2}, jax.devices()[:4])):
+    found = jax.jit(lambda *x: along_tokens(*x, mapped(of_chunks)))(weight, *args[1:])
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_token_logprobs_hold_no_full_logits():

@@ -11,7 +11,15 @@ from jax.sharding import PartitionSpec
 from slm.models import moe
 from slm.models.decoder import head, logits
 from slm.weights.axes import Params
-from slm.weights.sharding import batch_axes, batch_shards, constrain, map_rows, platform
+from slm.weights.sharding import (
+  axes_in_use,
+  batch_axes,
+  batch_shards,
+  constrain,
+  map_rows,
+  platform,
+  using,
+)
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
@@ -29,13 +37,20 @@ def over_tokens(
 ) -> Any:
   """Apply fn(logits [b,c,v], targets [b,c]) -> arrays [b,c] to every position: arrays [b,t].
 
-  The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens per device at a time;
-  the backward pass computes them again.
+  The logits of weight [v,d] and hidden [b,t,d] exist for about `chunk` tokens per device at a time.
+  For gradients, see `token_logprobs`.
   """
-  cut = functools.partial(split, chunk)
-  one = jax.checkpoint(lambda weight, x: fn(logits(weight, x[0], cap), x[1]))
-  values = jax.lax.map(functools.partial(one, weight), (cut(hidden), cut(targets)))
-  return jax.tree.map(lambda x: join(x, hidden.shape[1]), values)
+
+  def local(weight, hidden, targets):
+    cut = functools.partial(split, chunk)
+    one = lambda x: fn(logits(weight, x[0], cap), x[1])
+    values = jax.lax.map(one, (cut(hidden), cut(targets)))
+    return jax.tree.map(lambda x: join(x, hidden.shape[1]), values)
+
+  if mapped := _mapped_axes(weight, hidden):
+    rows = PartitionSpec(mapped)
+    local = map_rows(local, (PartitionSpec(), rows, rows), rows)
+  return local(weight, hidden, targets)
 
 
 def token_logprobs(
@@ -48,13 +63,36 @@ def token_logprobs(
   losses of whole sequences (DPO, policy gradients). For a sum over tokens, `chunked` needs one
   product with the head less.
   """
+  return -_token_losses(cap, chunk, temperature, axes_in_use(), weight, hidden, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _token_losses(cap, chunk, temperature, axes, weight, hidden, targets):
   loss = lambda scores, targets: cross_entropy(scores / temperature, targets)
-  return -over_tokens(loss, weight, hidden, targets, cap, chunk)
+  return over_tokens(loss, weight, hidden, targets, cap, chunk)
 
 
-def next_token(cap: float, weight: jax.Array, hidden: jax.Array, _, rows) -> dict[str, jax.Array]:
+def _token_forward(cap, chunk, temperature, axes, *args):
+  return _token_losses(cap, chunk, temperature, axes, *args), args
+
+
+def _token_backward(cap, chunk, temperature, axes, args, g):
+  weight, hidden, targets = args
+  weighed = functools.partial(next_token, cap, temperature=temperature)
+  with using(axes):  # the backward pass is traced when an enclosing map has been left
+    rows = {'targets': targets, 'weights': g}
+    _, gradient = _forward(weighed, chunk, weight, hidden, (), rows)
+  return *gradient, None
+
+
+_token_losses.defvjp(_token_forward, _token_backward)
+
+
+def next_token(
+  cap: float, weight: jax.Array, hidden: jax.Array, _, rows: Batch, temperature: float = 1.0
+) -> dict[str, jax.Array]:
   """Sum the weighted next-token loss over tokens [b,c], for `chunked`."""
-  nll = cross_entropy(logits(weight, hidden, cap), rows['targets'])
+  nll = cross_entropy(logits(weight, hidden, cap) / temperature, rows['targets'])
   return {'loss': jnp.sum(nll * rows['weights'])}
 
 
@@ -156,11 +194,15 @@ def chunked(fn, chunk, weight, hidden, constants, rows):
   return jax.tree.map(lambda x: x.sum(0), sums)
 
 
-def _forward(fn, chunk, weight, hidden, constants, rows):
-  axes = batch_axes()
+def _mapped_axes(weight, hidden) -> tuple[str, ...]:
+  """Return the mesh axes over which devices walk over rows of their own; () if they cannot."""
   # XLA on CPU aborts on an all-reduce in bfloat16 that meets a shard_map (AllReducePromotion).
   aborts = platform() == 'cpu' and weight.dtype == jnp.bfloat16
-  if not axes or hidden.shape[0] % batch_shards() or aborts:
+  return () if aborts or hidden.shape[0] % batch_shards() else batch_axes()
+
+
+def _forward(fn, chunk, weight, hidden, constants, rows):
+  if not (axes := _mapped_axes(weight, hidden)):
     return _gradient(fn, chunk, weight, hidden, constants, rows)
 
   # Each device walks over its own rows and adds up a gradient of the head of its own, so that

@@ -1,9 +1,10 @@
 """Meshes, and the sharding of weights and activations by their logical axes."""
 
+import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -142,6 +143,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 _grouped: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('grouped', default=())
 
 
+def axes_in_use() -> tuple[str, ...]:
+  """Return the mesh axes that an enclosing vmap_groups or map_rows uses."""
+  return _grouped.get()
+
+
+@contextlib.contextmanager
+def using(axes: tuple[str, ...]) -> Iterator[None]:
+  """Trace code as inside a map that uses these mesh axes, where no constraint does."""
+  token = _grouped.set(axes)
+  try:
+    yield
+  finally:
+    _grouped.reset(token)
+
+
 def platform() -> str:
   """Return the platform that the code being traced is for: that of its mesh, or this machine's."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -187,11 +203,8 @@ def map_rows(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[
     axes = batch_axes()
 
     def local(*args):
-      token = _grouped.set(axes)
-      try:
+      with using(axes):
         return fn(*args)
-      finally:
-        _grouped.reset(token)
 
     return jax.shard_map(
       local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
@@ -206,10 +219,7 @@ def vmap_groups(fn: Callable[..., Any], in_axes: Any) -> Callable[..., Any]:
   def run(*args):
     mesh = jax.sharding.get_abstract_mesh()
     names = () if mesh.empty else tuple(a for a in RULES['batch'] if mesh.shape[a] > 1)
-    token = _grouped.set(names)
-    try:
+    with using(names):
       return jax.vmap(fn, in_axes, spmd_axis_name=names or None)(*args)
-    finally:
-      _grouped.reset(token)
 
   return run
