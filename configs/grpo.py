@@ -9,8 +9,8 @@ from configs import base
 from slm.runs.config import PolicyConfig
 
 PRESETS = {
-  # Tülu 3.1 8B: the loss averaged over tokens, a KL of 0.01.
-  'tulu': {'advantage': 'std', 'normalise': 'tokens', 'kl': 0.01},
+  # Tülu 3.1 8B: the loss averaged over tokens, a KL of 0.01, two updates a step.
+  'tulu': {'advantage': 'std', 'normalise': 'tokens', 'kl': 0.01, 'minibatches': 2},
   # DeepSeekMath (arXiv 2402.03300): averaged over each answer, then over answers.
   'grpo': {'advantage': 'std', 'normalise': 'sequences', 'kl': 0.04},
   # Liu et al. 2025 (arXiv 2503.20783): no division by a deviation or a length.

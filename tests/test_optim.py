@@ -28,6 +28,9 @@ def test_schedules(name):
     assert values[16] < 2.0
   if name == 'linear':
     np.testing.assert_allclose(np.diff(values[4:]), -1.8 / 16, rtol=1e-4)
+  updates = optim.schedule(section('schedule', {'name': name, **rest}), 20, updates=4)
+  np.testing.assert_allclose([updates(4 * i) for i in range(21)], values, rtol=1e-6)
+  np.testing.assert_allclose(updates(6), (values[1] + values[2]) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['constant', 'cosine', 'linear', 'wsd'])

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 from test_conversations import fields, write
@@ -16,7 +17,7 @@ from slm.base import console, files
 from slm.data import loader, prepare, tokenizer
 from slm.data.settings import TokenizerConfig
 from slm.inference import rewards
-from slm.models.decoder import Output
+from slm.models.decoder import Output, unembed
 from slm.objectives import answers, policy
 from slm.objectives.losses import target_logprobs
 from slm.runs import checkpoint, load, rundir
@@ -196,24 +197,38 @@ def test_groups_without_variance_are_left_out_and_counted():
   prompts, out = drawn_answers()
   nan, cfg = np.nan, PolicyConfig(keep=1, samples=3, score_unended=True, advantage='center')
   rewards = jnp.array([[1.0, 1.0, 1.0], [1.0, nan, 0.0]])
-  made, metrics = answers.train_batch(cfg, prompts, out, rewards, accum=1)
-  assert made['inputs'].shape == (1, 3, 1, 9)  # static, whatever varies
-  assert np.asarray(made['inputs'])[0, :, 0, 0].tolist() == [8, 8, 8]
-  np.testing.assert_allclose(made['advantages'][0, 0, 0, 1], 2 / 3, rtol=1e-6)
+  made, metrics = answers.train_rows(cfg, prompts, out, rewards)
+  assert made['inputs'].shape == (3, 9)  # static, whatever varies
+  assert np.asarray(made['inputs'])[:, 0].tolist() == [8, 8, 8]
+  np.testing.assert_allclose(made['advantages'][0, 1], 2 / 3, rtol=1e-6)
   same = {'no_variance': 0.5, 'trained_groups': 1, 'undecided': 1 / 6, 'reward': 4 / 6,
           'answer_tokens': 17 / 6, 'rollout_tokens': 17}  # fmt: skip
   assert {name: float(metrics[name]) for name in same} == pytest.approx(same)
 
   punished = dataclasses.replace(cfg, keep=0, score_unended=False, unended=-10.0)
-  made, metrics = answers.train_batch(punished, prompts, out, rewards, accum=2)
-  assert made['inputs'].shape == (2, 3, 1, 9) and float(metrics['trained_groups']) == 2
+  made, metrics = answers.train_rows(punished, prompts, out, rewards)
+  assert made['inputs'].shape == (6, 9) and float(metrics['trained_groups']) == 2
   want = np.array([-10.0, 1.0, 1.0]) - np.mean([-10.0, 1.0, 1.0])
-  np.testing.assert_allclose(made['advantages'][0, :, 0].max(1), np.maximum(want, 0), rtol=1e-5)
+  np.testing.assert_allclose(made['advantages'][:3].max(1), np.maximum(want, 0), rtol=1e-5)
 
-  _, none = answers.train_batch(cfg, prompts, out, jnp.ones((2, 3)), accum=1)
-  assert float(none['trained_groups']) == 0
-  made, _ = answers.train_batch(cfg, prompts, out, jnp.ones((2, 3)), accum=1)
-  assert not np.any(made['weights'])
+  made, none = answers.train_rows(cfg, prompts, out, jnp.ones((2, 3)))
+  assert float(none['trained_groups']) == 0 and not np.any(made['weights'])
+
+
+def test_every_epoch_shares_all_answers_among_updates_in_an_order_of_its_own():
+  made = {'inputs': jnp.arange(24).repeat(9).reshape(24, 9), 'old': jnp.ones((24, 9))}
+  share = lambda key, **keys: np.asarray(
+    answers.shared(PolicyConfig(**keys), made, 2, jax.random.key(key))['inputs']
+  )
+  one = share(0)
+  assert one.shape == (2, 12, 1, 9) and one[..., 0].ravel().tolist() == [*range(24)]
+  found = share(0, epochs=3, minibatches=4)
+  assert found.shape == (12, 2, 3, 1, 9)
+  orders = found[..., 0].reshape(3, 24).tolist()
+  assert all(sorted(order) == [*range(24)] for order in orders)
+  assert len(set(map(tuple, orders))) == 3
+  assert (share(0, epochs=2, minibatches=4) == found[:8]).all()
+  assert (share(1, epochs=3, minibatches=4) != found).any()
 
 
 @pytest.fixture(scope='module')
@@ -244,7 +259,7 @@ def config_of(start, preset='tulu', **changes):
   c.schedule.update(peak=3e-3, warmup=1)
   c.eval.update(every=0, max_rows=8, batch_size=8)
   c.checkpoint.every = 2
-  c.objective.update(chunk=64, samples=4, max_tokens=6, score_unended=True, keep=0)
+  c.objective.update(chunk=64, samples=4, max_tokens=6, score_unended=True, keep=0, minibatches=1)
   c.update_from_flattened_dict(changes)
   return c.to_dict()
 
@@ -275,7 +290,14 @@ def test_a_killed_run_continues_bitwise_rollouts_included(start, tmp_path, monke
   c = config_of(
     start,
     'dapo',
-    **{'objective.keep': 4, 'data.accum': 2, 'objective.samples': 8, 'data.batch_size': 16},
+    **{
+      'objective.keep': 4,
+      'data.accum': 2,
+      'objective.samples': 8,
+      'data.batch_size': 16,
+      'objective.epochs': 2,
+      'objective.minibatches': 2,
+    },
   )
   whole = loop.train(c, tmp_path / 'whole', reward=begins)
   with monkeypatch.context() as m:
@@ -294,7 +316,7 @@ def test_a_killed_run_continues_bitwise_rollouts_included(start, tmp_path, monke
   phases = {p['phase']: p for p in files.read_json(tmp_path / 'whole' / 'ledger.json')['phases']}
   assert phases['rollout']['tokens'] == whole['rollout_tokens'] > 0
   assert phases['rollout']['device_seconds'] == whole['rollout_device_seconds'] > 0
-  assert phases['finetune']['tokens'] == whole['tokens'] < whole['rollout_tokens']
+  assert phases['finetune']['tokens'] == whole['tokens'] < 2 * whole['rollout_tokens']
 
 
 def test_the_sampler_has_the_weights_of_the_step(start, tmp_path, monkeypatch):
@@ -323,11 +345,82 @@ def test_devices_slots_and_microbatches_do_not_change_a_step(start, tmp_path, mo
   found = []
   for i, (mesh, accum) in enumerate((({'data': 1}, 1), ({'data': 2, 'fsdp': 2}, 2))):
     on(monkeypatch, mesh)
-    changes = {'steps': 1, 'schedule.warmup': 0, 'data.accum': accum, 'objective.slots': 5 * i}
+    changes = {'steps': 1, 'schedule.warmup': 0, 'data.accum': accum, 'objective.slots': 5 * i,
+               'objective.minibatches': 2}  # fmt: skip
     loop.train(config_of(start, 'grpo', **changes), tmp_path / str(i), reward=begins)
     found.append(metrics(tmp_path / str(i))[0])
   for name in ('loss', 'grad_norm', 'reward', 'answer_tokens', 'entropy', 'eval_reward'):
     assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
+
+
+def recorded(monkeypatch):
+  """Record copies of the weights and the batch of every step of a run."""
+  made, seen = answers.make_rewrite, []
+
+  def recording(*args):
+    rewrite = made(*args)
+
+    def noted(theta, *rest):
+      kind, batch, told = rewrite(theta, *rest)
+      seen.append(jax.tree.map(np.array, (theta, batch)))
+      return kind, batch, told
+
+    return noted
+
+  monkeypatch.setattr(answers, 'make_rewrite', recording)
+  return seen
+
+
+def plain_updates(cfg, model, params, batches, rates):
+  """Return the weights after an update on each batch [rows,t] of one rollout: PPO by the book."""
+  tx = optax.inject_hyperparams(
+    lambda rate: optax.chain(
+      optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.0)
+    )
+  )(rate=0.0)
+  state = tx.init(params)
+
+  def loss(params, batch):
+    out = model.forward(params, {n: batch[n] for n in ('inputs', 'segments', 'positions')})
+    table = jax.nn.log_softmax(unembed(params, out))
+    logp = jnp.take_along_axis(table, batch['targets'][..., None], -1)[..., 0]
+    ratio, a = jnp.exp(logp - batch['old']), batch['advantages']
+    low, high = 1 - cfg['clip_low'], 1 + cfg['clip_high']
+    gain = jnp.minimum(ratio * a, jnp.clip(ratio, low, high) * a)
+    return -jnp.sum(gain * batch['weights']) / jnp.sum(batch['weights'])
+
+  @jax.jit
+  def update(params, state, batch):
+    change, state = tx.update(jax.grad(loss)(params, batch), state, params)
+    return optax.apply_updates(params, change), state
+
+  for batch, rate in zip(batches, rates, strict=True):
+    state.hyperparams['rate'] = jnp.asarray(rate)
+    params, state = update(params, state, batch)
+  return params
+
+
+def test_a_step_is_the_plain_loop_of_its_updates(start, tmp_path, monkeypatch):
+  """All on one rollout, with ratios to the probabilities of the draw, and its clip holds some."""
+  seen = recorded(monkeypatch)
+  c = config_of(
+    start,
+    **{'objective.epochs': 2, 'objective.minibatches': 2, 'objective.kl': 0.0, 'data.accum': 2,
+       'steps': 2, 'objective.advantage': 'center', 'schedule.peak': 0.02},
+  )  # fmt: skip
+  loop.train(c, tmp_path / 'run', reward=begins)
+  (theta, batch), (after, _) = seen
+  assert batch['inputs'].shape[:4] == (4, 2, 8, 1)
+  batches = [{n: x[i].reshape(16, -1) for n, x in batch.items()} for i in range(4)]
+  rates = [0.02 * (1 + share) / 2 for share in (0, 0.25, 0.5, 0.75)]  # a warm-up of one step
+  model = load.load(start[0], sharding.make_mesh()).model
+  want = plain_updates(c['objective'], model, theta, batches, rates)
+  first = plain_updates(c['objective'], model, theta, batches[:1], rates[:1])
+  apart = lambda *trees: max(jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), *trees)))
+  assert apart(after, want) < 1e-5 < 1e-2 < min(apart(theta, want), apart(first, want))
+  line = metrics(tmp_path / 'run')[0]
+  assert 0 < line['clipped'] < 1 and line['moved'] > 1e-2
+  assert line['tokens'] == sum(x['weights'].sum() for x in batches)
 
 
 def test_draws_depend_on_seed_step_row_and_number_alone(start):
@@ -386,7 +479,9 @@ def test_verifiers_reward_and_undecided_is_nan(monkeypatch):
   ('changes', 'message'),
   [
     ({'objective.keep': 9}, 'objective.keep=9: expected at most data.batch_size=8'),
-    ({'objective.keep': 3, 'data.accum': 8}, 'objective.samples=4 answers data.accum=8 micro'),
+    ({'objective.keep': 3, 'data.accum': 8}, 'of minibatches x data.accum x devices = 1 x 8 x 1'),
+    ({'objective.minibatches': 3}, 'objective.minibatches=3: expected the 32 answers of a step'),
+    ({'objective.epochs': 0}, 'expected epochs >= 1'),
     ({'init': ''}, 'objective.kl=0.01 is from the weights of a run'),
     ({'objective.samples': 1}, 'expected samples >= 2'),
     ({'objective.clip_low': 0.0}, 'expected clip_low in 0..1'),

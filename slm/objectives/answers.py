@@ -26,7 +26,7 @@ Score = Callable[[int, list[int], list[str]], list[float]]  # (step, rows, texts
 _LEAVES = {'inputs': np.int32, 'targets': np.int32, 'segments': np.int32, 'positions': np.int32,
            'weights': np.float32, 'old': np.float32, 'advantages': np.float32}  # fmt: skip
 # What a key of draws is for, folded into that of the run.
-_TRAIN, _HELD_OUT, _COIN, _SHUFFLE = 3, 4, 5, 6
+_TRAIN, _HELD_OUT, _COIN, _SHUFFLE, _ORDER = 3, 4, 5, 6, 7
 
 
 def setup(
@@ -80,16 +80,22 @@ def _shaped(cfg, model, rep, mesh) -> Setup:
       f'reparam {cfg.reparam.name!r}, data.mix_share={d.mix_share}'
     )
   groups = o.keep or d.batch_size
-  if groups > d.batch_size or groups * o.samples % (d.accum * devices):
+  if groups > d.batch_size:
     raise ValueError(
-      f'objective.keep={o.keep}: expected at most data.batch_size={d.batch_size} groups, whose '
-      f'objective.samples={o.samples} answers data.accum={d.accum} microbatches on {devices} '
-      'devices can share'
+      f'objective.keep={o.keep}: expected at most data.batch_size={d.batch_size} groups'
     )
-  width = cfg.context + o.max_tokens
-  shape = (d.accum, groups * o.samples // d.accum, 1, width)
-  passes = 3 + bool(o.kl)
-  trained = groups * o.samples * width * passes * forward_flops(model.cfg, width)
+  count, width = groups * o.samples, cfg.context + o.max_tokens
+  if count % (o.minibatches * d.accum * devices):
+    raise ValueError(
+      f'objective.minibatches={o.minibatches}: expected the {count} answers of a step '
+      f'(objective.samples={o.samples} to each of {groups} prompts) to be a multiple of '
+      f'minibatches x data.accum x devices = {o.minibatches} x {d.accum} x {devices}'
+    )
+  split = sharding.batch_sharding(mesh, axis=len(_lead(o, d.accum)))
+  shape = (*_lead(o, d.accum), count // (o.minibatches * d.accum), 1, width)
+  leaf = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+  passes = o.epochs * (3 + bool(o.kl))
+  trained = count * width * passes * forward_flops(model.cfg, width)
   usual = 3 * forward_flops(model.cfg, cfg.context)
   forward = {
     'student': reparam.map_groups(rep, model.forward),
@@ -99,7 +105,7 @@ def _shaped(cfg, model, rep, mesh) -> Setup:
     {ROWS: policy.policy(o, forward)},
     {},
     flops=trained / (d.batch_size * cfg.context) - usual,
-    leaves={name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in _LEAVES.items()},
+    leaves={name: leaf(dtype) for name, dtype in _LEAVES.items()},
   )
 
 
@@ -183,10 +189,10 @@ def rows(batch: Batch, out: Batch) -> Batch:
   }
 
 
-def train_batch(
-  cfg: PolicyConfig, batch: Batch, out: Batch, rewards: jax.Array, accum: int
+def train_rows(
+  cfg: PolicyConfig, batch: Batch, out: Batch, rewards: jax.Array
 ) -> tuple[Batch, dict[str, jax.Array]]:
-  """Make the batch to train on, leaves [accum,rows,1,t+m], and the metrics of all answers.
+  """Make the rows to train on, leaves [answers,t+m], and the metrics of all answers.
 
   `rewards` [n,g] are NaN where nothing could be decided, which counts 0. With cfg.keep, groups
   whose rewards are all the same are left out; where fewer than `keep` remain, others fill their
@@ -204,9 +210,8 @@ def train_batch(
     chosen = jnp.argsort(~varies, stable=True)[: cfg.keep]
     made['weights'] *= varies[:, None, None]
     made = {name: x[chosen] for name, x in made.items()}
-  shape = lambda x: x.reshape(accum, -1, 1, x.shape[-1])
   mean = lambda x: jnp.mean(x.astype(jnp.float32))
-  return {name: shape(x) for name, x in made.items()}, {
+  return {name: x.reshape(-1, x.shape[-1]) for name, x in made.items()}, {
     'reward': mean(rewards),
     'reward_std': jnp.std(rewards),
     'no_variance': mean(~varies),
@@ -216,6 +221,25 @@ def train_batch(
     'undecided': mean(undecided),
     'rollout_tokens': out['lengths'].sum(),
   }
+
+
+def _lead(cfg: PolicyConfig, accum: int) -> tuple[int, ...]:
+  """Return the axes that the rows of a batch come after: its updates, if several, and accum."""
+  return (cfg.updates, accum) if cfg.updates > 1 else (accum,)
+
+
+def shared(cfg: PolicyConfig, made: Batch, accum: int, key: jax.Array) -> Batch:
+  """Share rows [answers,t] among the updates of a step: leaves [updates,accum,rows,1,t].
+
+  Each epoch takes all rows, in an order of its own by `key`. One update has them as they are, and
+  no axis for updates.
+  """
+  if cfg.updates > 1:
+    order = lambda i: jax.random.permutation(jax.random.fold_in(key, i), len(made['inputs']))
+    places = jax.vmap(order)(jnp.arange(cfg.epochs)).reshape(-1)
+    made = {name: x[places] for name, x in made.items()}
+  lead = _lead(cfg, accum)
+  return {name: x.reshape(*lead, -1, 1, x.shape[-1]) for name, x in made.items()}
 
 
 def texts(tok: tokenizer.Tokenizer, batch: Mapping[str, Any], out: Mapping[str, Any]) -> list[str]:
@@ -240,7 +264,7 @@ def make_rewrite(
   What is drawn depends on theta and (seed, step, row) alone.
   """
   o, split = cfg.objective, sharding.batch_sharding(mesh, axis=1)
-  key = jax.random.fold_in(jax.random.key(cfg.seed), _TRAIN)
+  key, order = (jax.random.fold_in(jax.random.key(cfg.seed), use) for use in (_TRAIN, _ORDER))
   accum = cfg.data.accum
   apart = lambda tree: jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), tree)
 
@@ -251,10 +275,13 @@ def make_rewrite(
       draw(o, model, tok, params, _flat(batch), jax.random.fold_in(key, step), o.samples)
     )
 
-  @functools.partial(jax.jit, out_shardings=(split, None))
-  def assemble(batch, out, rewards):
+  by_rows = sharding.batch_sharding(mesh, axis=len(_lead(o, accum)))
+
+  @functools.partial(jax.jit, out_shardings=(by_rows, None))
+  def assemble(batch, out, rewards, step):
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (out, rewards))
-    return train_batch(o, _flat(batch), *joined, accum)
+    made, metrics = train_rows(o, _flat(batch), *joined)
+    return shared(o, made, accum, jax.random.fold_in(order, step)), metrics
 
   def rewrite(theta, frozen, batch, step):
     began = time.monotonic()
@@ -264,7 +291,7 @@ def make_rewrite(
     drawn_at = time.monotonic()
     rewards = scored(score, tok, step, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), here))
     rewards = rewards.reshape(accum, -1, o.samples)
-    made, metrics = assemble(batch, out, processes.global_rows(rewards, mesh, axis=1))
+    made, metrics = assemble(batch, out, processes.global_rows(rewards, mesh, axis=1), step)
     seconds = {'rollout_seconds': drawn_at - began, 'score_seconds': time.monotonic() - drawn_at}
     speed = cfg.data.batch_size * o.samples / sum(seconds.values())
     measured = {**seconds, 'rollouts_per_second': speed}

@@ -34,7 +34,7 @@ class Setup:
     ancestors: the runs and directories that it is made from.
     look_up: rows by column -> further leaves of a batch.
     rewrite: (theta, frozen, batch, step) -> the kind of batch, the batch to train on, and metrics.
-    leaves: the shapes of a batch, where it is always another than the data's.
+    leaves: the shapes and layout of a batch, where it is always another than the data's.
   """
 
   objectives: Mapping[str, Objective]

@@ -48,6 +48,7 @@ class ObjectiveConfig:
   counts_to_the_end = False  # whether a step depends on the total number of steps
   kinds = ('', 'conversations')  # of data that it trains on; '': text
   answers = False  # whether it trains on sampled answers to prompts
+  updates = 1  # of the optimiser in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,8 @@ class PolicyConfig(ObjectiveConfig):
   advantage: Literal['std', 'center', 'loo'] = 'std'
   # Of data.batch_size prompts, train on the first so many whose rewards differ; 0: on all.
   keep: int = 0
+  epochs: int = 1  # times that a step trains on its answers, each in another order
+  minibatches: int = 1  # updates in each, of as many answers
   clip_low: float = 0.2  # the ratio of probabilities is clipped to 1 - clip_low ..
   clip_high: float = 0.2  # .. 1 + clip_high
   # A step's losses are divided by the number of its tokens, or summed over each answer divided by
@@ -211,11 +214,21 @@ class PolicyConfig(ObjectiveConfig):
         f'samples={self.samples}, max_tokens={self.max_tokens}, slots={self.slots}, '
         f'temperature={self.temperature}'
       )
+    if min(self.epochs, self.minibatches) < 1:
+      raise ValueError(
+        'objective: expected epochs >= 1 and minibatches >= 1, found '
+        f'epochs={self.epochs}, minibatches={self.minibatches}'
+      )
     if min(self.clip_low, self.clip_high) <= 0 or self.clip_low > 1 or min(self.kl, self.keep) < 0:
       raise ValueError(
         'objective: expected clip_low in 0..1, clip_high > 0, kl >= 0 and keep >= 0, found '
         f'clip_low={self.clip_low}, clip_high={self.clip_high}, kl={self.kl}, keep={self.keep}'
       )
+
+  @property
+  def updates(self) -> int:
+    """Return the updates of the optimiser in a step, all on the answers drawn at its start."""
+    return self.epochs * self.minibatches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,13 +59,20 @@ SCHEDULES = {
 }
 
 
-def schedule(cfg: ScheduleConfig, steps: int) -> Schedule:
-  """Build the learning rate by step; ValueError: an unknown name, too long a warm-up."""
+def schedule(cfg: ScheduleConfig, steps: int, updates: int = 1) -> Schedule:
+  """Build the learning rate by update, of which a step has `updates`.
+
+  The rate of an update is that of the fraction of a step at which it begins.
+
+  Raises:
+    ValueError: if there is no schedule of this name, or the warm-up is too long.
+  """
   if cfg.name not in SCHEDULES:
     raise ValueError(f'schedule.name: expected one of {sorted(SCHEDULES)}, found {cfg.name!r}')
   if not 0 <= cfg.warmup < steps:
     raise ValueError(f'schedule.warmup={cfg.warmup}: expected less than steps={steps}')
-  return SCHEDULES[cfg.name](cfg, steps)
+  rate = SCHEDULES[cfg.name](cfg, steps)
+  return rate if updates == 1 else lambda update: rate(update / updates)
 
 
 def build(

@@ -19,7 +19,7 @@ from slm.objectives.setup import ROWS, Setup
 from slm.runs import checkpoint, config, load
 from slm.runs.config import RunConfig
 from slm.training import optim
-from slm.training.step import State, init_state, make_sums, make_train_step, trained
+from slm.training.step import State, in_sequence, init_state, make_sums, make_train_step, trained
 from slm.weights import sharding
 from slm.weights.axes import Params
 from slm.weights.count import forward_flops
@@ -47,7 +47,8 @@ class Program:
       ValueError: if the weights do not divide over the mesh, or the schedule is impossible.
     """
     self._cfg, self._reparam, self._setup = cfg, rep, setup
-    self._tx = optim.build(cfg.optim, optim.schedule(cfg.schedule, cfg.steps), rep.independent)
+    rate = optim.schedule(cfg.schedule, cfg.steps, cfg.objective.updates)
+    self._tx = optim.build(cfg.optim, rate, rep.independent)
     if setup.beside:
       self._tx = optim.each(self._tx, setup.rates)
     theta, shardings = load.theta_shardings(rep, mesh)
@@ -83,6 +84,8 @@ class Program:
     sums = make_sums(self._setup.objectives[kind], self._reparam, self._cfg.dtype)
     reduction = self._cfg.objective.reduction
     step = make_train_step(sums, self._tx, self._reparam.independent, reduction)
+    if self._cfg.objective.updates > 1:
+      step = in_sequence(step)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, None))
     return jitted.trace(state, frozen, batch)
 
@@ -154,15 +157,15 @@ def _batch(cfg, rep, setup, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   leaves['weights'] = row.astype(np.float32)
   if setup.look_up:
     leaves |= setup.look_up({'tokens': row, 'segments': row})
-  split = sharding.batch_sharding(mesh, axis=1)
   if setup.leaves:
-    return {n: x.update(sharding=split) for n, x in setup.leaves.items()}
+    return setup.leaves
   batch = {
     name: jax.ShapeDtypeStruct((d.accum, groups, d.rows_per_group, *x.shape[3:]), x.dtype)
     for name, x in leaves.items()
   }
   histogram = ((d.level,), np.float32) if rep.histograms else ((), np.int32)
   batch['condition'] = jax.ShapeDtypeStruct((d.accum, groups, *histogram[0]), histogram[1])
+  split = sharding.batch_sharding(mesh, axis=1)
   return {n: x.update(sharding=split) for n, x in batch.items()}
 
 

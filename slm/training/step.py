@@ -119,3 +119,23 @@ def make_train_step(
     return State(state.step + 1, theta, beside, opt_state), metrics
 
   return step
+
+
+_OVER_UPDATES = {'tokens': jnp.sum} | dict.fromkeys(('bad_leaf', 'skipped', 'not_finite'), jnp.max)
+
+
+def in_sequence(
+  update: Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]],
+) -> Callable[[State, Params, Batch], tuple[State, dict[str, jax.Array]]]:
+  """Make a step of several updates, one for each entry of the axis that batches then lead with.
+
+  Its metrics are means over the updates, but `tokens` is their sum, and of the optimiser's counts
+  and `bad_leaf` the largest is taken: after a gradient that is not finite none is.
+  """
+
+  def step(state: State, frozen: Params, batch: Batch):
+    after, values = jax.lax.scan(lambda state, b: update(state, frozen, b), state, batch)
+    metrics = {name: _OVER_UPDATES.get(name, jnp.mean)(x) for name, x in values.items()}
+    return after.replace(step=state.step + 1), metrics
+
+  return step
