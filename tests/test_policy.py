@@ -41,6 +41,15 @@ def test_advantages_are_relative_to_the_group():
     assert not np.any(found[2])
 
 
+def test_equal_rewards_of_any_value_give_no_advantage():
+  """The mean of eight thirds in float32 is another number than a third."""
+  for value in (0.1, 1 / 3, 0.7, 10.0):
+    for size in (2, 6, 8, 16):
+      scores = jnp.full((1, size), value, jnp.float32)
+      for kind in ('std', 'center', 'loo'):
+        assert not np.any(policy.group_advantage(scores, kind)), (value, size, kind)
+
+
 def test_kl_estimates_have_the_kl_as_their_mean():
   rng = np.random.default_rng(0)
   p, q = (np.exp(x) / np.exp(x).sum() for x in rng.normal(size=(2, 50)))

@@ -21,7 +21,10 @@ def group_advantage(scores: jax.Array, kind: str) -> jax.Array:
   'center': score - mean (Dr. GRPO, arXiv 2503.20783); 'loo': score - mean of the other g - 1
   (RLOO, arXiv 2402.14740).
   """
-  centred = scores - scores.mean(-1, keepdims=True)
+  # From the first of the group: the mean of equal scores may be rounded, and 1e-8 is no more than
+  # that, so that 'std' would give all of them the same advantage of up to 1.
+  relative = scores - scores[..., :1]
+  centred = relative - relative.mean(-1, keepdims=True)
   size = scores.shape[-1]
   if kind == 'loo':
     return centred * (size / (size - 1))
