@@ -4,8 +4,10 @@ import concurrent.futures
 import copy
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -367,6 +369,55 @@ def test_a_process_that_died_is_replaced():
   pool.close()
   assert not pool._idle
   assert verifiers.verify('regex', 'ab', pattern='a+b') is True
+
+
+def test_a_signal_to_all_processes_of_a_job_decides_nothing():
+  """As of Ctrl-C, or of a batch system: the run finishes its step and saves."""
+  assert verifiers.verify('regex', 'ab', pattern='a+b') is True
+  kept = [process.pid for process in pool._idle]
+  for number in (signal.SIGINT, signal.SIGTERM):
+    for pid in kept:
+      os.kill(pid, number)
+    assert verifiers.verify('regex', 'ab', pattern='a+b') is True
+    assert kept == [process.pid for process in pool._idle]
+  before = pool.counts['undecided']
+  pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+  pool._idle.append(subprocess.Popen(['sh', '-c', 'read call'], **pipes))  # dies of its first call
+  assert verifiers.verify('regex', 'ab', pattern='a+b') is True
+  assert pool.counts['undecided'] == before
+
+
+def runs(pid):
+  """Return whether a process answers calls (on Linux)."""
+  try:
+    return b'verifiers.worker' in pathlib.Path(f'/proc/{pid}/cmdline').read_bytes()
+  except OSError:
+    return False
+
+
+def test_a_process_dies_with_the_one_that_asked_it():
+  code = f"""
+from slm.inference import verifiers
+from slm.inference.verifiers import pool
+verifiers.verify('regex', 'ab', pattern='a+b')
+waiting, start = pool._idle.pop(), pool._start
+def noted():
+  busy = start()
+  print(waiting.pid, busy.pid, flush=True)
+  return busy
+pool.SECONDS, pool._start = 1.0, noted
+verifiers.verify('regex', {HOSTILE!r}, pattern={BACKTRACKS!r})
+"""
+  asking = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+  found = [int(word) for word in asking.stdout.readline().split()]
+  time.sleep(0.5)
+  asking.kill()
+  asking.communicate()
+  assert len(found) == 2
+  began = time.monotonic()
+  while any(map(runs, found)):
+    assert time.monotonic() - began < 30
+    time.sleep(0.1)
 
 
 def test_nothing_heavy_is_imported():

@@ -28,13 +28,21 @@ class Undecided(Exception):
   """Raised where a call has no answer: it took too long, or all memory, or its process died."""
 
 
+class _DiedError(Exception):
+  """Raised where the process of a call ended before its time was over."""
+
+
 def call(task: str, *args: Any, seconds: float = 0.0) -> Any:
   """Return what `worker.TASKS[task]` returns for arguments that JSON can hold.
+
+  A process that dies is replaced once: what ended it may have been meant for another, or it may
+  have died while it waited, and neither may decide a reward.
 
   Raises:
     Undecided: if there is no answer within `seconds` (0: SECONDS); its process is killed.
     ValueError: if a library is not installed, or the task takes no such arguments.
   """
+  seconds = seconds or SECONDS
   with _slots:
     with _lock:
       process = _idle.pop() if _idle else None
@@ -42,12 +50,12 @@ def call(task: str, *args: Any, seconds: float = 0.0) -> Any:
     if process is None or process.poll() is not None:
       process = _start()
     try:
-      answer = _ask(process, task, args, seconds or SECONDS)
-    except BaseException:
-      _end(process)
-      raise
-    with _lock:
-      _idle.append(process)
+      answer = _keep(process, task, args, seconds)
+    except _DiedError:
+      try:
+        answer = _keep(_start(), task, args, seconds)
+      except _DiedError:
+        raise _undecided(task, 'its process died') from None
   if 'undecided' in answer:
     raise _undecided(task, answer['undecided'])
   if 'error' in answer:
@@ -74,12 +82,24 @@ def _start() -> subprocess.Popen:
   )  # fmt: skip
 
 
+def _keep(process: subprocess.Popen, task: str, args: tuple[Any, ...], seconds: float) -> Any:
+  """Return the answer of a process, which is then kept for the next call, or ended."""
+  try:
+    answer = _ask(process, task, args, seconds)
+  except BaseException:
+    _end(process)
+    raise
+  with _lock:
+    _idle.append(process)
+  return answer
+
+
 def _ask(process: subprocess.Popen, task: str, args: tuple[Any, ...], seconds: float) -> Any:
   try:
     process.stdin.write(json.dumps([task, seconds, *args]) + '\n')
     process.stdin.flush()
   except OSError:  # it died while it waited
-    raise _undecided(task, 'its process died') from None
+    raise _DiedError from None
   _line(process, task, _START)
   return json.loads(_line(process, task, seconds))
 
@@ -91,8 +111,9 @@ def _line(process: subprocess.Popen, task: str, seconds: float) -> str:
   line = process.stdout.readline()
   timer.cancel()
   if not line.endswith('\n'):
-    late = time.monotonic() - began >= seconds
-    raise _undecided(task, f'no answer in {seconds:g} s' if late else 'its process died')
+    if time.monotonic() - began < seconds:
+      raise _DiedError
+    raise _undecided(task, f'no answer in {seconds:g} s')
   return line
 
 

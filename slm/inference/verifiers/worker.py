@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +117,13 @@ def answer(task: str, seconds: float, args: list[Any], prepared: Callable[[], No
 
 
 def main() -> None:
-  """Answer the calls on standard input; what libraries print goes nowhere."""
+  """Answer the calls on standard input; what libraries print goes nowhere.
+
+  A terminal and a batch system signal every process of a job. The parent decides what becomes of
+  it, and this process ends with its input.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   out = os.fdopen(os.dup(1), 'w', encoding='ascii')
   os.dup2(2, 1)
   limit()
