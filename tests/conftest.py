@@ -53,7 +53,8 @@ def document(rng: random.Random, topic: str, words: int = 60) -> str:
 
 # Files that take longest, in order: begun first, they leave no worker alone at the end.
 SLOWEST = (
-  'test_slurm', 'test_train', 'test_hf', 'test_minitron', 'test_stage', 'test_prune_commands',
+  'test_slurm', 'test_posttrain_processes', 'test_train', 'test_hf', 'test_minitron', 'test_stage',
+  'test_prune_commands',
   'test_continuations', 'test_prune', 'test_reparam', 'test_specialise', 'test_plan', 'test_moe',
   'test_models', 'test_conversation', 'test_distill', 'test_signals', 'test_prune_scores',
   'test_data_prepare', 'test_search', 'test_objectives', 'test_harness', 'test_advise',

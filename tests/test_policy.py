@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from slm.inference import rewards
 from slm.models.decoder import Output, unembed
 from slm.objectives import answers, policy
 from slm.objectives.losses import target_logprobs
-from slm.runs import checkpoint, load, rundir
+from slm.runs import checkpoint, config, load, processes, rundir
 from slm.runs.config import PolicyConfig, RunConfig
 from slm.training import loop
 from slm.weights import sharding
@@ -430,6 +431,42 @@ def test_a_step_is_the_plain_loop_of_its_updates(start, tmp_path, monkeypatch):
   line = metrics(tmp_path / 'run')[0]
   assert 0 < line['clipped'] < 1 and line['moved'] > 1e-2
   assert line['tokens'] == sum(x['weights'].sum() for x in batches)
+
+
+def test_advantages_belong_to_the_prompts_and_answers_that_were_scored(start, monkeypatch):
+  """Whatever the order of devices and microbatches; a swap of two rows or answers would show."""
+  on(monkeypatch, {'data': 2})
+  changes = {'data.accum': 2, 'objective.advantage': 'center', 'objective.max_tokens': 3}
+  cfg = config.resolve(config_of(start, **changes))
+  worth = lambda row, text: zlib.crc32(f'{row} {text}'.encode()) % 7
+  seen = {}
+
+  def score(step, rows, texts):
+    for row, text in zip(rows, texts, strict=True):
+      seen.setdefault(row, []).append(worth(row, text))
+    return [float(worth(*both)) for both in zip(rows, texts, strict=True)]
+
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    model, rep = load.build(cfg)
+    tok = tokenizer.load(f'{start[1]}/tokenizer')
+    make = answers.make_rewrite(cfg, model, rep, tok, mesh, score)
+    batch = next(loader.build(cfg.data, seed=cfg.seed))
+    theta = load.load(start[0], mesh).params()
+    _, made, _ = make(theta, {}, processes.global_rows(batch, mesh, axis=1), 1)
+  made = {name: np.asarray(x).reshape(-1, x.shape[-1]) for name, x in made.items()}
+  asked = batch['inputs'].reshape(8, -1), batch['length'].reshape(-1), batch['row'].reshape(-1)
+  prompts = {tuple(ids[:n]): int(row) for ids, n, row in zip(*asked, strict=True)}
+  assert len(made['inputs']) == 32 and len(prompts) == 8
+  for ids, trained, advantages in zip(
+    made['inputs'], made['weights'], made['advantages'], strict=True
+  ):
+    begin, size = int(np.flatnonzero(trained)[0]) + 1, int(trained.sum())
+    row = prompts[tuple(ids[:begin])]
+    text = tok.continued(ids[:begin].tolist(), ids[begin : begin + size].tolist())
+    expected = worth(row, text) - np.mean(seen[row])
+    np.testing.assert_allclose(advantages[trained > 0], expected, atol=1e-5)
+  assert all(len(scores) == 4 for scores in seen.values())
 
 
 def test_draws_depend_on_seed_step_row_and_number_alone(start):
