@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from slm.inference import verifiers
+from slm.inference import answering, rewards, verifiers
 from slm.inference.verifiers import answers, arguments, audit, latex, pool, tulu3, words
 from slm.reporting import tables
 
@@ -240,11 +240,19 @@ def test_json_schemas():
     check('{}', {'$ref': 'https://example.org/nothing.json'})  # is not fetched
 
 
-def test_a_missing_library_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'langdetect', None)
   words._langdetect.cache_clear()
   with pytest.raises(ValueError, match=re.escape("pip install 'slm[rl]'")):
     words.language('some text')
+  # Before any answer is drawn: the rewards of a run, and the labels of slm.synthesise answers.
+  label = [{'id': 'ifeval.official_loose.change_case:english_lowercase', 'args': {}}]
+  with pytest.raises(ValueError, match='languages need langdetect'):
+    rewards.reward([label])
+  line = json.dumps({'prompt': 'Hm?', 'verifier': label[0]['id'], 'label': {}})
+  (tmp_path / 'asked.jsonl').write_text(line)
+  with pytest.raises(ValueError, match='languages need langdetect'):
+    answering.read(str(tmp_path / 'asked.jsonl'), 0, relax=False)
   words._langdetect.cache_clear()
 
 

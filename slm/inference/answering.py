@@ -100,7 +100,8 @@ def read(spec: str, seed: int, relax: bool) -> list[Prompt]:
   """Read prompts with labels; with `relax` a seeded constraint is dropped where two are stated.
 
   Raises:
-    ValueError: naming the line, if its label cannot be checked; or if `relax` finds no prompt.
+    ValueError: naming the line, if its label cannot be checked; if a library is missing; or if
+      `relax` finds no prompt.
   """
   conversations.whole(spec)
   kind, prompts = ChatConfig('prompts'), []
@@ -120,6 +121,7 @@ def read(spec: str, seed: int, relax: bool) -> list[Prompt]:
       prompts.append(Prompt(found['prompt'], checks, found.get('tools'), *relaxed))
   if not prompts:
     raise ValueError(f'{spec}: holds no prompt')
+  verifiers.ready([p.checks for p in prompts])
   if relax and not any(p.relaxed for p in prompts):
     raise ValueError(
       f'{spec}: --relax: no prompt states two constraints or more: make them with '

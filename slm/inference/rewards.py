@@ -14,9 +14,11 @@ def reward(labels: Sequence[Sequence[Mapping[str, Any]]]) -> Grade:
   A reward is the sum of weight * value over the checks of a label, NaN if one was undecided.
 
   Raises:
-    ValueError: if a label is none that a verifier takes, naming its row.
+    ValueError: if a label is none that a verifier takes, naming its row, or needs a library that
+      is not installed.
   """
   checks = [_read(row, label) for row, label in enumerate(labels)]
+  verifiers.ready(checks)
 
   def grade(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
     scores = verifiers.scores(texts, [checks[row] for row in rows])

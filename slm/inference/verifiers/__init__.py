@@ -145,6 +145,17 @@ def scores(
     return list(threads.map(one, zip(texts, labels, strict=True)))
 
 
+def ready(labels: Sequence[Sequence[Check]]) -> None:
+  """Try one check of every id, so that a missing library is named before answers are drawn.
+
+  Raises:
+    ValueError: naming a library that is not installed, and how to get it.
+  """
+  by_id = {check.id: check for label in labels for check in label}
+  for text in ('A.', 'a.'):  # some look at the language of capitals alone, or of small letters
+    score(text, tuple(by_id.values()))
+
+
 def answer_of(text: str) -> str:
   """Return what follows the last </think>, without the tags <answer> and </answer>."""
   text = text.rpartition('</think>')[2]
