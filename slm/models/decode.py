@@ -1,8 +1,9 @@
 """Cached generation and sampling."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,8 @@ def generate(
 ) -> Completions:
   """Continue prompts [b,t], padded on the left where prompt_mask [b,t] is 0.
 
-  A row stops at any id of `end`, which then fills the rest of its tokens. With `known`, a bool
+  A row stops at any id of `end`, which then fills the rest of its tokens; the loop ends when all
+  rows have. With `known`, a bool
   [tokenizer's vocab], only ids of the tokenizer are chosen, not embeddings that pad a vocabulary.
   Log-probabilities are the model's at `temperature`, over all ids. A `key` of the shape [b] has one
   for each row, which `sampler` then gets folded with the number of the token.
@@ -114,10 +116,31 @@ def generate(
   start = jnp.zeros((b,), bool)
   ids, logprob, done = pick(logits, 0, prompts[:, -1].astype(jnp.int32), start)
   carry = (ids, positions[:, -1] + 1, cache, done)
-  _, rest = jax.lax.scan(step, carry, jnp.arange(1, max_tokens))
+  if end:
+    rest = _until_ended(step, carry, max_tokens)
+  else:
+    _, rest = jax.lax.scan(step, carry, jnp.arange(1, max_tokens))
   join = lambda first, rest: jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1)
   tokens, logprobs, ended = map(join, (ids, logprob, start), rest)
   return Completions(tokens, logprobs, jnp.sum(~ended, axis=1))
+
+
+def _until_ended(step: Callable, carry: Any, max_tokens: int) -> tuple[jax.Array, ...]:
+  """Scan `step` over 1 .. max_tokens - 1 as `generate` does, but no further than all rows need.
+
+  What follows is what the steps would give: the last id, log-probability 0, ended.
+  """
+  shape = (max_tokens - 1, len(carry[0]))
+  made = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)
+
+  def body(state):
+    i, carry, made = state
+    carry, new = step(carry, i)
+    return i + 1, carry, tuple(old.at[i - 1].set(x) for old, x in zip(made, new, strict=True))
+
+  goes_on = lambda state: (state[0] < max_tokens) & ~state[1][3].all()
+  i, (last, *_), (ids, *rest) = jax.lax.while_loop(goes_on, body, (jnp.int32(1), carry, made))
+  return jnp.where(jnp.arange(1, max_tokens)[:, None] < i, ids, last), *rest
 
 
 def answer(
@@ -137,16 +160,16 @@ def answer(
   """Continue prompts [n,t], padded on the right, as `generate` does, once for each key.
 
   There are n * samples `keys`, those of a prompt one after the other. `slots` continuations are
-  drawn at once: where one has ended, the next of the queue takes its place, so that none waits for
-  the longest. What is drawn depends neither on the slots nor on the order. On a mesh each device
-  has slots and a queue of its own, and holds all weights that are not split by `tensor`.
+  drawn at once: where some have ended, the next of the queue take their place, so that none waits
+  for the longest. What is drawn depends neither on the slots nor on the order. On a mesh each
+  device has slots and a queue of its own, and holds all weights that are not split by `tensor`.
   """
   choose = functools.partial(
     _choose, sampler=sampler, end=end, known=known, temperature=temperature, max_tokens=max_tokens
   )
 
   def local(params, prompts, lengths, keys):
-    return _queue(model, params, prompts, lengths, keys, slots, max_tokens, choose)
+    return _Queue(model, by_layer(params), prompts, lengths, keys, max_tokens, choose).run(slots)
 
   if axes := sharding.batch_axes():
     rows = jax.sharding.PartitionSpec(axes)
@@ -165,49 +188,128 @@ def _choose(logits, keys, number, sampler, end, known, temperature, max_tokens):
   return ids, _log_prob(logits / temperature, ids), ended
 
 
-def _queue(model, params, prompts, lengths, keys, slots, max_tokens, choose) -> Completions:
-  """Answer on one device; see `answer`. A slot's text has the number of its answer as segment."""
-  (n, t), count = prompts.shape, len(keys)
-  b, samples = min(slots, count), len(keys) // n
-  cache = init_cache(model.cfg, b, t + max_tokens, params['embedding'].dtype, ring=True)
-  params, cache = by_layer(params), by_layer(cache)
-  made = Completions(
-    jnp.zeros((count, max_tokens), jnp.int32),
-    jnp.zeros((count, max_tokens), jnp.float32),
-    jnp.zeros((count,), jnp.int32),
-  )
-  column = lambda x: x[:, None]
+class _Slots(NamedTuple):
+  """Answers in work, one per slot [b].
 
-  def step(carry):
-    item, place, last, following, cache, made = carry
-    mine = jnp.minimum(item, count - 1)  # a slot without work repeats the last answer, unrecorded
-    size = jnp.maximum(lengths[mine // samples], 1)
-    read = jnp.where(place < size, prompts[mine // samples, jnp.minimum(place, t - 1)], last)
-    segments = jnp.where(item < count, item + 1, 0)
-    batch = {'inputs': column(read), 'positions': column(place), 'segments': column(segments)}
-    out = model.forward(params, batch, cache)
-    number = jnp.maximum(place - size + 1, 0)
-    ids, logprob, ended = choose(unembed(params, out)[:, -1], keys[mine], number)
-    writes = place >= size - 1
-    at = jnp.where(writes & (item < count), item, count), number  # out of bounds is not written
-    put = lambda old, at, new: old.at[at].set(new, mode='drop')
+  Attributes:
+    item: the numbers of the answers; that of no answer is the number of them all.
+    number: of the next token of each answer.
+    last: the token before it.
+    following: the first answer that no slot has begun.
+  """
+
+  item: jax.Array
+  number: jax.Array
+  last: jax.Array
+  following: jax.Array
+  cache: dict[str, Any]
+  made: Completions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queue:
+  """The answers of one device, see `answer`. The text in a slot has its answer's as segment."""
+
+  model: models.Model
+  params: Params
+  prompts: jax.Array
+  lengths: jax.Array
+  keys: jax.Array
+  max_tokens: int
+  choose: Callable
+
+  def run(self, slots: int) -> Completions:
+    """Draw all answers.
+
+    The prompts of an eighth of the slots are read at once, when as many are free: a prompt that is
+    read token by token takes a step of all slots for each.
+    """
+    count, t, most = len(self.keys), self.prompts.shape[1], self.max_tokens
+    b, dtype = min(slots, count), self.params['embedding'].dtype
+    together = max(b // 8, 1)
+    allocate = lambda *size, **kind: by_layer(init_cache(self.model.cfg, *size, dtype, **kind))
+    unread = allocate(together, t)
+    zero, none = jnp.zeros((b,), jnp.int32), jnp.zeros((count, most), jnp.int32)
+    made = Completions(none, none.astype(jnp.float32), jnp.zeros((count,), jnp.int32))
+    cache = allocate(b, t + most, ring=True)
+    start = _Slots(jnp.full((b,), count), zero, zero, jnp.int32(0), cache, made)
+
+    def goes_on(s: _Slots) -> jax.Array:
+      free = jnp.sum(s.item == count)
+      return (free < b) & ((free < together) | (s.following >= count))
+
+    filled = lambda s: jax.lax.while_loop(goes_on, self._step, self._fill(s, unread))
+    made = jax.lax.while_loop(lambda s: s.following < count, filled, start).made
+    # As `generate` does, the last id of an answer fills the rest of its tokens.
+    final = jnp.take_along_axis(made.tokens, made.lengths[:, None] - 1, axis=1)
+    within = jnp.arange(most)[None] < made.lengths[:, None]
+    return made._replace(tokens=jnp.where(within, made.tokens, final))
+
+  def _prompt(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the prompts of answers, [b,t] padded on the right, and their lengths."""
+    of = jnp.minimum(item, len(self.keys) - 1) // (len(self.keys) // len(self.prompts))
+    return self.prompts[of], jnp.maximum(self.lengths[of], 1)
+
+  def _draw(self, made: Completions, logits: jax.Array, item: jax.Array, number: jax.Array):
+    """Draw and note the token of a `number` in each answer; return also which answers go on."""
+    count = len(self.keys)
+    ids, logprob, ended = self.choose(logits, self.keys[jnp.minimum(item, count - 1)], number)
+    put = lambda old, at, new: old.at[at].set(new, mode='drop')  # out of bounds is not written
     made = Completions(
-      put(made.tokens, at, ids),
-      put(made.logprobs, at, logprob),
-      put(made.lengths, at[0], number + 1),
+      put(made.tokens, (item, number), ids),
+      put(made.logprobs, (item, number), logprob),
+      put(made.lengths, item, number + 1),
     )
-    ended &= writes & (item < count)
-    item = jnp.where(ended, following + jnp.cumsum(ended) - 1, item)
-    place = jnp.where(ended, 0, place + 1)
-    return item, place, ids, following + ended.sum(), out.cache, made
+    return made, ids, jnp.where(ended, count, item)
 
-  zero = jnp.zeros((b,), jnp.int32)
-  carry = jnp.arange(b), zero, zero, jnp.int32(b), cache, made
-  made = jax.lax.while_loop(lambda carry: jnp.any(carry[0] < count), step, carry)[-1]
-  # As `generate` does, the last id of an answer fills the rest of its tokens.
-  final = jnp.take_along_axis(made.tokens, made.lengths[:, None] - 1, axis=1)
-  within = jnp.arange(max_tokens)[None] < made.lengths[:, None]
-  return made._replace(tokens=jnp.where(within, made.tokens, final))
+  def _fill(self, s: _Slots, unread: dict[str, Any]) -> _Slots:
+    """Read the next prompts into as many free slots as `unread` has rows, and draw their tokens."""
+    count, (n, t) = len(self.keys), unread['segments'].shape
+    free = jnp.nonzero(s.item == count, size=n, fill_value=len(s.item))[0]
+    following = jnp.where(free < len(s.item), s.following + jnp.arange(n), count)
+    item = jnp.minimum(following, count)
+    prompts, lengths = self._prompt(item)
+    place = jnp.arange(t)[None] - (t - lengths[:, None])  # padding goes to the left
+    real, place = (place >= 0) & (item < count)[:, None], jnp.maximum(place, 0)
+    read = jnp.take_along_axis(prompts, place, axis=1)
+    batch = {'inputs': read, 'positions': place, 'segments': real.astype(jnp.int32)}
+    out = self.model.forward(self.params, batch, unread)
+    logits = unembed(self.params, out.replace(hidden=out.hidden[:, -1]))
+    made, ids, goes_on = self._draw(s.made, logits, item, jnp.zeros_like(item))
+    cache = _into_ring(s.cache, out.cache, free, jnp.where(real, item[:, None] + 1, 0))
+    put = lambda old, new: old.at[free].set(new, mode='drop')
+    begun = s.following + jnp.sum(item < count)
+    return _Slots(put(s.item, goes_on), put(s.number, 1), put(s.last, ids), begun, cache, made)
+
+  def _step(self, s: _Slots) -> _Slots:
+    """Draw the next token of the answers in all slots."""
+    column = lambda x: x[:, None]
+    segments = jnp.where(s.item < len(self.keys), s.item + 1, 0)
+    place = self._prompt(s.item)[1] + s.number - 1
+    batch = {'inputs': column(s.last), 'positions': column(place), 'segments': column(segments)}
+    out = self.model.forward(self.params, batch, s.cache)
+    logits = unembed(self.params, out)[:, -1]
+    made, ids, item = self._draw(s.made, logits, s.item, s.number)
+    return s._replace(item=item, number=s.number + 1, last=ids, cache=out.cache, made=made)
+
+
+def _into_ring(
+  ring: dict[str, Any], read: dict[str, Any], slots: jax.Array, segments: jax.Array
+) -> dict[str, Any]:
+  """Write n rows that were read, of segments [n,t], as all that some slots of a ring hold.
+
+  They are its latest tokens. A slot out of bounds is not written.
+  """
+
+  def put(old, new, axis, where):
+    padding = [(0, 0)] * new.ndim
+    padding[axis] = (0, old.shape[axis] - new.shape[axis])
+    latest = jnp.roll(jnp.pad(new, padding), ring['index'] - new.shape[axis], axis)
+    return old.at[where].set(latest, mode='drop')
+
+  rows = lambda old, new: put(old, new, new.ndim - 2, (..., slots, *[slice(None)] * 3))
+  held = {name: jax.tree.map(rows, ring[name], read[name]) for name in ('k', 'v')}
+  return {**ring, **held, 'segments': put(ring['segments'], segments, 1, slots)}
 
 
 def _log_prob(logits: jax.Array, ids: jax.Array) -> jax.Array:
