@@ -129,6 +129,9 @@ NOT_RUN = {
   'python -m experiments.speed.llama --run=models/smollm2-135m-instruct '
   '--gguf=SmolLM2-135M-Instruct.Q4_1.gguf': 'needs the model and llama.cpp',
   'python -m experiments.speed.minitron --scale=cpu': 'minutes, and measures this machine',
+  'python -m experiments.speed.posttrain': 'minutes, and measures this machine',
+  'python -m experiments.speed.posttrain --run=models/smollm2-135m-instruct':
+    'minutes, and needs the model',
   "python -m slm.data.decontaminate --train='CORPORA/*/train.jsonl.gz,CORPORA/posttrain/*_train."
   "jsonl.gz' --eval='CORPORA/eval/*.jsonl.gz,CORPORA/posttrain/*_test.jsonl.gz,CORPORA/posttrain/"
   "*eval*.jsonl.gz' --strip='(?m)^(Question|Context|Passage|Q): |^(Answer|A):$|(?s:^Choices:.*)' "

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from experiments.speed import report, run
+from experiments.speed import posttrain, report, run
 
 
 @pytest.fixture
@@ -88,3 +88,33 @@ def test_a_process_that_ends_loses_one_row_and_the_limit_those_that_follow(table
   assert result['missing'][ours[1]] == 'its process ended with status -9'
   left = [name for name in names if name not in ours and name not in result['entries']]
   assert left and all(result['missing'][n] == '--limit=100 seconds were over' for n in left)
+
+
+@pytest.mark.parametrize('part', posttrain.PARTS)
+def test_a_part_of_post_training_is_measured_once(part, tmp_path, monkeypatch):
+  if part == 'rollouts':
+    pytest.importorskip('torch')
+  sizes = posttrain.Sizes(2, 32, 8, 4, 2, 6, (2, 2), run.TINY)
+  entry = posttrain.measured('', sizes, part)
+  who = {'steps': {'text', 'conversations'}, 'rollouts': {'slots', 'batches', 'transformers'}}
+  assert {name: len(s) for name, s in entry['seconds'].items()} == dict.fromkeys(who[part], 2)
+  tokens = entry['facts']['tokens']
+  assert set(tokens) == who[part] and len(set(tokens.values())) == 1  # the same work
+  if part == 'steps':
+    share = entry['facts']['trained share']
+    assert 0.2 < share['conversations'] < 0.8 < share['text']
+  posttrain.write(tmp_path, '', [part], sizes, lambda *_: entry)
+  posttrain.write(tmp_path, '', [part], sizes, None)  # would be called
+  with pytest.raises(TypeError, match='not callable'):
+    posttrain.write(tmp_path, '', [part], dataclasses.replace(sizes, rows=4), None)
+
+
+def test_ratios_of_post_training_are_of_rounds_and_per_token():
+  entry = {
+    'part': 'rollouts',
+    'seconds': {'slots': [1, 1, 2], 'batches': [2, 2, 2], 'transformers': [4, 3, 4]},
+    'facts': {'tokens': {'slots': 10, 'batches': 20, 'transformers': 10}},
+  }
+  slots, batches = posttrain.ratios(entry)
+  assert slots == ['transformers / slots', '3.000', '2 to 4', '>= 2']
+  assert batches[:3] == ['transformers / batches', '4.000', '3 to 4']

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,5 +115,47 @@ def decode(
     _wait()
     if out.shape[1] != prompt + new_tokens:
       raise ValueError(f'transformers generated {out.shape[1] - prompt} of {new_tokens} tokens')
+
+  return run
+
+
+def draw(
+  folder: Path, prompts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int
+) -> Callable[[], None]:
+  """Return `generate` of sampled answers in batches of `rows`, each batch until its longest ends.
+
+  An answer ends after as many tokens as `lengths` says, in place of an end token, so that the work
+  is known; the model is that of a directory of transformers.
+  """
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='sdpa'
+  ).eval()
+  model.generation_config.eos_token_id = None
+  parts = []
+  for i in range(0, len(prompts), rows):
+    part, room = prompts[i : i + rows], max(map(len, prompts[i : i + rows]))
+    padding = torch.tensor([[0] * (room - len(x)) + [1] * len(x) for x in part])
+    ids = torch.tensor([[0] * (room - len(x)) + list(x) for x in part])
+    parts.append((ids, padding, torch.tensor(lengths[i : i + rows])))
+
+  def run() -> None:
+    for ids, mask, asked in parts:
+      ended = lambda made, _, start=ids.shape[1], asked=asked: made.shape[1] - start >= asked
+      with torch.inference_mode():
+        out = model.generate(
+          ids,
+          attention_mask=mask,
+          do_sample=True,
+          temperature=1.0,
+          top_k=0,
+          top_p=1.0,
+          max_new_tokens=int(asked.max()),
+          stopping_criteria=[ended],
+          pad_token_id=0,
+        )
+      if out.shape[1] != ids.shape[1] + int(asked.max()):
+        made = out.shape[1] - ids.shape[1]
+        raise ValueError(f'transformers drew {made} of {int(asked.max())} tokens')
 
   return run

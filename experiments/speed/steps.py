@@ -59,8 +59,12 @@ def train_step(
   dtype: str,
   rep: Mapping[str, Any] | None = None,
   teacher: Mapping[str, Any] | None = None,
+  batch: Mapping[str, np.ndarray] | None = None,
 ) -> Row:
-  """Return a compiled training step: next-token prediction, or distillation from a teacher."""
+  """Return a compiled training step: next-token prediction, or distillation from a teacher.
+
+  It is on random rows, or on `batch`, whose leaves are those of make_batch.
+  """
   model = models.build(section('model', cfg))
   rep = reparam.build(section('reparam', rep or {'name': 'full'}), model.init)
   passes = {'student': reparam.map_groups(rep, model.forward)}
@@ -75,7 +79,7 @@ def train_step(
   step = make_train_step(make_sums(objective, rep, dtype), tx, rep.independent)
   theta = jax.jit(rep.init)(jax.random.key(0))
   held = [jax.jit(lambda t: init_state(t, tx, {}))(theta)]
-  batch = jax.device_put(make_batch(model.cfg.vocab, rows, context))
+  batch = jax.device_put(batch or make_batch(model.cfg.vocab, rows, context))
   began = time.monotonic()
   compiled = jax.jit(step, donate_argnums=0).lower(held[0], frozen, batch).compile()
   facts |= {
