@@ -53,6 +53,9 @@ SMALLER = {
   'slm.train --config=configs/grpo.py': '--config.steps=2 --config.schedule.warmup=1 '
   '--config.tensorboard=False --config.eval.max_rows=4 --config.data.batch_size=2 '
   '--config.objective.samples=2 --config.objective.max_tokens=4',
+  'slm.train --config=configs/ppo.py': '--config.steps=2 --config.schedule.warmup=1 '
+  '--config.tensorboard=False --config.eval.max_rows=4 --config.data.batch_size=2 '
+  '--config.objective.whiten=2 --config.objective.max_tokens=4',
   'slm.generate': '--max_tokens=4',
   'slm.latency': '--prompt=16 --new_tokens=4 --rounds=1',
   'slm.prune calibrate': '--rows=32',

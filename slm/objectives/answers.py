@@ -13,18 +13,19 @@ import numpy as np
 from slm import models, reparam
 from slm.data import loader, tokenizer
 from slm.models.decode import answer, drawn, generate, greedy
-from slm.objectives import policy, reference
+from slm.objectives import critic, policy, reference
 from slm.objectives.losses import Batch
 from slm.objectives.setup import ROWS, Evaluator, Reward, Setup
 from slm.runs import load, processes
 from slm.runs.config import PolicyConfig, RunConfig
 from slm.weights import sharding, tree
 from slm.weights.axes import Params
-from slm.weights.count import forward_flops
+from slm.weights.count import forward_flops, hidden_flops
 
 Score = Callable[[int, list[int], list[str]], list[float]]  # (step, rows, texts) -> rewards
 _LEAVES = {'inputs': np.int32, 'targets': np.int32, 'segments': np.int32, 'positions': np.int32,
            'weights': np.float32, 'old': np.float32, 'advantages': np.float32}  # fmt: skip
+_OF_VALUES = dict.fromkeys(('returns', 'values', 'value_weights'), np.float32)
 # What a key of draws is for, folded into that of the run.
 _TRAIN, _HELD_OUT, _COIN, _SHUFFLE, _ORDER = 3, 4, 5, 6, 7
 
@@ -46,7 +47,9 @@ def setup(
       "objective 'policy': expected a reward of answers: python -m slm.train has one"
     )
   split = loader.Split(cfg.data.path, cfg.data.set, cfg.data.split, cfg.data.index)
-  frozen = {}
+  frozen, beside = {}, {}
+  if cfg.objective.has_values:
+    beside = critic.start(cfg, model, mesh)
   if cfg.objective.kl:
     if not cfg.init:
       raise ValueError(
@@ -59,6 +62,7 @@ def setup(
     _shaped(cfg, model, rep, mesh),
     evaluators={'heldout': evaluator(cfg, model, tok, mesh, reward)},
     frozen=frozen,
+    beside=beside,
     rewrite=make_rewrite(cfg, model, rep, tok, mesh, scorer(cfg, split, reward)),
   )
 
@@ -68,7 +72,8 @@ def outline(
 ) -> Setup:
   """Set up the training step of such a run with shapes for weights; it draws no answers."""
   frozen = reference.weights(rep, reference.shapes(model, mesh)) if cfg.objective.kl else {}
-  return dataclasses.replace(_shaped(cfg, model, rep, mesh), frozen=frozen)
+  beside = critic.shapes(critic.network(cfg, model), mesh) if cfg.objective.has_values else {}
+  return dataclasses.replace(_shaped(cfg, model, rep, mesh), frozen=frozen, beside=beside)
 
 
 def _shaped(cfg, model, rep, mesh) -> Setup:
@@ -91,22 +96,44 @@ def _shaped(cfg, model, rep, mesh) -> Setup:
       f'(objective.samples={o.samples} to each of {groups} prompts) to be a multiple of '
       f'minibatches x data.accum x devices = {o.minibatches} x {d.accum} x {devices}'
     )
+  if o.whiten and count % o.whiten:
+    raise ValueError(
+      f'objective.whiten={o.whiten}: expected a divisor of the {count} answers of a step, or 0 for '
+      'all'
+    )
   split = sharding.batch_sharding(mesh, axis=len(_lead(o, d.accum)))
   shape = (*_lead(o, d.accum), count // (o.minibatches * d.accum), 1, width)
   leaf = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
-  passes = o.epochs * (3 + bool(o.kl))
-  trained = count * width * passes * forward_flops(model.cfg, width)
+  trained = count * width * _passes(cfg, model, width)
   usual = 3 * forward_flops(model.cfg, cfg.context)
-  forward = {
-    'student': reparam.map_groups(rep, model.forward),
-    'reference': reference.logprobs(model, rep, o.chunk, o.temperature),
-  }
+  dtypes = _LEAVES | (_OF_VALUES if o.has_values else {})
   return Setup(
-    {ROWS: policy.policy(o, forward)},
+    {ROWS: policy.policy(o, _forward(cfg, model, rep))},
     {},
     flops=trained / (d.batch_size * cfg.context) - usual,
-    leaves={name: leaf(dtype) for name, dtype in _LEAVES.items()},
+    ancestors=(o.value,) if o.value else (),
+    leaves={name: leaf(dtype) for name, dtype in dtypes.items()},
   )
+
+
+def _passes(cfg, model, width: int) -> float:
+  """Count the FLOPs of a step for each token of its answers' rows."""
+  o, pass_ = cfg.objective, forward_flops(model.cfg, width)
+  if not o.has_values:
+    return o.epochs * (3 + bool(o.kl)) * pass_
+  value = hidden_flops(critic.network(cfg, model).cfg, width)
+  # The reference's and the values at the draw, once.
+  return (3 * o.epochs + bool(o.kl)) * pass_ + (3 * o.epochs + 1) * value
+
+
+def _forward(cfg, model, rep) -> dict[str, Callable]:
+  """Return the forward passes of a run by name."""
+  o = cfg.objective
+  return {
+    'student': reparam.map_groups(rep, model.forward),
+    'reference': reference.logprobs(model, rep, o.chunk, o.temperature),
+    'value': critic.values(critic.network(cfg, model)) if o.has_values else None,
+  }
 
 
 def scorer(cfg: RunConfig, split: loader.Split, reward: Reward) -> Score:
@@ -178,34 +205,65 @@ def rows(batch: Batch, out: Batch) -> Batch:
   ids = jnp.where(real, ids, 0)
   following = jnp.pad(ids[..., 1:], ((0, 0), (0, 0), (0, 1)))
   predicts = (index >= start - 1) & (index < stop - 1)
-  old = at(out['logprobs'], jnp.clip(index - start + 1, 0, m - 1))
   return {
     'inputs': ids,
     'targets': following,
     'segments': real.astype(jnp.int32),
     'positions': jnp.where(real, index, 0),
     'weights': predicts.astype(jnp.float32),
-    'old': jnp.where(predicts, old, 0.0),
+    'old': jnp.where(predicts, placed(batch, out['logprobs']), 0.0),
   }
 
 
+def placed(batch: Batch, x: jax.Array) -> jax.Array:
+  """Put x [n,g,m] of answers' tokens where rows predict them: [n,g,t+m], 0 elsewhere."""
+  t, m = batch['inputs'].shape[1], x.shape[2]
+  index = jnp.arange(t + m)[None, None] - (batch['length'][:, None, None] - 1)
+  index = jnp.broadcast_to(index, (*x.shape[:2], t + m))
+  found = jnp.take_along_axis(x, jnp.clip(index, 0, m - 1), axis=2)
+  return jnp.where((index >= 0) & (index < m), found, 0.0)
+
+
+def taken(batch: Batch, x: jax.Array, m: int) -> jax.Array:
+  """Take what rows [n,g,t+m] have where they predict the m tokens of answers: [n,g,m]."""
+  index = batch['length'][:, None, None] - 1 + jnp.arange(m)[None, None]
+  return jnp.take_along_axis(x, jnp.broadcast_to(index, (*x.shape[:2], m)), axis=2)
+
+
+def final(cfg: PolicyConfig, rewards: jax.Array, ended: jax.Array) -> jax.Array:
+  """Return the rewards of answers as they are trained on: scaled, those without an end replaced.
+
+  NaN, where nothing could be decided, counts 0.
+  """
+  rewards = cfg.scale * jnp.where(jnp.isnan(rewards), 0.0, rewards)
+  return rewards if cfg.score_unended else jnp.where(ended, rewards, cfg.unended)
+
+
 def train_rows(
-  cfg: PolicyConfig, batch: Batch, out: Batch, rewards: jax.Array
-) -> tuple[Batch, dict[str, jax.Array]]:
+  cfg: PolicyConfig, batch: Batch, out: Batch, rewards: jax.Array,
+  look: Callable[[Batch], tuple[jax.Array | None, jax.Array]] | None = None,
+) -> tuple[Batch, dict[str, jax.Array]]:  # fmt: skip
   """Make the rows to train on, leaves [answers,t+m], and the metrics of all answers.
 
   `rewards` [n,g] are NaN where nothing could be decided, which counts 0. With cfg.keep, groups
   whose rewards are all the same are left out; where fewer than `keep` remain, others fill their
   places with weight 0.
+
+  With a value network, `look` gives the reference's log-probabilities and the values at every
+  position of such rows, leaves [n,g,t+m].
   """
   undecided = jnp.isnan(rewards)
-  rewards = jnp.where(undecided, 0.0, rewards)
-  if not cfg.score_unended:
-    rewards = jnp.where(out['ended'], rewards, cfg.unended)
+  rewards = final(cfg, rewards, out['ended'])
   varies = jnp.any(rewards != rewards[:, :1], axis=1)
-  made = rows(batch, out)
-  advantages = policy.group_advantage(rewards, cfg.advantage)[..., None]
-  made['advantages'] = advantages * (made['weights'] > 0)
+  made, told = rows(batch, out), {}
+  if cfg.has_values:
+    added, told = _credited(cfg, batch, out, rewards, *look(made))
+    made |= added
+  else:
+    advantages = policy.group_advantage(rewards, cfg.advantage)[..., None]
+    made['advantages'] = advantages * (made['weights'] > 0)
+    trained = jnp.minimum(varies.sum(), cfg.keep) if cfg.keep else varies.sum()
+    told = {'no_variance': jnp.mean(~varies), 'trained_groups': trained}
   if cfg.keep:
     chosen = jnp.argsort(~varies, stable=True)[: cfg.keep]
     made['weights'] *= varies[:, None, None]
@@ -214,13 +272,22 @@ def train_rows(
   return {name: x.reshape(-1, x.shape[-1]) for name, x in made.items()}, {
     'reward': mean(rewards),
     'reward_std': jnp.std(rewards),
-    'no_variance': mean(~varies),
-    'trained_groups': jnp.sum(varies) if not cfg.keep else jnp.minimum(varies.sum(), cfg.keep),
     'answer_tokens': mean(out['lengths']),
     'ended': mean(out['ended']),
     'undecided': mean(undecided),
     'rollout_tokens': out['lengths'].sum(),
+    **told,
   }
+
+
+def _credited(cfg, batch, out, rewards, ref, values) -> tuple[Batch, dict[str, jax.Array]]:
+  """Return what `critic.credit` gives answers [n,g], at the places of their rows, and metrics."""
+  shape = out['tokens'].shape
+  flat = lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:])
+  of_answers = lambda x: None if x is None else flat(taken(batch, x, shape[2]))
+  drawn = {name: flat(out[name]) for name in ('logprobs', 'lengths')}
+  given, told = critic.credit(cfg, drawn, flat(rewards), of_answers(ref), of_answers(values))
+  return {name: placed(batch, x.reshape(shape)) for name, x in given.items()}, told
 
 
 def _lead(cfg: PolicyConfig, accum: int) -> tuple[int, ...]:
@@ -254,6 +321,22 @@ def texts(tok: tokenizer.Tokenizer, batch: Mapping[str, Any], out: Mapping[str, 
   return found
 
 
+def _look(cfg, model, rep) -> Callable[[Params, Batch], tuple[jax.Array | None, jax.Array]]:
+  """Make f(frozen, rows [n,g,t+m]) -> the reference's log-probabilities and the values there."""
+  o, forward = cfg.objective, _forward(cfg, model, rep)
+
+  def look(frozen, made):
+    frozen = tree.cast(frozen, jnp.dtype(cfg.dtype))
+    reference = lambda rows: forward['reference'](frozen, rows) if o.kl else None
+    both = lambda rows: (reference(rows), forward['value'](frozen, rows))
+    # As many rows at a time as in a microbatch of the training step.
+    count = o.minibatches * cfg.data.accum
+    parts = {name: x.reshape(count, -1, x.shape[-1]) for name, x in made.items()}
+    return jax.tree.map(lambda x: x.reshape(made['inputs'].shape), jax.lax.map(both, parts))
+
+  return look
+
+
 def make_rewrite(
   cfg: RunConfig, model: models.Model, rep: reparam.Reparam, tok: tokenizer.Tokenizer,
   mesh: jax.sharding.Mesh, score: Score,
@@ -276,11 +359,12 @@ def make_rewrite(
     )
 
   by_rows = sharding.batch_sharding(mesh, axis=len(_lead(o, accum)))
+  look = _look(cfg, model, rep)
 
   @functools.partial(jax.jit, out_shardings=(by_rows, None))
-  def assemble(batch, out, rewards, step):
+  def assemble(frozen, batch, out, rewards, step):
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (out, rewards))
-    made, metrics = train_rows(o, _flat(batch), *joined)
+    made, metrics = train_rows(o, _flat(batch), *joined, functools.partial(look, frozen))
     return shared(o, made, accum, jax.random.fold_in(order, step)), metrics
 
   def rewrite(theta, frozen, batch, step):
@@ -291,7 +375,8 @@ def make_rewrite(
     drawn_at = time.monotonic()
     rewards = scored(score, tok, step, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), here))
     rewards = rewards.reshape(accum, -1, o.samples)
-    made, metrics = assemble(batch, out, processes.global_rows(rewards, mesh, axis=1), step)
+    rewards = processes.global_rows(rewards, mesh, axis=1)
+    made, metrics = assemble(frozen, batch, out, rewards, step)
     seconds = {'rollout_seconds': drawn_at - began, 'score_seconds': time.monotonic() - drawn_at}
     speed = cfg.data.batch_size * o.samples / sum(seconds.values())
     measured = {**seconds, 'rollouts_per_second': speed}
@@ -346,8 +431,7 @@ def evaluator(
 
   @functools.partial(jax.jit, out_shardings=replicated)
   def total(rewards, out, row):
-    rewards = jnp.nan_to_num(rewards)
-    rewards = jnp.where(out['ended'] | o.score_unended, rewards, o.unended)
+    rewards = final(o, rewards, out['ended'])
     real = row >= 0
     tokens = out['lengths'].sum(1) * real
     return *(rewards * real[:, None]).sum(0), real.sum(), tokens.sum()

@@ -16,7 +16,7 @@ from slm.weights.axes import Params
 from slm.weights.count import forward_flops, hidden_flops
 
 HEAD = 'head'  # the scalar's weights, which are trained beside theta
-_KEY = 7  # of the head's draw, folded into that of the run
+_KEY = 8  # of the head's draw, folded into that of the run
 
 
 def reward(cfg: RewardConfig, forward: Mapping[str, Callable]) -> Callable[..., Sums]:
@@ -43,9 +43,15 @@ def draw_head(key: jax.Array, embed: int) -> Params:
   return {'w_score': drawn * (embed + 1) ** -0.5, 'b_score': jnp.zeros(())}
 
 
+def head(cfg: RunConfig, model: models.Model, mesh: jax.sharding.Mesh) -> Params:
+  """Draw the head of a run, laid out on the mesh."""
+  drawn = draw_head(jax.random.fold_in(jax.random.key(cfg.seed), _KEY), model.cfg.embed)
+  return jax.device_put(drawn, sharding.shardings(drawn, mesh))
+
+
 def read(head: Params, hidden: jax.Array) -> jax.Array:
   """Read a scalar from every state: [b,t,d] -> [b,t] float32."""
-  weight = head['w_score']
+  weight = sharding.constrain(head['w_score'], None)  # it is small, and states stay where they are
   scalar = jnp.einsum('btd,d->bt', hidden, weight, preferred_element_type=jnp.float32)
   return scalar + head['b_score'].astype(jnp.float32)
 
@@ -76,10 +82,8 @@ def setup(
   def scores(params, beside, batch):
     return at_ends(read(beside[HEAD], model.forward(params, batch).hidden), batch)
 
-  head = draw_head(jax.random.fold_in(jax.random.key(cfg.seed), _KEY), model.cfg.embed)
-  head = jax.device_put(head, sharding.shardings(head, mesh))
   evaluate = reference.Evaluator(cfg, preference.BRADLEY_TERRY, scores, rep, mesh)
-  return _setup(cfg, model, rep, head, {'heldout': evaluate})
+  return _setup(cfg, model, rep, head(cfg, model, mesh), {'heldout': evaluate})
 
 
 def outline(
@@ -95,7 +99,7 @@ def head_shapes(model: models.Model, mesh: jax.sharding.Mesh) -> Params:
   return checkpoint.abstract(shapes, sharding.shardings(shapes, mesh))
 
 
-def _setup(cfg, model, rep, head: Params, evaluators: Mapping[str, Evaluator]) -> Setup:
+def _setup(cfg, model, rep, drawn: Params, evaluators: Mapping[str, Evaluator]) -> Setup:
   if rep.independent:
     raise ValueError(
       f"objective 'reward': expected one model, and reparam {cfg.reparam.name!r} holds several"
@@ -103,7 +107,7 @@ def _setup(cfg, model, rep, head: Params, evaluators: Mapping[str, Evaluator]) -
   forward = {'student': reparam.map_groups(rep, model.forward)}
   logits = forward_flops(model.cfg, cfg.context) - hidden_flops(model.cfg, cfg.context)
   return Setup(
-    {ROWS: reward(cfg.objective, forward)}, evaluators, beside={HEAD: head}, flops=-3 * logits
+    {ROWS: reward(cfg.objective, forward)}, evaluators, beside={HEAD: drawn}, flops=-3 * logits
   )
 
 

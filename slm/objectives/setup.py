@@ -33,7 +33,8 @@ class Setup:
     flops: FLOPs per token of a step beyond the model's own forward and backward pass.
     ancestors: the runs and directories that it is made from.
     look_up: rows by column -> further leaves of a batch.
-    rewrite: (theta, frozen, batch, step) -> the kind of batch, the batch to train on, and metrics.
+    rewrite: (theta, frozen, batch, step) -> the kind of batch, the batch to train on, and metrics;
+      `frozen` includes what is trained beside theta.
     leaves: the shapes and layout of a batch, where it is always another than the data's.
   """
 

@@ -49,6 +49,7 @@ class ObjectiveConfig:
   kinds = ('', 'conversations')  # of data that it trains on; '': text
   answers = False  # whether it trains on sampled answers to prompts
   updates = 1  # of the optimiser in a step
+  value = ''  # run directory of the reward model that a value network starts from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class RewardConfig(ObjectiveConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig(ObjectiveConfig):
-  """Policy gradients on sampled and scored answers to prompts: GRPO and its relatives."""
+  """Policy gradients on sampled and scored answers to prompts: GRPO and its relatives, PPO."""
 
   chunk: int = 256  # tokens whose logits exist at once on a device
   samples: int = 8  # answers per prompt: a group
@@ -185,11 +186,24 @@ class PolicyConfig(ObjectiveConfig):
   # What scores answers: the verifiers that the prompts name; or controls that must not help: a
   # seeded coin, or the verifiers with the labels of other prompts.
   reward: Literal['verifiers', 'random', 'shuffled'] = 'verifiers'
+  scale: float = 1.0  # factor of what they give
   unended: float = 0.0  # reward of an answer without an end token ...
   score_unended: bool = False  # ... unless it is scored like the others
   # Of an answer: its reward minus the group's mean, divided by the standard deviation (std) or not
-  # (center), or minus the mean of the others in the group (loo).
-  advantage: Literal['std', 'center', 'loo'] = 'std'
+  # (center), or minus the mean of the others in the group (loo). Or of each token, by a value
+  # network that is trained beside the policy (gae); the next keys are those of gae.
+  advantage: Literal['std', 'center', 'loo', 'gae'] = 'std'
+  # Run directory of the reward model whose weights and head the value network starts from; '':
+  # those of `init`, and a head that is drawn.
+  value: str = ''
+  gamma: float = 1.0  # discount of a reward that comes a token later
+  lam: float = 0.95  # weight of a temporal difference that comes a token later, beside gamma
+  # The token whose reward the score is: the end token, or one after it, where the value of the
+  # state after the end token is trained too.
+  score_at: Literal['end', 'after'] = 'end'
+  whiten: int = 0  # answers whose advantages are whitened together; 0: all of a step
+  value_clip: float = 0.2  # values are clipped to those at the draw +- value_clip
+  value_weight: float = 0.1  # of half the squared errors of values in the loss
   # Of data.batch_size prompts, train on the first so many whose rewards differ; 0: on all.
   keep: int = 0
   epochs: int = 1  # times that a step trains on its answers, each in another order
@@ -197,9 +211,11 @@ class PolicyConfig(ObjectiveConfig):
   clip_low: float = 0.2  # the ratio of probabilities is clipped to 1 - clip_low ..
   clip_high: float = 0.2  # .. 1 + clip_high
   # A step's losses are divided by the number of its tokens, or summed over each answer divided by
-  # its length and then by the number of answers, or by that number times max_tokens.
-  normalise: Literal['tokens', 'sequences', 'constant'] = 'tokens'
-  kl: float = 0.01  # weight of the KL divergence from the weights of `init` in the loss
+  # its length and then by the number of answers, or by that number times max_tokens; or those of
+  # each microbatch by the number of its tokens, and then by the number of microbatches.
+  normalise: Literal['tokens', 'sequences', 'constant', 'microbatches'] = 'tokens'
+  # Weight of the KL divergence from the weights of `init`: in the loss, with gae in the rewards.
+  kl: float = 0.01
   kl_kind: Literal['k1', 'k2', 'k3'] = 'k3'  # its estimator
   reduction: Literal['mean', 'sum'] = 'mean'  # of the losses of a step
   name: str = 'policy'
@@ -207,11 +223,12 @@ class PolicyConfig(ObjectiveConfig):
   answers = True
 
   def __post_init__(self) -> None:
-    valid = self.samples >= 2 and self.max_tokens >= 1 and self.slots >= 0
+    least = 2 - self.has_values
+    valid = self.samples >= least and self.max_tokens >= 1 and self.slots >= 0
     if not valid or not 0 < self.temperature < math.inf:
       raise ValueError(
-        'objective: expected samples >= 2, max_tokens >= 1, slots >= 0 and temperature > 0, found '
-        f'samples={self.samples}, max_tokens={self.max_tokens}, slots={self.slots}, '
+        f'objective: expected samples >= {least}, max_tokens >= 1, slots >= 0 and temperature > 0, '
+        f'found samples={self.samples}, max_tokens={self.max_tokens}, slots={self.slots}, '
         f'temperature={self.temperature}'
       )
     if min(self.epochs, self.minibatches) < 1:
@@ -224,6 +241,24 @@ class PolicyConfig(ObjectiveConfig):
         'objective: expected clip_low in 0..1, clip_high > 0, kl >= 0 and keep >= 0, found '
         f'clip_low={self.clip_low}, clip_high={self.clip_high}, kl={self.kl}, keep={self.keep}'
       )
+    if not self.has_values:
+      if self.value:
+        raise ValueError(f"objective.value={self.value}: expected advantage='gae'")
+      return
+    if self.keep:
+      raise ValueError(f"objective.keep={self.keep}: expected 0 with advantage='gae'")
+    shares = 0 <= self.gamma <= 1 and 0 <= self.lam <= 1
+    if not shares or self.value_clip <= 0 or min(self.value_weight, self.whiten) < 0:
+      raise ValueError(
+        'objective: expected gamma and lam in 0..1, value_clip > 0, value_weight >= 0 and whiten '
+        f'>= 0, found gamma={self.gamma}, lam={self.lam}, value_clip={self.value_clip}, '
+        f'value_weight={self.value_weight}, whiten={self.whiten}'
+      )
+
+  @property
+  def has_values(self) -> bool:
+    """Return whether a value network is trained beside the policy."""
+    return self.advantage == 'gae'
 
   @property
   def updates(self) -> int:
@@ -348,7 +383,7 @@ class RunConfig:
   tokenizer: str = _derived('')  # fingerprint
   rows: str = _derived('')  # hash of the training rows
   clustering: str = _derived('')  # hash of the clusters that rows are grouped by
-  # Steps of `init` and `teacher` when the run began: the weights that every restart reads again.
+  # Steps of the runs that this one reads when it began: the weights that every restart reads again.
   source_steps: dict[str, int] | None = _derived(None)
   specialist: dict[str, Any] | None = _derived(None)  # its run, cluster and rule of choice
   prune: dict[str, Any] | None = _derived(None)  # what was cut, and how it was scored
@@ -430,6 +465,9 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   if cfg.init and isinstance(rep, CodeConfig):
     histogram = loader.histogram(d.path, d.set, d.split, rep.of.clusters, d.index)
     rep = dataclasses.replace(rep, histogram=tuple(histogram.tolist()))
+  if cfg.objective.value:
+    value = absolute(cfg.objective.value)
+    cfg = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, value=value))
   return dataclasses.replace(
     _counted(cfg, len(split.ids)),
     **{key: absolute(getattr(cfg, key)) for key in ('init', 'teacher', 'teacher_cache')},

@@ -183,24 +183,29 @@ def write_dense(
 
 
 def pin(workdir: Path, cfg: RunConfig) -> RunConfig:
-  """Record the steps that `init` and `teacher` serve now, or those of the run in the directory."""
+  """Record the steps that `sources` serve now, or those of the run in the directory."""
   if (workdir / 'config.json').exists():
     return dataclasses.replace(cfg, source_steps=config.of(workdir).source_steps)
-  refs = {key: getattr(cfg, key) for key in ('init', 'teacher')}
-  served = {key: served_step(ref) for key, ref in refs.items() if ref}
+  served = {key: served_step(ref) for key, ref in sources(cfg).items()}
   steps = {key: step for key, step in served.items() if step is not None}
   return dataclasses.replace(cfg, source_steps=steps or None)
 
 
+def sources(cfg: RunConfig) -> dict[str, str]:
+  """Return the runs whose weights a run reads by the key that names them."""
+  refs = {'teacher': cfg.teacher, 'init': cfg.init, 'objective.value': cfg.objective.value}
+  return {key: ref for key, ref in refs.items() if ref}
+
+
 def source(cfg: RunConfig, key: str, mesh: Mesh) -> Loaded:
-  """Load the run that `init` or `teacher` names, at the step that it served when `cfg`'s run began.
+  """Load the run that one of `sources` names, at the step that it served when `cfg`'s run began.
 
   Runs of earlier versions recorded no step: the one served now is loaded.
 
   Raises:
     ValueError: if the run has not finished, no longer has that step, or has another tokenizer.
   """
-  ref, step = getattr(cfg, key), (cfg.source_steps or {}).get(key)
+  ref, step = sources(cfg)[key], (cfg.source_steps or {}).get(key)
   if step is not None:
     path, _ = rundir.split_ref(ref)
     ref = f'{path}@{step}'

@@ -62,9 +62,8 @@ def train(
     processes.together(lambda: _extends(workdir, cfg))  # again: another run may have held it
     if main:
       (workdir / 'result.json').unlink(missing_ok=True)
-    for key in ('teacher', 'init'):
-      if ref := getattr(cfg, key):
-        progress.say(f'loading {key} {ref}')
+    for key, ref in load.sources(cfg).items():
+      progress.say(f'loading {key} {ref}')
     return _Run(cfg, workdir, mesh, trace, reward).loop()
 
 
@@ -177,7 +176,7 @@ class _Run:
     # Drawing answers waits for the step before anyway, and its time is told apart.
     answers = self.cfg.objective.answers
     with record.apart('rollout') if answers else contextlib.nullcontext():
-      made = rewrite(state.theta, self.frozen, batch, step)
+      made = rewrite(state.theta, self.frozen | state.beside, batch, step)
     record.dispatch()
     return made
 

@@ -23,6 +23,7 @@ from slm import reparam
 from slm.base import arguments, console
 from slm.models.config import DecoderConfig
 from slm.models.decoder import Decoder
+from slm.objectives import critic
 from slm.runs.config import RunConfig
 from slm.training import program
 from slm.weights import chips, sharding, tree
@@ -155,11 +156,15 @@ def _trained(theta: dict[str, Any]) -> dict[str, int]:
 
 def _estimated(cfg: RunConfig, step: program.Outline, mesh: Any) -> dict[str, float]:
   """Estimate the bytes on one device of what a compiler decides, by purpose."""
-  d, decoder, tensor = cfg.data, step.model.cfg, mesh.shape['tensor']
-  groups = d.batch_size // d.rows_per_group // d.accum // sharding.batch_devices(mesh)
-  rows, recomputed = groups * d.rows_per_group, 0.0
+  decoder, tensor = step.model.cfg, mesh.shape['tensor']
+  *_, groups, per_group, width = step.batch['inputs'].shape
+  groups //= sharding.batch_devices(mesh)
+  rows, recomputed = groups * per_group, 0.0
+  kept = _kept(decoder, width, cfg.dtype, tensor)
+  if 'value' in step.state.beside:
+    kept += _kept(critic.network(cfg, step.model).cfg, width, cfg.dtype, tensor)
   if decoder.remat != 'none':
-    whole = _kept(dataclasses.replace(decoder, remat='none'), cfg.context, cfg.dtype, tensor)
+    whole = _kept(dataclasses.replace(decoder, remat='none'), width, cfg.dtype, tensor)
     recomputed = whole / decoder.num_layers
   logits = 8.0 * decoder.vocab  # and their gradient
   if step.teacher:
@@ -169,7 +174,7 @@ def _estimated(cfg: RunConfig, step: program.Outline, mesh: Any) -> dict[str, fl
     'gradients': sum(trained.values()),
     **_copies(cfg, step, mesh, groups),
     'logits of a chunk': cfg.objective.chunk * logits,
-    'kept for the backward pass': rows * _kept(decoder, cfg.context, cfg.dtype, tensor),
+    'kept for the backward pass': rows * kept,
     'one layer, recomputed': rows * recomputed,
   }
 
@@ -196,7 +201,7 @@ def _copies(cfg, step, mesh, groups) -> dict[str, float]:
   copy = new if width == 4 else sum(sizes)
   if width != 4:
     others = step.frozen | step.state.beside
-    beside = {name: others.get(name, {}) for name in ('teacher', 'reference')}
+    beside = {name: others.get(name, {}) for name in ('teacher', 'reference', 'value')}
     copy += sum(program.memory(beside).values()) / 4
   fewer = sum(x.size for x in jax.tree.leaves(theta)) < new  # else its gradient takes their place
   return {
