@@ -141,6 +141,21 @@ def test_a_pair_is_two_segments_of_one_row(tok, tmp_path):
   assert facts['dropped']['too_long'] == 2 and facts['documents'] == 14 and not facts['notes']
 
 
+def test_a_run_knows_the_labels_of_its_prompts(tok, tmp_path):
+  """Prompts with other labels are other rows, on which a run does not continue."""
+  hashes = []
+  for name, label in (('one', '1'), ('same', '1'), ('other', '2')):
+    path = write(tmp_path / f'{name}.jsonl', [{'prompt': 'sail', 'label': label, 'verifier': 'x'}])
+    cfg = fields({'s': {'train': path}}, tmp_path / name, tok, chat={'kind': 'prompts'})
+    prepare.prepare(cfg)
+    hashes.append(loader.Split(cfg.out, 's', 'train').sha256)
+  assert hashes[0] == hashes[1] != hashes[2]
+  path = Path(cfg.out) / 's/train/labels.jsonl'
+  path.write_text(path.read_text().replace('"2"', '"3"'))
+  with pytest.raises(ValueError, match='labels.jsonl: is not as it was written: slm.data.prepare'):
+    loader.Split(cfg.out, 's', 'train').labels()
+
+
 PROMPTS = [
   *({'q': f'{i} + {i}?', 'final': str(2 * i), 'instruction': 'x'} for i in range(9)),
   {'q': 'anchor ' * 200, 'final': '0'},

@@ -84,7 +84,6 @@ _MANIFEST = {
   'context': int, 'levels': [int], 'tokenizer': {'name': str, 'vocab': int, 'fingerprint': str},
   'sets': {str: {str: {'rows': int, 'sha256': str, 'shards': [str]}}},
 }  # fmt: skip
-_LABEL = {'row': int, 'verifiers': [{'id': str}]}
 _INDEX = {'set': str, 'split': str, 'rows_sha256': str, 'sha256': str}
 
 
@@ -202,20 +201,16 @@ class Split:
     """Return what checks the answers to the prompts of all rows, by row; [] if these are others.
 
     An entry is {'row': number, 'verifiers': [{'id': ..., 'args': ...}]}.
+
+    Raises:
+      ValueError: if they are not those that were prepared.
     """
-    path = self.path / self.name / rows.LABELS
-    if rows.LABELS not in self.facts.get('files', {}):
+    path, stamp = self.path / self.name / rows.LABELS, self.facts.get('files', {}).get(rows.LABELS)
+    if not stamp:
       return []
-    labels = [record for _, record in sources.records(str(path))]
-    for i, record in enumerate(labels):
-      files.check(path, record, _LABEL, str(i))
-      if record['row'] != i:
-        raise ValueError(f'{path}: line {i + 1} is of row {record["row"]}, expected {i}')
-    if len(labels) != self.facts['rows']:
-      raise ValueError(
-        f'{path}: {len(labels)} lines, expected one for each of {self.facts["rows"]} rows'
-      )
-    return labels
+    if problem := files.damage(path, stamp):
+      raise ValueError(f'{problem}: slm.data.prepare --verify makes it again')
+    return [record for _, record in sources.records(str(path))]
 
 
 def _check_files(path: Path, name: str, facts: dict[str, Any]) -> None:

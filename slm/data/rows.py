@@ -150,13 +150,15 @@ class Pack:
 def write(task: Pack) -> dict[str, Any]:
   """Pack the windows of a task and write its row shard, as `write_shard` does.
 
-  The labels of prompts are written beside it, a line for each row.
+  The labels of prompts are written beside it, a line for each row, and hashed with the rows: a run
+  does not go on with other rewards.
   """
   summary = write_shard(task.out, task.name, _windows(task), task.context, task.chat)
   if task.chat.kind == 'prompts':
-    path = task.out / f'{task.name}.labels.jsonl'
-    files.write_text(path, ''.join(_labels(task)))
+    path, labels = task.out / f'{task.name}.labels.jsonl', ''.join(_labels(task))
+    files.write_text(path, labels)
     summary['files'].append(path.name)
+    summary['sha256'] = hashlib.sha256((summary['sha256'] + labels).encode()).hexdigest()
   return summary
 
 
