@@ -141,6 +141,22 @@ def test_a_pair_is_two_segments_of_one_row(tok, tmp_path):
   assert facts['dropped']['too_long'] == 2 and facts['documents'] == 14 and not facts['notes']
 
 
+def test_pairs_that_would_train_nothing_or_repeat_the_prompt_are_dropped(tok, tmp_path):
+  """Answers that are one once they are cut; an answer that has the prompt in other words."""
+  rope = 'rope ' * 200
+  again = [SAY('user', 'The tide?'), SAY('assistant', 'ship')]
+  lines = [
+    {'prompt': 'x', 'chosen': f'{rope}ship', 'rejected': f'{rope}anchor'},
+    {'prompt': 'the tide?', 'chosen': again, 'rejected': 'rope'},
+    *PAIRS[:2],
+  ]
+  path = write(tmp_path / 'pairs.jsonl', lines)
+  cfg = fields({'s': {'train': path}}, tmp_path, tok, chat={'kind': 'pairs'})
+  facts = prepare.prepare(cfg)['sets']['s']['train']
+  assert facts['documents'] == 2 and facts['dropped'] == {'tied': 1, 'unproved': 1}
+  assert "the chosen answer begins with a turn of 'user'" in facts['why']['unproved']
+
+
 def test_a_run_knows_the_labels_of_its_prompts(tok, tmp_path):
   """Prompts with other labels are other rows, on which a run does not continue."""
   hashes = []

@@ -217,6 +217,8 @@ def window(
       raise Dropped('too_long')
   elif c.kind == 'pairs':
     parts, notes = _fit(_pair(document, masker, tools), c, context)
+    if np.array_equal(parts[0][0], parts[1][0]):  # also of two answers that differ beyond the cut
+      raise Dropped('tied')
   else:
     parts, notes = _fit([masker.conversation(document['messages'], tools)], c, context)
   made = np.zeros(sum(len(part[0]) for part in parts), dtype(c))
@@ -250,13 +252,14 @@ def _fit(parts: list[Masked], c: ChatConfig, context: int) -> tuple[list[Masked]
 def _pair(document: Mapping[str, Any], masker: Masker, tools: Any) -> list[Masked]:
   """Return tokens and mask of the prompt with either answer."""
   prompt = list(document['prompt'])
+  for key in ('chosen', 'rejected'):  # as where an answer repeats the prompt in other words
+    if (role := document[key][0]['role']) != 'assistant':
+      raise Dropped('unproved', f'after the prompt the {key} answer begins with a turn of {role!r}')
   both = [
     masker.conversation([*prompt, *document[key]], tools, len(prompt))
     for key in ('chosen', 'rejected')
   ]
   (chosen, trained), (rejected, _) = both
-  if np.array_equal(chosen, rejected):
-    raise Dropped('tied')
   n = int(np.argmax(trained))
   if n != int(np.argmax(both[1][1])) or not np.array_equal(chosen[:n], rejected[:n]):
     raise Dropped('unproved', 'the two answers do not follow the same prompt')
