@@ -144,6 +144,32 @@ def test_what_is_trained_is_the_answers_with_their_end(folders, name):
     assert all(ids[run[-1]] == masker.stop for run in runs)
 
 
+@pytest.mark.parametrize('system', [[], [SAY('system', 'Short.')]])
+@pytest.mark.parametrize('turns', [1, 2, 3])
+def test_what_is_trained_is_the_answers_wherever_the_context_ends(folders, turns, system):
+  tok = tokenizer.load(folders['chatml'])
+  masker, asked = masking.Masker(tok), ChatConfig('conversations')
+  said = ['ship and rope', '', 'the tide, 2 < 3'][:turns]
+  talk = [m for text in said for m in (SAY('user', f'about {text}?'), SAY('assistant', text))]
+  document = {'messages': [*system, *talk]}
+  expected = ''.join(f'{text}<|im_end|>' for text in said)
+  size = len(masker.conversation(document['messages'])[0])
+  seen = set()
+  for context in range(1, size + 2):
+    try:
+      tokens, notes = masking.window(document, masker, asked, context)
+    except masking.Dropped as e:
+      assert e.reason == 'untrained'
+      seen.add('')
+      continue
+    found = tok.written(tokens['tokens'][tokens['trained'] > 0])
+    assert expected.startswith(found) and found and len(tokens) == min(context, size)
+    assert ('truncated' in notes) == (context < size)
+    assert ('cut_answers' in notes) == (found != expected)
+    seen.add(found)
+  assert {'', expected} < seen  # before an answer, in the middle of one, after the last
+
+
 def test_spans_are_those_of_the_text(folders, tmp_path):
   """What `encode_spans` says of the characters of a token, for every kind of tokenizer."""
   sample = toy.documents(list(toy.TOPICS), 200, 0)
