@@ -1,7 +1,5 @@
 """Conversations with a model: turns, what is kept between them, the command."""
 
-import json
-import shutil
 import subprocess
 import sys
 
@@ -22,22 +20,11 @@ from slm.models.decoder import init_cache, unembed
 from slm.runs import load
 from slm.weights import sharding
 
-PLAIN = (
-  '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
-  '{% if add_generation_prompt %}assistant: {% endif %}'
-)
-
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """Give a random model a chat template and a context of 600 tokens."""
-  source, path = toy.random_run(), tmp_path_factory.mktemp('chat') / 'run'
-  shutil.copytree(source, path)
-  shutil.copytree(source.parent / 'data' / 'tokenizer', path / 'tokenizer')
-  (path / 'tokenizer' / 'chat_template.jinja').write_text(PLAIN)
-  config = json.loads((path / 'config.json').read_text())
-  (path / 'config.json').write_text(json.dumps({**config, 'context': 600}))
-  return path
+  return toy.talking_run(tmp_path_factory.mktemp('chat') / 'run')
 
 
 def talk(path):
@@ -54,7 +41,7 @@ def test_answers_are_the_continuations_of_the_rendered_text(run, monkeypatch):
   messages = [say('user', 'the tide ' * 3)]
   for text in ('storm', 'rope and anchor ' * 30, ''):
     answer = ''.join(kept.answer(messages, 20))
-    prompt = chat.render(messages, PLAIN, add_generation_prompt=True)
+    prompt = chat.render(messages, toy.PLAIN, add_generation_prompt=True)
     (expected,) = completion.complete(
       loaded, loaded.params(), tok, [], [prompt], 20, decode.greedy, 0
     )

@@ -29,11 +29,7 @@ MC = {'type': 'mc', 'query': 'Question: what sails?', 'choices': ['a ship', 'flo
 @pytest.fixture(scope='module')
 def template(tmp_path_factory):
   """Give a random model a chat template."""
-  source, path = toy.random_run(), tmp_path_factory.mktemp('suites') / 'run'
-  shutil.copytree(source, path)
-  shutil.copytree(source.parent / 'data' / 'tokenizer', path / 'tokenizer')
-  (path / 'tokenizer' / 'chat_template.jinja').write_text(PLAIN)
-  return path
+  return toy.talking_run(tmp_path_factory.mktemp('suites') / 'run', PLAIN, context=64)
 
 
 @pytest.fixture

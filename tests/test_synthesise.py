@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,6 @@ from slm.runs import ledger
 
 WORDS = ('a', 'big', 'cow', 'had', 'jumped', 'very', 'kind', 'fox', 'quite', 'lazy', 'moon', 'up')
 PROMPT = 'Name a ship'
-PLAIN = (
-  '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
-  '{% if add_generation_prompt %}assistant: {% endif %}'
-)
 
 
 def write_lines(path, rows):
@@ -250,13 +245,7 @@ def test_tasks_of_reasoning_gym_are_answered_by_their_answers():
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """Give a random model a chat template and a context of 600 tokens."""
-  source, path = toy.random_run(), tmp_path_factory.mktemp('answers') / 'run'
-  shutil.copytree(source, path)
-  shutil.copytree(source.parent / 'data' / 'tokenizer', path / 'tokenizer')
-  (path / 'tokenizer' / 'chat_template.jinja').write_text(PLAIN)
-  config = json.loads((path / 'config.json').read_text())
-  (path / 'config.json').write_text(json.dumps({**config, 'context': 600}))
-  return str(path)
+  return str(toy.talking_run(tmp_path_factory.mktemp('answers') / 'run'))
 
 
 def labelled(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -90,6 +91,24 @@ def prepared() -> str:
   cfg = config(root, corpus(root))
   prepare.prepare(cfg)
   return cfg.out
+
+
+# A template of plain text.
+PLAIN = (
+  '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
+  '{% if add_generation_prompt %}assistant: {% endif %}'
+)
+
+
+def talking_run(path: pathlib.Path, template: str = PLAIN, context: int = 600) -> pathlib.Path:
+  """Copy the random run to a path, with a chat template and a context."""
+  source = random_run()
+  shutil.copytree(source, path)
+  shutil.copytree(source.parent / 'data' / 'tokenizer', path / 'tokenizer')
+  (path / 'tokenizer' / 'chat_template.jinja').write_text(template)
+  config = json.loads((path / 'config.json').read_text())
+  (path / 'config.json').write_text(json.dumps({**config, 'context': context}))
+  return path
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from slm.inference.verifiers import answers, words
+from slm.inference.verifiers import answers, official, words
 from slm.inference.verifiers.arguments import Count, Letter, Text, Words
 
 Quantifier = Literal['at least', 'around', 'at most']
@@ -88,7 +88,7 @@ def postscript(text: str, postscript_marker: Text) -> bool:
 
 def placeholders(text: str, N: Count) -> bool:
   """Return whether there are at least N [placeholders]."""
-  return sum(1 for _ in re.finditer(r'\[[^\[\]\n]*\]', text)) >= N
+  return official.number_placeholders(text, N)
 
 
 def placeholders_released(text: str, N: Count) -> bool:
@@ -173,11 +173,6 @@ def quotation(text: str) -> bool:
   return text.startswith('"') and text.endswith('"')
 
 
-def no_commas(text: str) -> bool:
-  """Return whether the text has no comma."""
-  return ',' not in text
-
-
 FIXED: dict[str, Callable[..., bool]] = {
   'verify_keywords': keywords,
   'verify_keyword_frequency': keyword_frequency,
@@ -203,7 +198,7 @@ FIXED: dict[str, Callable[..., bool]] = {
   'validate_frequency_capital_words': capital_words,
   'validate_uppercase': uppercase,
   'validate_lowercase': lowercase,
-  'validate_no_commas': no_commas,
+  'validate_no_commas': official.no_comma,
 }
 RELEASED = FIXED | {
   'verify_sentence_constraint': sentence_constraint_released,
