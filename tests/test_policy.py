@@ -469,6 +469,20 @@ def test_advantages_belong_to_the_prompts_and_answers_that_were_scored(start, mo
   assert all(len(scores) == 4 for scores in seen.values())
 
 
+def test_held_out_rewards_are_means_over_the_rows_without_padding(start):
+  """Seven rows in batches of four, each worth its number."""
+  given = config_of(start, **{'eval.batch_size': 4, 'eval.max_rows': 7, 'objective.max_tokens': 2})
+  cfg, mesh = config.resolve(given), sharding.make_mesh()
+  worth = lambda labels: lambda rows, texts: [row + 1.0 for row in rows]
+  with jax.set_mesh(mesh):
+    model, _ = load.build(cfg)
+    tok, params = tokenizer.load(f'{start[1]}/tokenizer'), load.load(start[0], mesh).params()
+    found = answers.evaluator(cfg, model, tok, mesh, worth)(lambda condition: params, {})
+  rows = loader.spaced(loader.Split(start[1], 'prompts', 'validation').ids, 7)
+  assert found['reward'] == found['greedy_reward'] == -found['loss']
+  assert found['reward'] == pytest.approx(np.mean(rows + 1.0)) and len(rows) == 7
+
+
 def test_draws_depend_on_seed_step_row_and_number_alone(start):
   run = load.load(start[0], sharding.make_mesh())
   tok = tokenizer.load(f'{start[1]}/tokenizer')
