@@ -138,7 +138,8 @@ def test_sentences_say_what_trained_labels_check():
     assert f'{check["quantifier"]} {check["N"]} words' in x.sentence
 
 
-def test_constrained_prompts_are_rows_that_prepare_reads(tmp_path):
+def test_constrained_prompts_are_rows_that_prepare_reads(tmp_path, monkeypatch):
+  monkeypatch.setattr(words, 'language', lambda text: '')  # may not be installed
   asked = [{'question': f'Tell me about ship {i}.', 'answer': 'No.'} for i in range(40)]
   said = (('user', 'Hi'), ('assistant', 'Hello.'), ('user', 'A ship?'), ('assistant', 'No.'))
   talk = [{'role': role, 'content': text} for role, text in said]
