@@ -71,6 +71,16 @@ def test_a_missing_or_emptied_file_is_damage_too(run, tiny_config_of, capsys):
   assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['2', '4', '6']  # as it was
 
 
+def test_the_rest_of_an_outdated_checkpoint_is_removed(whole, run, tiny_config_of):
+  """A process may be killed while Orbax removes one, file by file."""
+  for name in ('_CHECKPOINT_METADATA', 'checksums.json'):
+    (run / 'checkpoints/2' / name).unlink()
+  again(run, tiny_config_of)
+  assert checkpoint.saved_steps(run / 'checkpoints') == [6, 4]
+  assert [wrong for _, wrong in checkpoint.verify(run)] == ['', '']
+  assert losses(run) == losses(whole)
+
+
 def test_damaged_weights_are_never_loaded(run, tiny_config_of):
   path, mesh = flip(run, '6/theta'), sharding.make_mesh({'data': 8})
   with pytest.raises(

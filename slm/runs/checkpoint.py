@@ -27,6 +27,7 @@ Path = pathlib.Path
 policies = ocp.training.preservation_policies
 THETA, BESIDE = 'theta', 'beside'  # items of a checkpoint: what is served, what is trained with it
 _SUMS = 'checksums.json'
+_METADATA = '_CHECKPOINT_METADATA'  # of Orbax, in every complete checkpoint
 
 
 class Checkpoints:
@@ -171,11 +172,19 @@ class Checkpoints:
     return f'step {steps[0]} exists, without checksums' if steps else 'there is no checkpoint'
 
   def _mend(self) -> None:
-    """Move damaged checkpoints aside, and seal the newest: Orbax names it when it is complete."""
+    """Move damaged checkpoints aside, and seal the newest: Orbax names it when it is complete.
+
+    It removes an outdated one file by file: of one whose removal was cut short the rest goes too.
+    """
     self._move_damaged_aside()
-    for step in saved_steps(self._directory)[:1]:
-      if not (self._directory / str(step) / _SUMS).exists():
-        _write_sums(self._directory / str(step))
+    newest, *older = [self._directory / str(step) for step in saved_steps(self._directory)] or [
+      None
+    ]
+    if newest and not (newest / _SUMS).exists():
+      _write_sums(newest)
+    for folder in older:
+      if isinstance(folder, Path) and not (folder / _METADATA).exists():
+        shutil.rmtree(folder)
 
   def _move_damaged_aside(self) -> None:
     steps = saved_steps(self._directory)
