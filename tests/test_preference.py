@@ -399,6 +399,18 @@ def curves(run):
   return [[line.get(name) for name in names] for line in rundir.read_metrics(run)]
 
 
+def test_held_out_pairs_are_those_that_were_prepared_without_padding(start):
+  cfg = config.resolve(given(start))
+  params, scores = load.load(start[0], mesh()).params(), jnp.zeros((8, 2, CONTEXT // 2))
+  with jax.set_mesh(mesh()):
+    _, rep = load.build(cfg)
+    evaluate = reference.Evaluator(cfg, cfg.objective, lambda *_: scores, rep, mesh())
+    table = evaluate.pairs(lambda condition: params, {})
+  facts = loader.facts(start[1], 'pairs/validation')
+  assert len(table) == facts['documents'] and table[:, 3].sum() == facts['tokens']
+  assert facts['rows'] % cfg.eval.batch_size  # some rows of the last batch are empty
+
+
 class KilledError(Exception):
   pass
 
