@@ -23,9 +23,9 @@ def test_the_table_counts_what_was_sent_and_what_became_of_it():
     line(3, 'evaluate', ['SIGTERM at a write']),
   ]
   assert run.table(lines).splitlines()[2:] == [
-    '| train | 2 | 3 | 2 | 0 | 0 | 0 | 1 | 2 | 1 |',
-    '| evaluate | 2 | 1 | 0 | 1 | 0 | 0 | 0 | 0 | 2 |',
-    '| all | 4 | 4 | 2 | 1 | 0 | 0 | 1 | 2 | 3 |',
+    '| train | 2 | 3 | 2 | 0 | 0 | 0 | 1 | 0 | 2 | 1 |',
+    '| evaluate | 2 | 1 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 2 |',
+    '| all | 4 | 4 | 2 | 1 | 0 | 0 | 1 | 0 | 2 | 3 |',
   ]
 
 
@@ -62,6 +62,28 @@ def test_a_watched_command_ends_before_the_drawn_write(number, tmp_path):
   assert sorted(p.name for p in folder.iterdir()) == (['a'] if number else ['b', 'c'])
   assert (notes / 'sent').exists() == bool(number)
   assert [path.read_text() for path in notes.glob('writes.*')] == ([] if number else ['3'])
+
+
+def test_processes_that_a_command_leaves_are_found(tmp_path):
+  """Also those whose parent has ended, as what it started to verify answers."""
+  command = ['sh', '-c', 'sleep 60 &']
+  with run.Start(command, dict(os.environ), tmp_path / 'errors') as started:
+    assert started.wait(10) == 0
+    (left,) = started.running()
+    assert started.outlive(0.1) > 0.1 and 'left processes' in ' '.join(started.problems([0]))
+    os.kill(left, run.KILL)
+    assert started.outlive(10) < 10 and started.problems([0]) == []
+
+
+def test_every_stage_has_what_it_needs_and_a_command(tmp_path):
+  run.write_text(tmp_path, 4)
+  assert {path.stem for path in tmp_path.glob('*.jsonl')} == {'text', 'pairs', 'prompts'}
+  made = stages.stages(5)
+  for name, stage in made.items():
+    assert set(stage.needs) <= made.keys() and (stage.like or name) in made
+    words = stage.command(tmp_path / 'here', tmp_path / 'base')
+    assert words[0].startswith('slm.') and all(word.startswith('--') for word in words[1:])
+  assert {*stages.TURNS, *stages.POSTTRAIN} <= made.keys()
 
 
 def test_batches_of_several_processes_are_joined_and_a_line_cut_short_is_none(tmp_path):

@@ -124,6 +124,7 @@ NOT_RUN = {
   'python -m experiments.faults.run --scale=smoke --out=runs/faults':
     'minutes: starts and kills processes; tests/test_faults.py has its parts',
   'python -m experiments.faults.run --scale=full --out=runs/faults': 'hours',
+  'python -m experiments.faults.run --scale=posttrain --out=runs/faults-posttrain': 'minutes',
   'python -m experiments.speed.run --scale=cpu': 'minutes, and measures this machine',
   'python -m experiments.speed.run --scale=cpu --out=runs/busy --busy=1 --rounds=5 '
   "--row='train: slm' --row='train: torch' --row='train: torch.compile'":

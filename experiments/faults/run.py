@@ -39,7 +39,9 @@ KINDS = {
   'SIGTERM': ((TERM,), False),
   'SIGKILL at a write': ((KILL,), True),
   'SIGTERM twice': ((TERM, TERM), False),
+  'SIGTERM to all': ((TERM,), False),
 }
+TO_ALL = 'SIGTERM to all'  # as batch systems do: to the processes that the command started too
 LIMIT = 180  # seconds in which every start ends, with all its processes
 LOST = (1, 75)  # statuses of a process that has lost another
 
@@ -52,32 +54,40 @@ class Scale:
   steps: int  # of 8 rows
   trials: int
   kills: int  # in each trial
+  turns: Sequence[str] = stages.TURNS
 
 
 SCALES = {
   'smoke': Scale(documents=80, steps=20, trials=4, kills=1),
   'full': Scale(documents=80, steps=60, trials=72, kills=4),
+  'smoke-posttrain': Scale(80, steps=6, trials=4, kills=1, turns=stages.POSTTRAIN),
+  'posttrain': Scale(80, steps=16, trials=20, kills=4, turns=stages.POSTTRAIN),
 }
 
 
 def write_text(folder: Path, documents: int) -> None:
-  """Write documents of random words as JSON lines."""
-  rng, lines = np.random.default_rng(0), []
-  for _ in range(documents):
-    words = rng.choice(WORDS.split(), int(rng.integers(20, 90)))
-    lines.append(json.dumps({'text': ' '.join(words)}))
-  files.write_text(folder / 'text.jsonl', '\n'.join(lines))
+  """Write documents of random words as JSON lines; pairs and prompts of them too."""
+  rng, words = np.random.default_rng(0), WORDS.split()
+  draw = lambda low, high: ' '.join(rng.choice(words, int(rng.integers(low, high))))
+  made = {'text': [{'text': draw(20, 90)} for _ in range(documents)]}
+  answers = lambda: dict(zip(('chosen', 'rejected'), rng.permutation(words).tolist(), strict=False))
+  made['pairs'] = [{'prompt': draw(1, 3), **answers()} for _ in range(documents)]
+  # The first pattern is searched in a process of its own.
+  label = {'verifier': ['regex', 'length'], 'label': ['[a-m].*', {'unit': 'words', 'at_least': 3}]}
+  made['prompts'] = [{'prompt': f'{i} {draw(1, 3)}', **label} for i in range(documents)]
+  for name, records in made.items():
+    files.write_text(folder / f'{name}.jsonl', '\n'.join(map(json.dumps, records)))
 
 
 class Start:
   """A command that runs, with its errors in a file; leaving its context ends it."""
 
-  processes: Sequence[int] = ()  # those that it had started when `children` was called
-
   def __init__(self, command: Sequence[str], env: dict[str, str], errors: Path):
     self._path, self._errors = errors, errors.open('w')
+    mark = {'FAULTS_START': str(errors)}  # all processes that it starts inherit it
+    self._mark = b'FAULTS_START=' + os.fsencode(errors)
     self.process = subprocess.Popen(
-      command, env=env, stdout=subprocess.DEVNULL, stderr=self._errors, text=True
+      command, env=env | mark, stdout=subprocess.DEVNULL, stderr=self._errors, text=True
     )
 
   def __enter__(self) -> 'Start':
@@ -95,8 +105,16 @@ class Start:
   def children(self) -> list[int]:
     """Return the processes that this one started (on Linux)."""
     path = Path(f'/proc/{self.process.pid}/task/{self.process.pid}/children')
-    self.processes = [int(word) for word in path.read_text().split()] if path.exists() else []
-    return self.processes
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+  def running(self) -> list[int]:
+    """Return all processes of the command that run, also those whose parent has ended (Linux)."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/environ'):
+      with contextlib.suppress(OSError):
+        if self._mark in path.read_bytes().split(b'\0') and _runs(int(path.parent.name)):
+          found.append(int(path.parent.name))
+    return found
 
   def wait(self, seconds: float = LIMIT) -> int | None:
     """Return the exit status; None if it has not ended within the time."""
@@ -106,9 +124,9 @@ class Start:
       return None
 
   def outlive(self, seconds: float = LIMIT) -> float:
-    """Wait until the processes that it had started have ended too; return how long that took."""
+    """Wait until all its processes have ended; return how long that took."""
     began = time.monotonic()
-    while any(map(_runs, self.processes)) and time.monotonic() < began + seconds:
+    while self.running() and time.monotonic() < began + seconds:
       time.sleep(0.05)
     return time.monotonic() - began
 
@@ -116,7 +134,7 @@ class Start:
     """Say what is wrong with how the command ended."""
     status, text = self.process.poll(), self._path.read_text()
     found = [] if status is not None else [f'had not ended after {LIMIT} s']
-    if any(map(_runs, self.processes)):
+    if self.running():
       found.append(f'left processes that had not ended after {LIMIT} s')
     last = (text.strip().splitlines() or [''])[-1]
     if status is not None and status not in expected:
@@ -175,6 +193,8 @@ class Study:
     It is done twice, the second time with all programs compiled before, and has to make the same.
     """
     stage = self._stages[name]
+    for needed in stage.needs:
+      self.undisturbed(needed)
     label = (stage.like or name) + place.name
     record, here = self._base / f'{label}.json', self._base / label
     if not record.exists():
@@ -212,7 +232,7 @@ class Study:
     drawn = (write, signals[0]) if at_write else ()
     with self._start(self._stages[name], place, here, notes, *drawn) as started:
       if not at_write and started.wait(moment) is None:
-        self._send(started, signals, which, pause)
+        self._send(started, kind, place, which, pause)
         (notes / 'sent').touch()
       began = time.monotonic()
       status, left = started.wait(), started.outlive()
@@ -228,18 +248,23 @@ class Study:
       'ended_after': None if at_write else round(seconds, 2), 'left_for': round(left, 2),
     }  # fmt: skip
 
-  def _send(self, started: Start, signals: Sequence[int], which: int, pause: float) -> None:
+  def _send(self, started: Start, kind: str, place: Place, which: int, pause: float) -> None:
     """Send signals: SIGKILL to a launcher or one of its processes, if it has started them."""
-    children = started.children() if signals == (KILL,) else []
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(children[which] if which < len(children) else started.process.pid, signals[0])
-      for number in signals[1:]:
-        if started.wait(pause) is None:
-          started.process.send_signal(number)
+    signals, victims = KINDS[kind][0], [started.process.pid]
+    if kind == TO_ALL:
+      victims = started.running()
+    elif signals == (KILL,) and place.processes > 1:
+      victims = [*started.children(), *victims][which : which + 1] or victims
+    for process in victims:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signals[0])
+    for number in signals[1:]:
+      if started.wait(pause) is None:
+        started.process.send_signal(number)
 
   def trial(self, number: int) -> dict[str, Any]:
     """Run a trial; return its line: its kills, what was wrong, and how far a result was off."""
-    rng, turns = np.random.default_rng([self._seed, number]), stages.TURNS
+    rng, turns = np.random.default_rng([self._seed, number]), self._scale.turns
     turn, index = divmod(number, len(turns))
     name, here, notes = turns[index], self._out / 'trial', self._out / 'notes' / str(number)
     stage = self._stages[name]
@@ -286,7 +311,7 @@ class Study:
   def run(self) -> list[dict[str, Any]]:
     """Run the trials that OUT/trials.jsonl lacks; return the lines of all."""
     write_text(self._base, self._scale.documents)
-    for name in dict.fromkeys(stages.TURNS[: self._scale.trials]):
+    for name in dict.fromkeys(self._scale.turns[: self._scale.trials]):
       for place in self._stages[name].places:
         self.undisturbed(name, place)
     record = self._out / 'trials.jsonl'

@@ -20,7 +20,14 @@ TOLERANCE = {'losses': 1e-5, 'parameters': 1e-5}
 TURNS = (
   'prepare', 'train', 'distil', 'evaluate', 'minitron', 'meshes', 'processes', 'train', 'meshes',
 )  # fmt: skip
+POSTTRAIN = ('dpo', 'grpo', 'dpo-cached', 'grpo-slots')
 _HASHED = ('.array_record', '.npy', '.npz')  # JSON holds times and paths
+_HASHED_NAMES = ('labels.jsonl',)
+# Of a step and of held-out rows; those of answers tell what was drawn and what it was worth.
+_FIGURES = (
+  'loss', 'eval_loss', 'reward', 'rollout_tokens', 'undecided', 'eval_reward', 'margin',
+  'eval_margin',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ TWO_PROCESSES = Place('-processes-2', processes=2)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A command that works in one directory from what the base directory holds.
+  """A command that works in one directory from what the base directory holds of `needs`.
 
   Its starts take the places in turn. `like` is the stage whose result it should have, itself if
   that is ''. With `trained` its directory holds a copy of the trained run.
@@ -56,6 +63,7 @@ class Stage:
   places: tuple[Place, ...] = (ONE,)
   like: str = ''
   trained: bool = False
+  needs: tuple[str, ...] = ()
 
 
 def stages(steps: int) -> dict[str, Stage]:
@@ -69,11 +77,11 @@ def stages(steps: int) -> dict[str, Stage]:
   shape = {'embed': 32, 'num_layers': 2, 'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 16}
   model = {f'model.{key}': value for key, value in {**shape, 'mlp': 64}.items()}
 
-  def train(name: str, *more: str) -> Callable[[Path, Path], list[str]]:
+  def train(name: str, *more: str, data: str = 'prepare') -> Callable[[Path, Path], list[str]]:
     """Return the command of a model of 30 thousand parameters, saved every fifth step."""
     keys = {**training, **model, 'checkpoint.keep': 2}
     return lambda here, base: [
-      'slm.train', f'--config={name}', *config(keys), f'--config.data.path={base}/prepare/data',
+      'slm.train', f'--config={name}', *config(keys), f'--config.data.path={base}/{data}/data',
       *(text.format(base=base) for text in more), f'--workdir={here}/run',
     ]  # fmt: skip
 
@@ -93,14 +101,54 @@ def stages(steps: int) -> dict[str, Stage]:
   pretrain = train('pretrain')
   evaluate = lambda here, base: ['slm.evaluate', f'--run={here}/run', '--on=generic/test']
   distil = train('recover', *(f'--config.{k}={{base}}/train/run' for k in ('init', 'teacher')))
+  after = {'needs': ('train',)}
   return {
     'prepare': Stage(prepare),
-    'train': Stage(pretrain),
-    'distil': Stage(distil),
-    'evaluate': Stage(evaluate, trained=True),
-    'minitron': Stage(minitron, trained=True),
-    'meshes': Stage(pretrain, (ONE, FOUR, EIGHT), 'train'),
-    'processes': Stage(pretrain, (TWO_PROCESSES, TWO_PROCESSES, ONE), 'train'),
+    'train': Stage(pretrain, needs=('prepare',)),
+    'distil': Stage(distil, **after),
+    'evaluate': Stage(evaluate, trained=True, **after),
+    'minitron': Stage(minitron, trained=True, **after),
+    'meshes': Stage(pretrain, (ONE, FOUR, EIGHT), 'train', **after),
+    'processes': Stage(pretrain, (TWO_PROCESSES, TWO_PROCESSES, ONE), 'train', **after),
+    **_posttraining(train),
+  }
+
+
+def _posttraining(train: Callable[..., Any]) -> dict[str, Stage]:
+  """Return the stages of preference pairs and of rewards, by the function that makes commands."""
+
+  def prepare(kind: str, context: int) -> Stage:
+    command = lambda here, base: [
+      'slm.data.prepare', f'--config=data:{kind}={base}/{kind}.jsonl', f'--out={here}/data',
+      f'--config.chat.kind={kind}', '--config.chat.template=tulu', f'--config.context={context}',
+      f'--config.tokenizer.path={base}/prepare/data/tokenizer', '--config.heldout=(0.2,0)',
+    ]  # fmt: skip
+    return Stage(command, needs=('train',))
+
+  start = ('--config.init={base}/train/run', '--config.schedule.peak=1e-3')
+  epochs = ('--config.epochs=0', '--config.schedule.warmup_share=0')
+  dpo, cached = (
+    train('dpo', *start, *epochs, *more, data='pairs')
+    for more in ((), ('--config.teacher_cache={base}/reference/signals',))
+  )
+  answers = {'samples': 4, 'max_tokens': 10, 'score_unended': True}
+  drawn = [f'--config.objective.{key}={value}' for key, value in answers.items()]
+  grpo, slots = (
+    train('grpo', *start, *drawn, *more, data='prompts')
+    for more in ((), ('--config.objective.slots=8',))
+  )
+  reference = lambda here, base: [
+    'slm.signals', f'--run={base}/train/run', f'--data={base}/pairs/data', '--on=pairs/train',
+    '--mode=targets', f'--out={here}/signals',
+  ]  # fmt: skip
+  return {
+    'pairs': prepare('pairs', 96),
+    'prompts': prepare('prompts', 48),
+    'reference': Stage(reference, needs=('pairs',)),
+    'dpo': Stage(dpo, needs=('pairs',)),
+    'dpo-cached': Stage(cached, needs=('reference',)),
+    'grpo': Stage(grpo, needs=('prompts',)),
+    'grpo-slots': Stage(slots, needs=('prompts',)),
   }
 
 
@@ -110,9 +158,9 @@ def _runs(here: Path) -> Iterator[Path]:
 
 
 def _losses(run: Path) -> list[float]:
-  """Return the losses of every step, and of held-out rows where they were evaluated."""
+  """Return the losses and other figures of every step, and of held-out rows."""
   lines = rundir.read_metrics(run)
-  return [line[key] for key in ('loss', 'eval_loss') for line in lines if key in line]
+  return [line[key] for key in _FIGURES for line in lines if key in line]
 
 
 def _parameters(run: Path) -> list[np.ndarray]:
@@ -124,7 +172,7 @@ def digests(here: Path) -> dict[str, str]:
   found = {}
   for path in sorted(here.rglob('*')):
     name = str(path.relative_to(here))
-    if path.suffix in _HASHED:
+    if path.suffix in _HASHED or path.name in _HASHED_NAMES:
       found[name] = files.sha256(path)
     elif path.suffix == '.safetensors':  # its header may hold times and paths
       found[name] = _hash(*(x for pair in sorted(load_file(path).items()) for x in pair))
@@ -143,9 +191,9 @@ def _hash(*parts: str | np.ndarray) -> str:
 
 
 def distances(here: Path, base: Path) -> dict[str, float]:
-  """Return how far a run is from another: largest relative difference of a loss, of parameters.
+  """Return how far a run is from another: largest difference of a loss, of parameters.
 
-  That of parameters is the norm of the difference over the norm.
+  That of losses above 1 is relative; that of parameters the norm of the difference over the norm.
   """
   a, b = np.array(_losses(here / 'run')), np.array(_losses(base / 'run'))
   if a.shape != b.shape:
@@ -153,7 +201,8 @@ def distances(here: Path, base: Path) -> dict[str, float]:
   flat = lambda run: np.concatenate([x.ravel() for x in _parameters(run / 'run')])
   x, y = flat(here), flat(base)
   norm = lambda v: float(np.linalg.norm(v))
-  return {'losses': float(np.max(np.abs(a - b) / b)), 'parameters': norm(x - y) / norm(y)}
+  losses = float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1)))
+  return {'losses': losses, 'parameters': norm(x - y) / norm(y)}
 
 
 def damaged(here: Path) -> list[str]:
