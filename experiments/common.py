@@ -1,4 +1,4 @@
-"""What the studies share: configs by name, corpora prepared by a scale, JAX's compilation cache."""
+"""What the studies share: configs by name, corpora prepared by a scale, the cache, the page."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
-from slm.base import schema
+from slm.base import files, schema
 from slm.data import prepare, settings
+from slm.reporting import figures, page
+from slm.reporting.tables import Table, markdown
 
 
 def config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,3 +48,18 @@ def cache(directory: str) -> None:
   """Keep compiled programs in a directory; a restarted study compiles nothing again."""
   jax.config.update('jax_compilation_cache_dir', str(Path(directory).expanduser()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def publish(
+  root: Path, title: str, answer: str, sections: list[tuple[str, str, Table]],
+  drawn: list[figures.Plot],
+) -> None:  # fmt: skip
+  """Write report.html, table.md and plots/ below a directory."""
+  files.write_text(root / 'report.html', page.document(title, [answer], sections, drawn))
+  lines = [f'# {title}', '', answer, '']
+  for heading, note, table in sections:
+    lines += [f'## {heading}', '', note, '', markdown(table), '']
+  files.write_text(root / 'table.md', '\n'.join(lines))
+  for plot in drawn:
+    files.write_text(root / 'plots' / f'{plot.name}.svg', plot.file)
+  print(f'wrote {root / "report.html"}, table.md and plots/')

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import common
 from experiments.minitron import claims, results
 from experiments.minitron.results import TEACHER, Found
 from experiments.minitron.scales import Scale
@@ -17,8 +18,8 @@ from slm.base import files, schema
 from slm.inference import latency
 from slm.models.config import DecoderConfig
 from slm.pruning import commands, importance, slicing
-from slm.reporting import figures, page
-from slm.reporting.tables import Table, count, duration, interval, markdown, number
+from slm.reporting import figures
+from slm.reporting.tables import Table, count, duration, interval, number
 from slm.runs import rundir
 
 COLOURS = {TEACHER: '#000000', 'width': '#0072b2', 'depth': '#d55e00', 'both': '#009e73'}
@@ -257,22 +258,7 @@ def write(scale: Scale, root: Path, rounds: int) -> None:
     ('What another text would keep', _OVERLAP, overlap_table(found)),
     ('Every student', _STUDENTS, main_table(found)),
   ]
-  publish(root, scale.title, _answer(found), sections, drawn)
-
-
-def publish(
-  root: Path, title: str, answer: str, sections: list[tuple[str, str, Table]],
-  drawn: list[figures.Plot],
-) -> None:  # fmt: skip
-  """Write report.html, table.md and plots/ below a directory."""
-  files.write_text(root / 'report.html', page.document(title, [answer], sections, drawn))
-  lines = [f'# {title}', '', answer, '']
-  for heading, note, table in sections:
-    lines += [f'## {heading}', '', note, '', markdown(table), '']
-  files.write_text(root / 'table.md', '\n'.join(lines))
-  for plot in drawn:
-    files.write_text(root / 'plots' / f'{plot.name}.svg', plot.file)
-  print(f'wrote {root / "report.html"}, table.md and plots/')
+  common.publish(root, scale.title, _answer(found), sections, drawn)
 
 
 _STUDENTS = (

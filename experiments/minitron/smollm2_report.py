@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import common
 from experiments.minitron import report
 from experiments.minitron.smollm2 import (
   CONTEXT,
@@ -274,7 +275,7 @@ def write(study: Study, rounds: int) -> None:
     ('What transformers reads', EXPORTS_NOTE, exports_table(r)),
     ('Where it was trained', 'The environment of the runs.', page.environment(runs)),
   ]
-  report.publish(study.root, study.scale.title, answer(r, speed), sections, drawn)
+  common.publish(study.root, study.scale.title, answer(r, speed), sections, drawn)
 
 
 STUDENTS_NOTE = (
