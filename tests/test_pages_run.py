@@ -121,6 +121,9 @@ NOT_RUN = {
     'five core-hours, and corpora',
   'python -m experiments.minitron.run --scale=smoke --out=runs/minitron_smoke':
     'minutes: 56 students; tests/test_minitron.py makes some of them',
+  'python -m experiments.tulu.run --scale=smoke --out=runs/tulu_smoke':
+    'a minute; tests/test_tulu_study.py makes some of its runs, tests/smoke.sh all',
+  'python -m experiments.tulu.run --scale=cpu --out=runs/tulu': 'an hour',
   'python -m experiments.faults.run --scale=smoke --out=runs/faults':
     'minutes: starts and kills processes; tests/test_faults.py has its parts',
   'python -m experiments.faults.run --scale=full --out=runs/faults': 'hours',
