@@ -241,6 +241,20 @@ def test_every_epoch_shares_all_answers_among_updates_in_an_order_of_its_own():
   assert (share(1, epochs=3, minibatches=4) != found).any()
 
 
+def test_a_correction_weighs_advantages_by_the_ratio_of_probabilities():
+  made = {
+    'weights': jnp.array([[1.0, 1.0, 1.0, 0.0]]),
+    'advantages': jnp.array([[2.0, 2.0, 2.0, 0.0]]),
+    'old': jnp.log(jnp.array([[0.5, 0.1, 0.4, 1.0]])),
+  }
+  now = jnp.log(jnp.array([[0.25, 0.9, 0.4, 0.1]]))
+  found, told = answers.corrected(PolicyConfig(correction=3.0), made, now)
+  np.testing.assert_allclose(found['advantages'], [[1.0, 6.0, 2.0, 0.0]], rtol=1e-6)
+  np.testing.assert_allclose(found['old'], [[*now[0, :3], 0.0]], rtol=1e-6)
+  assert float(told['importance']) == pytest.approx(1.5)
+  assert float(told['truncated']) == pytest.approx(1 / 3)
+
+
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
   """Write a random run over bytes, and prompts for it whose answers must begin with a letter."""
@@ -296,37 +310,117 @@ def metrics(path):
   return rundir.read_metrics(path)
 
 
+def killed(c, path, monkeypatch):
+  """Train whole, and killed after two steps and continued; return the result and both's metrics."""
+  whole = loop.train(c, path / 'whole', reward=begins)
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, 'StopSignal', Stop)
+    with pytest.raises(console.Interrupted):
+      loop.train(c, path / 'halves', reward=begins)
+  loop.train(c, path / 'halves', reward=begins)
+  return whole, *(metrics(path / name) for name in ('whole', 'halves'))
+
+
+def same(first, second):
+  """Return whether the metrics of two runs are equal, but for times and sizes."""
+  timed = ('second', 'bytes')
+  kept = lambda line: {n: x for n, x in line.items() if not any(word in n for word in timed)}
+  return [*map(kept, first)] == [*map(kept, second)]
+
+
 def test_a_killed_run_continues_bitwise_rollouts_included(start, tmp_path, monkeypatch):
   c = config_of(
     start,
     'dapo',
-    **{
-      'objective.keep': 4,
-      'data.accum': 2,
-      'objective.samples': 8,
-      'data.batch_size': 16,
-      'objective.epochs': 2,
-      'objective.minibatches': 2,
-    },
-  )
-  whole = loop.train(c, tmp_path / 'whole', reward=begins)
-  with monkeypatch.context() as m:
-    m.setattr(checkpoint, 'StopSignal', Stop)
-    with pytest.raises(console.Interrupted):
-      loop.train(c, tmp_path / 'halves', reward=begins)
-  loop.train(c, tmp_path / 'halves', reward=begins)
-  lines = [metrics(tmp_path / name) for name in ('whole', 'halves')]
-  timed = ('second', 'bytes')
-  for a, b in zip(*lines, strict=True):
-    same = [name for name in a if not any(word in name for word in timed)]
-    assert {n: a[n] for n in same} == {n: b[n] for n in same}
+    **{'objective.keep': 4, 'data.accum': 2, 'objective.samples': 8, 'data.batch_size': 16,
+       'objective.epochs': 2, 'objective.minibatches': 2},
+  )  # fmt: skip
+  whole, lines, again = killed(c, tmp_path, monkeypatch)
+  assert len(lines) == 4 and same(lines, again)
   told = 'reward reward_std no_variance answer_tokens ended clipped entropy rollouts_per_second'
-  assert {*told.split(), 'rollout_seconds', 'score_seconds'} <= lines[0][0].keys()
-  assert 'kl' not in lines[0][0]
+  assert {*told.split(), 'rollout_seconds', 'score_seconds'} <= lines[0].keys()
+  assert 'kl' not in lines[0] and [x['policy_step'] for x in lines] == [0, 1, 2, 3]
   phases = {p['phase']: p for p in files.read_json(tmp_path / 'whole' / 'ledger.json')['phases']}
   assert phases['rollout']['tokens'] == whole['rollout_tokens'] > 0
   assert phases['rollout']['device_seconds'] == whole['rollout_device_seconds'] > 0
   assert phases['finetune']['tokens'] == whole['tokens'] < 2 * whole['rollout_tokens']
+
+
+STALE = {'objective.stale': 1, 'objective.correction': 2.0, 'schedule.peak': 0.02}
+
+
+def test_a_killed_stale_run_continues_bitwise(start, tmp_path, monkeypatch):
+  """What was drawn for the next step, by weights that are gone, is saved with the run."""
+  _, lines, again = killed(config_of(start, **STALE), tmp_path, monkeypatch)
+  assert len(lines) == 4 and same(lines, again)
+  assert [x['policy_step'] for x in lines] == [0, 0, 1, 2]
+
+
+def test_stale_answers_are_those_of_a_loop_that_keeps_earlier_weights(start, tmp_path, monkeypatch):
+  loop.train(config_of(start, **STALE), tmp_path / 'run', reward=begins)
+  made, kept = answers.make_draw, []
+
+  def earlier(*args):
+    draw = made(*args)
+
+    def by_kept(theta, frozen, batch, step, policy_step):
+      assert policy_step == step - 1 == len(kept)
+      kept.append(jax.tree.map(jnp.copy, theta))
+      policy_step = max(step - 2, 0)
+      return draw(kept[policy_step], frozen, batch, step, policy_step)
+
+    return by_kept
+
+  monkeypatch.setattr(answers, 'make_draw', earlier)
+  plain = config_of(start, **STALE | {'objective.stale': 0})
+  loop.train(plain, tmp_path / 'plain', reward=begins)
+  lines = metrics(tmp_path / 'run')
+  assert len(lines) == 4 and same(lines, metrics(tmp_path / 'plain'))
+  mesh = sharding.make_mesh()
+  weights = [load.load(str(tmp_path / name), mesh).params() for name in ('run', 'plain')]
+  jax.tree.map(np.testing.assert_array_equal, *weights)
+  assert abs(lines[0]['importance'] - 1) < 1e-5 and lines[0]['truncated'] == 0
+  assert abs(lines[-1]['importance'] - 1) > 1e-3 and lines[-1]['truncated'] > 0
+  assert all(x['moved'] < 1e-5 for x in lines)  # since the start of the step
+
+
+def test_answers_are_scored_while_the_device_is_busy(start, tmp_path, monkeypatch):
+  """With the updates before and a draw after them, which has not finished then."""
+  made, drawn, finished = answers.make_draw, [], []
+
+  def kept(*args):
+    draw = made(*args)
+    return lambda *given: drawn.append(draw(*given)) or drawn[-1]
+
+  def reward(labels):
+    def grade(rows, texts):
+      finished.append([made['answers']['tokens'].is_ready() for made in drawn])
+      return begins(labels)(rows, texts)
+
+    return grade
+
+  monkeypatch.setattr(answers, 'make_draw', kept)
+  changes = {'steps': 3, 'checkpoint.every': 9, 'objective.max_tokens': 64, 'objective.epochs': 8}
+  for stale in (0, 1):
+    c = config_of(start, **changes | {'objective.stale': stale})
+    loop.train(c, tmp_path / str(stale), reward=reward)
+  one, two = [True], [True, True]
+  assert finished[:3] == [one, two, [*two, True]]
+  # The draw for the third step waits for the updates of the first.
+  assert [*map(len, finished[4:7])] == [5, 6, 7] and not finished[5][-1]
+
+
+def test_a_run_that_goes_back_draws_anew(start, tmp_path, monkeypatch):
+  """What was drawn for the step that failed may be the cause."""
+  c = config_of(start, **STALE)
+  with monkeypatch.context() as m:
+    m.setattr(checkpoint, 'StopSignal', Stop)
+    with pytest.raises(console.Interrupted):
+      loop.train(c, tmp_path / 'run', reward=begins)
+  back = {'step': 3, 'to': 2, 'next': 3, 'why': 'loss', 'totals': {}}
+  files.write_json(tmp_path / 'run' / 'rewinds.json', [back])
+  loop.train(c, tmp_path / 'run', reward=begins)
+  assert [x['policy_step'] for x in metrics(tmp_path / 'run')] == [0, 0, 2, 2]
 
 
 def test_the_sampler_has_the_weights_of_the_step(start, tmp_path, monkeypatch):
@@ -335,32 +429,33 @@ def test_the_sampler_has_the_weights_of_the_step(start, tmp_path, monkeypatch):
   lines = metrics(tmp_path / 'run')
   assert all(x['moved'] < 1e-5 and x['clipped'] == 0 for x in lines)
   assert lines[0]['kl'] < 1e-6 < 1e-4 < lines[-1]['kl']  # by the last step they have moved
-  made = answers.make_rewrite
+  made = answers.make_draw
 
   def stale(*args):
-    rewrite, first = made(*args), []
+    draw, first = made(*args), []
 
     def old(theta, *rest):
       first.append(jax.tree.map(jnp.copy, theta))
-      return rewrite(first[0], *rest)
+      return draw(first[0], *rest)
 
     return old
 
-  monkeypatch.setattr(answers, 'make_rewrite', stale)
+  monkeypatch.setattr(answers, 'make_draw', stale)
   loop.train(config_of(start), tmp_path / 'stale', reward=begins)
   assert metrics(tmp_path / 'stale')[-1]['moved'] > 1e-3
 
 
-def test_devices_slots_and_microbatches_do_not_change_a_step(start, tmp_path, monkeypatch):
+def test_devices_slots_parts_and_a_correction_do_not_change_a_step(start, tmp_path, monkeypatch):
   found = []
   for i, (mesh, accum) in enumerate((({'data': 1}, 1), ({'data': 2, 'fsdp': 2}, 2))):
     on(monkeypatch, mesh)
     changes = {'steps': 1, 'schedule.warmup': 0, 'data.accum': accum, 'objective.slots': 5 * i,
-               'objective.minibatches': 2}  # fmt: skip
+               'objective.minibatches': 2, 'objective.correction': 2.0 * i}  # fmt: skip
     loop.train(config_of(start, 'grpo', **changes), tmp_path / str(i), reward=begins)
     found.append(metrics(tmp_path / str(i))[0])
   for name in ('loss', 'grad_norm', 'reward', 'answer_tokens', 'entropy', 'eval_reward'):
     assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
+  assert abs(found[1]['importance'] - 1) < 1e-5  # of answers by the weights of the step
 
 
 def recorded(monkeypatch):
@@ -450,10 +545,12 @@ def test_advantages_belong_to_the_prompts_and_answers_that_were_scored(start, mo
   with jax.set_mesh(mesh):
     model, rep = load.build(cfg)
     tok = tokenizer.load(f'{start[1]}/tokenizer')
+    draw = answers.make_draw(cfg, model, rep, tok, mesh)
     make = answers.make_rewrite(cfg, model, rep, tok, mesh, score)
     batch = next(loader.build(cfg.data, seed=cfg.seed))
     theta = load.load(start[0], mesh).params()
-    _, made, _ = make(theta, {}, processes.global_rows(batch, mesh, axis=1), 1)
+    placed = processes.global_rows(batch, mesh, axis=1)
+    _, made, _ = make(theta, {}, draw(theta, {}, placed, 1, 0), 1)
   made = {name: np.asarray(x).reshape(-1, x.shape[-1]) for name, x in made.items()}
   asked = batch['inputs'].reshape(8, -1), batch['length'].reshape(-1), batch['row'].reshape(-1)
   prompts = {tuple(ids[:n]): int(row) for ids, n, row in zip(*asked, strict=True)}
@@ -542,6 +639,7 @@ def test_verifiers_reward_and_undecided_is_nan(monkeypatch):
     ({'objective.keep': 3, 'data.accum': 8}, 'of minibatches x data.accum x devices = 1 x 8 x 1'),
     ({'objective.minibatches': 3}, 'objective.minibatches=3: expected the 32 answers of a step'),
     ({'objective.epochs': 0}, 'expected epochs >= 1'),
+    ({'objective.stale': 2}, 'expected stale of 0 or 1'),
     ({'init': ''}, 'objective.kl=0.01 is from the weights of a run'),
     ({'objective.samples': 1}, 'expected samples >= 2'),
     ({'objective.clip_low': 0.0}, 'expected clip_low in 0..1'),

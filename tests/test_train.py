@@ -269,7 +269,7 @@ def test_step_names_the_leaf_with_a_nan(tiny_config, tmp_path):
     leaves = jax.tree_util.tree_leaves_with_path(run.shapes.theta)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     state.theta['final_norm']['scale'] = state.theta['final_norm']['scale'].at[0].set(np.nan)
-    batch = run.global_batch(next(run.batches))
+    batch = run.next_batch()
     with run.recorder(0) as record:
       _, values = run.step('rows', state, batch, record)
   assert int(values['bad_leaf']) >= 0

@@ -13,7 +13,7 @@ import numpy as np
 from slm import models, reparam
 from slm.data import loader, tokenizer
 from slm.models.decode import answer, drawn, generate, greedy
-from slm.objectives import critic, policy, reference
+from slm.objectives import critic, losses, policy, reference
 from slm.objectives.losses import Batch
 from slm.objectives.setup import ROWS, Evaluator, Reward, Setup
 from slm.runs import load, processes
@@ -63,7 +63,9 @@ def setup(
     evaluators={'heldout': evaluator(cfg, model, tok, mesh, reward)},
     frozen=frozen,
     beside=beside,
+    draw=make_draw(cfg, model, rep, tok, mesh),
     rewrite=make_rewrite(cfg, model, rep, tok, mesh, scorer(cfg, split, reward)),
+    ahead=_rollout(cfg, mesh) if cfg.objective.stale else None,
   )
 
 
@@ -119,11 +121,12 @@ def _shaped(cfg, model, rep, mesh) -> Setup:
 def _passes(cfg, model, width: int) -> float:
   """Count the FLOPs of a step for each token of its answers' rows."""
   o, pass_ = cfg.objective, forward_flops(model.cfg, width)
+  corrected = bool(o.correction) * pass_
   if not o.has_values:
-    return o.epochs * (3 + bool(o.kl)) * pass_
+    return o.epochs * (3 + bool(o.kl)) * pass_ + corrected
   value = hidden_flops(critic.network(cfg, model).cfg, width)
   # The reference's and the values at the draw, once.
-  return (3 * o.epochs + bool(o.kl)) * pass_ + (3 * o.epochs + 1) * value
+  return (3 * o.epochs + bool(o.kl)) * pass_ + (3 * o.epochs + 1) * value + corrected
 
 
 def _forward(cfg, model, rep) -> dict[str, Callable]:
@@ -309,6 +312,21 @@ def shared(cfg: PolicyConfig, made: Batch, accum: int, key: jax.Array) -> Batch:
   return {name: x.reshape(*lead, -1, 1, x.shape[-1]) for name, x in made.items()}
 
 
+def corrected(cfg: PolicyConfig, made: Batch, logp: jax.Array) -> tuple[Batch, Batch]:
+  """Correct rows [answers,t] for the weights that drew them, from log-probabilities by those now.
+
+  Advantages get weights, see `policy.importance`, and `old` becomes `logp`. Returns metrics too.
+  """
+  trained = made['weights'] > 0
+  weights = policy.importance(logp, made['old'], cfg.correction)
+  made = made | {
+    'old': jnp.where(trained, logp, 0.0),
+    'advantages': made['advantages'] * jnp.where(trained, weights, 0.0),
+  }
+  mean = lambda x: jnp.sum(x * trained) / jnp.maximum(trained.sum(), 1)
+  return made, {'importance': mean(weights), 'truncated': mean(weights >= cfg.correction)}
+
+
 def texts(tok: tokenizer.Tokenizer, batch: Mapping[str, Any], out: Mapping[str, Any]) -> list[str]:
   """Decode answers [n,g,m] to prompts [n,t], those of a prompt one after the other."""
   found = []
@@ -337,49 +355,90 @@ def _look(cfg, model, rep) -> Callable[[Params, Batch], tuple[jax.Array | None, 
   return look
 
 
+def _rollout(cfg: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Return the shapes and layout of what `make_draw` draws for a step."""
+  d, o, split = cfg.data, cfg.objective, sharding.batch_sharding(mesh, axis=1)
+  leaf = lambda dtype, *shape: jax.ShapeDtypeStruct(
+    (d.accum, d.batch_size // d.accum, *shape), dtype, sharding=split
+  )
+  each = (o.samples, o.max_tokens)
+  return {
+    'prompts': {'inputs': leaf(np.int32, 1, cfg.context), 'length': leaf(np.int32, 1, 1),
+                'row': leaf(np.int32, 1)},
+    'answers': {'tokens': leaf(np.int32, *each), 'logprobs': leaf(np.float32, *each),
+                'lengths': leaf(np.int32, o.samples), 'ended': leaf(np.bool_, o.samples)},
+    'policy_step': np.zeros((), np.int32),
+  }  # fmt: skip
+
+
+def make_draw(
+  cfg: RunConfig, model: models.Model, rep: reparam.Reparam, tok: tokenizer.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., dict[str, Any]]:  # fmt: skip
+  """Make f(theta, frozen, batch [accum,groups,1,t], step, policy_step) -> answers to its prompts.
+
+  They are drawn from theta itself, on all devices, and depend on theta and (seed, step, row) alone;
+  `policy_step` only tells of which step theta is.
+  """
+  o, key = cfg.objective, jax.random.fold_in(jax.random.key(cfg.seed), _TRAIN)
+  apart = lambda x: x.reshape(cfg.data.accum, -1, *x.shape[1:])
+
+  @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh, axis=1))
+  def respond(theta, frozen, batch, step):
+    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
+    own = jax.random.fold_in(key, step)
+    return jax.tree.map(apart, draw(o, model, tok, params, _flat(batch), own, o.samples))
+
+  def draw_for(theta, frozen, batch, step, policy_step):
+    prompts = {name: batch[name] for name in ('inputs', 'length', 'row')}
+    answers = respond(theta, frozen, prompts, step)
+    policy_step = np.asarray(policy_step, np.int32)
+    return {'prompts': prompts, 'answers': answers, 'policy_step': policy_step}
+
+  return draw_for
+
+
 def make_rewrite(
   cfg: RunConfig, model: models.Model, rep: reparam.Reparam, tok: tokenizer.Tokenizer,
   mesh: jax.sharding.Mesh, score: Score,
 ) -> Callable[..., tuple[str, Batch, dict[str, Any]]]:  # fmt: skip
-  """Make f(theta, frozen, batch [accum,groups,1,t], step) -> (kind, batch, metrics).
+  """Make f(theta, frozen, what `make_draw` gives, step) -> (kind, batch, metrics).
 
-  Answers are drawn from theta itself, on all devices; each process scores those of its own rows.
-  What is drawn depends on theta and (seed, step, row) alone.
+  Each process scores the answers to its own rows.
   """
-  o, split = cfg.objective, sharding.batch_sharding(mesh, axis=1)
-  key, order = (jax.random.fold_in(jax.random.key(cfg.seed), use) for use in (_TRAIN, _ORDER))
-  accum = cfg.data.accum
-  apart = lambda tree: jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), tree)
-
-  @functools.partial(jax.jit, out_shardings=split)
-  def respond(theta, frozen, batch, step):
-    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
-    return apart(
-      draw(o, model, tok, params, _flat(batch), jax.random.fold_in(key, step), o.samples)
-    )
-
+  o, accum = cfg.objective, cfg.data.accum
   by_rows = sharding.batch_sharding(mesh, axis=len(_lead(o, accum)))
   look = _look(cfg, model, rep)
+  key = jax.random.fold_in(jax.random.key(cfg.seed), _ORDER)
+  joined = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+  def logprobs(theta, frozen, made):  # as much at a time as a microbatch
+    params = tree.cast(rep.materialize(theta, frozen, None), jnp.dtype(cfg.dtype))
+    one = lambda rows: losses.target_logprobs(model.forward, params, rows, o.chunk, o.temperature)
+    count = o.minibatches * accum
+    parts = {name: x.reshape(count, -1, x.shape[-1]) for name, x in made.items()}
+    return jax.lax.map(one, parts).reshape(made['targets'].shape)
 
   @functools.partial(jax.jit, out_shardings=(by_rows, None))
-  def assemble(frozen, batch, out, rewards, step):
-    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (out, rewards))
-    made, metrics = train_rows(o, _flat(batch), *joined, functools.partial(look, frozen))
-    return shared(o, made, accum, jax.random.fold_in(order, step)), metrics
+  def assemble(theta, frozen, prompts, out, rewards, step):
+    see = functools.partial(look, frozen)
+    made, metrics = train_rows(o, _flat(prompts), joined(out), joined(rewards), see)
+    if o.correction:
+      made, told = corrected(o, made, logprobs(theta, frozen, made))
+      metrics |= told
+    return shared(o, made, accum, jax.random.fold_in(key, step)), metrics
 
-  def rewrite(theta, frozen, batch, step):
+  def rewrite(theta, frozen, rollout, step):
     began = time.monotonic()
-    batch = {name: batch[name] for name in ('inputs', 'length', 'row')}
-    out = respond(theta, frozen, batch, step)
-    here = processes.local_rows((batch, out), axis=1)
+    prompts, out = rollout['prompts'], rollout['answers']
+    here = processes.local_rows((prompts, out), axis=1)
     drawn_at = time.monotonic()
-    rewards = scored(score, tok, step, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), here))
-    rewards = rewards.reshape(accum, -1, o.samples)
+    rewards = scored(score, tok, step, *joined(here)).reshape(accum, -1, o.samples)
     rewards = processes.global_rows(rewards, mesh, axis=1)
-    made, metrics = assemble(frozen, batch, out, rewards, step)
     seconds = {'rollout_seconds': drawn_at - began, 'score_seconds': time.monotonic() - drawn_at}
+    made, metrics = assemble(theta, frozen, prompts, out, rewards, step)
     speed = cfg.data.batch_size * o.samples / sum(seconds.values())
-    measured = {**seconds, 'rollouts_per_second': speed}
+    measured = {**seconds, 'rollouts_per_second': speed, 'policy_step': rollout['policy_step']}
     return ROWS, made, metrics | {name: np.float32(x) for name, x in measured.items()}
 
   return rewrite

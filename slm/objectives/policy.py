@@ -108,6 +108,16 @@ def policy_loss(
   return jnp.maximum(free, clipped), clipped > free
 
 
+def importance(logp: jax.Array, drawn: jax.Array, cap: float) -> jax.Array:
+  """Return min(p / p of the draw, cap) from log-probabilities: truncated importance weights.
+
+  As the rho of V-trace (IMPALA, arXiv 1802.01561), for each token. They weigh answers that were
+  drawn by other weights; a clip about these would mix the age of answers with the size of an update
+  (decoupled PPO, arXiv 2110.00641).
+  """
+  return jnp.minimum(jnp.exp(jnp.clip(logp - drawn, -_FAR, _FAR)), cap)
+
+
 def normaliser(weights: jax.Array, kind: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
   """Return the factors of tokens, and what their sum is divided by; weights [b,t] of 0 and 1.
 

@@ -35,6 +35,9 @@ class Setup:
     look_up: rows by column -> further leaves of a batch.
     rewrite: (theta, frozen, batch, step) -> the kind of batch, the batch to train on, and metrics;
       `frozen` includes what is trained beside theta.
+    draw: (theta, frozen, batch, step, the weights' own step) -> what `rewrite` takes as the batch;
+      it does not wait for the device.
+    ahead: the shapes and layout of what `draw` gives, where that is drawn a step ahead.
     leaves: the shapes and layout of a batch, where it is always another than the data's.
   """
 
@@ -47,4 +50,6 @@ class Setup:
   ancestors: tuple[str, ...] = ()
   look_up: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None
   rewrite: Callable[[Params, Params, Batch, int], tuple[str, Batch, dict[str, Any]]] | None = None
+  draw: Callable[[Params, Params, Batch, int, int], Any] | None = None
+  ahead: Any = None
   leaves: dict[str, jax.ShapeDtypeStruct] | None = None

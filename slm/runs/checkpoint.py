@@ -112,12 +112,12 @@ class Checkpoints:
 
   def save(
     self, step: int, theta: Any, opt_state: Any = None, beside: Any = None, batch: int = 0,
-    loss: float | None = None,
+    ahead: Any = None, loss: float | None = None,
   ) -> None:  # fmt: skip
     """Start an asynchronous save; the state may be donated as soon as this returns.
 
-    `beside` is what is trained beside theta, `batch` the number of the next batch. A checkpoint
-    with a `loss` may become the best.
+    `beside` is what is trained beside theta, `batch` the number of the next batch, and `ahead` what
+    was drawn for the next step. A checkpoint with a `loss` may become the best.
 
     Raises:
       OSError: if this save or the one before it fails, such as for lack of space, naming the newest
@@ -125,7 +125,7 @@ class Checkpoints:
     """
     items = {THETA: theta}
     if opt_state is not None:
-      items |= {'opt': opt_state, 'data': {'next': np.asarray(batch)}}
+      items |= {'opt': opt_state, 'data': _data(batch, ahead)}
     if beside:
       items[BESIDE] = beside
     metrics = None if loss is None else {'loss': loss}
@@ -202,17 +202,17 @@ class Checkpoints:
       )
 
   def restore(
-    self, step: int, theta: Any, beside: Any, opt_state: Any
-  ) -> tuple[Any, Any, Any, int]:
-    """Return theta, beside, opt_state and the next batch, laid out like the abstract arguments."""
-    abstract = {THETA: theta, 'opt': opt_state, 'data': {'next': np.asarray(0)}}
+    self, step: int, theta: Any, beside: Any, opt_state: Any, ahead: Any = None
+  ) -> tuple[Any, Any, Any, int, Any]:
+    """Return what `save` took but the loss, laid out like the abstract arguments."""
+    abstract = {THETA: theta, 'opt': opt_state, 'data': _data(0, ahead)}
     joined = beside and not (self._directory / str(step) / BESIDE).exists()  # by slm 0.2
     if beside:
       abstract |= {'opt': (opt_state, beside)} if joined else {BESIDE: beside}
     with self._errors('read', step):
       items = self._checkpointer.load_checkpointables(step, abstract)
     opt_state, beside = items['opt'] if joined else (items['opt'], items.get(BESIDE, {}))
-    return items[THETA], beside, opt_state, int(items['data']['next'])
+    return items[THETA], beside, opt_state, int(items['data']['next']), items['data'].get('ahead')
 
   def restore_item(self, step: int, item: str, abstract: Any) -> Any:
     """Return THETA or BESIDE, laid out like the abstract argument.
@@ -229,6 +229,10 @@ class Checkpoints:
       steps = (s for s in self.steps if not damage(self._directory / str(s), item))
       sound = ', '.join(f'{self._directory.parent}@{s}' for s in steps)
       raise ValueError(f'{problem}; {"sound: " + sound if sound else "no other step is sound"}')
+
+
+def _data(batch: int, ahead: Any) -> dict[str, Any]:
+  return {'next': np.asarray(batch), **({'ahead': ahead} if ahead else {})}
 
 
 def saved_steps(directory: Path) -> list[int]:

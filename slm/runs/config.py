@@ -208,6 +208,11 @@ class PolicyConfig(ObjectiveConfig):
   keep: int = 0
   epochs: int = 1  # times that a step trains on its answers, each in another order
   minibatches: int = 1  # updates in each, of as many answers
+  # 1: the answers of the next step are drawn before the updates of this one, and scored meanwhile.
+  stale: int = 0
+  # Weigh the advantage of a token by the ratio of its probabilities at the start of the step and in
+  # the draw, at most so much, and clip the change since that start; 0: clip that since the draw.
+  correction: float = 0.0
   clip_low: float = 0.2  # the ratio of probabilities is clipped to 1 - clip_low ..
   clip_high: float = 0.2  # .. 1 + clip_high
   # A step's losses are divided by the number of its tokens, or summed over each answer divided by
@@ -230,6 +235,11 @@ class PolicyConfig(ObjectiveConfig):
         f'objective: expected samples >= {least}, max_tokens >= 1, slots >= 0 and temperature > 0, '
         f'found samples={self.samples}, max_tokens={self.max_tokens}, slots={self.slots}, '
         f'temperature={self.temperature}'
+      )
+    if self.stale not in (0, 1) or self.correction < 0:
+      raise ValueError(
+        'objective: expected stale of 0 or 1 and correction >= 0, found '
+        f'stale={self.stale}, correction={self.correction}'
       )
     if min(self.epochs, self.minibatches) < 1:
       raise ValueError(

@@ -111,6 +111,7 @@ class _Run:
     self.materialize = jax.jit(self.reparam.materialize)
     self.compiled: dict[Any, Any] = {}
     self.passed_over = 0  # batches that no step was taken on
+    self.ahead: Any = None  # what was drawn for the next step, if that is done a step ahead
 
   def _open_data(self) -> loader.Loader:
     """Open the batches of the groups of rows on this process's devices."""
@@ -141,13 +142,13 @@ class _Run:
     if saved.latest is None:
       return self.initial_state()
     expected = checkpoint.abstract(self.shapes, self.layout)
-    theta, beside, opt_state, next_batch = saved.restore(
-      saved.latest, expected.theta, expected.beside, expected.opt_state
+    theta, beside, opt_state, next_batch, self.ahead = saved.restore(
+      saved.latest, expected.theta, expected.beside, expected.opt_state, self.setup.ahead
     )
     if rewound := rundir.rewound_to(self.workdir, saved.latest):
-      next_batch = rewound['next']
+      next_batch, self.ahead = rewound['next'], None  # which may be what the run failed on
     self.batches.set_state(next_batch)
-    self.passed_over = next_batch - saved.latest
+    self.passed_over = next_batch - saved.latest - bool(self.ahead)
     self.beside = {}
     step = jax.device_put(jnp.asarray(saved.latest, jnp.int32), self.layout.step)
     return State(step, theta, beside, opt_state)
@@ -163,20 +164,37 @@ class _Run:
     values = {name: run(specialist, state.beside) for name, run in runs}
     return values, time.monotonic() - began
 
-  def global_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-    """Make global arrays of this process's rows, groups split over the batch axes."""
-    return processes.global_rows(batch, self.mesh, axis=1)
+  def next_batch(self) -> Batch:
+    """Make global arrays of this process's next rows, groups split over the batch axes."""
+    return processes.global_rows(next(self.batches), self.mesh, axis=1)
+
+  def drawn(self, state: State, step: int) -> Any:
+    """Return what `rewrite` takes for a step: a batch, or what was drawn for it.
+
+    What is drawn a step ahead is scored while the device runs the step before; nothing here waits
+    for that.
+    """
+    setup = self.setup
+    if not setup.draw:
+      return self.next_batch()
+    draw = lambda at: setup.draw(state.theta, self.frozen, self.next_batch(), at, step - 1)
+    if not setup.ahead:
+      return draw(step)
+    now = self.ahead or draw(step)
+    self.ahead = draw(step + 1)
+    return now
 
   def batch(self, state: State, step: int, record: Recorder) -> tuple[str, Batch, dict[str, Any]]:
     """Return the kind of the next batch, the batch, and metrics of how it was made."""
-    batch, rewrite = self.global_batch(next(self.batches)), self.setup.rewrite
-    record.dispatch()
-    if not rewrite:
+    if not (rewrite := self.setup.rewrite):
+      batch = self.next_batch()
+      record.dispatch()
       return objectives.ROWS, batch, {}
+    record.dispatch()
     # Drawing answers waits for the step before anyway, and its time is told apart.
-    answers = self.cfg.objective.answers
-    with record.apart('rollout') if answers else contextlib.nullcontext():
-      made = rewrite(state.theta, self.frozen | state.beside, batch, step)
+    waits = self.cfg.objective.answers and not self.setup.ahead
+    with record.apart('rollout') if waits else contextlib.nullcontext():
+      made = rewrite(state.theta, self.frozen | state.beside, self.drawn(state, step), step)
     record.dispatch()
     return made
 
@@ -284,7 +302,7 @@ class _Run:
         loss = record.eval_loss(step) if cfg.eval.patience else None
         with record.apart('save'):
           weights = state.theta, state.opt_state, state.beside
-          saved.save(step, *weights, self.batches.get_state(), loss)
+          saved.save(step, *weights, self.batches.get_state(), self.ahead, loss)
       if stop:
         break
     return step, stop
