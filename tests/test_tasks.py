@@ -430,3 +430,34 @@ def test_the_entry_point_prints_a_table(run, tmp_path):
   head, row = done.stdout.splitlines()
   assert 'items' in head and row.split()[1:4] == ['good', '1', 'acc'] and 'acc_norm' in row
   assert 'nan' not in row and '±' not in row  # one item has no spread
+
+
+def test_pass_at_k_is_the_share_of_the_subsets_with_a_passing_one():
+  assert tasks.passes(4, 0) == {'pass@1': 0, 'pass@2': 0, 'pass@4': 0}
+  assert tasks.passes(4, 1) == pytest.approx({'pass@1': 0.25, 'pass@2': 0.5, 'pass@4': 1})
+  assert tasks.passes(5, 2) == pytest.approx({'pass@1': 0.4, 'pass@2': 0.7, 'pass@4': 1})
+
+
+def test_answers_are_drawn_and_counted(run, tmp_path):
+  label = [{'id': 'regex', 'args': {'pattern': '[aeiou]'}}]
+  file = write(tmp_path / 'asked.jsonl', [{'prompt': 'ship', 'verifiers': label}] * 6)
+  ask = lambda name, **how: tasks.Task(name, file, max_tokens=4, **how)
+  drawing = {'samples': 4, 'temperature': 20.0}  # the toy is very sure
+  asked = [ask('greedy'), ask('drawn', **drawing), ask('whole', **drawing, ended=True)]
+  found = tasks.perform(run, asked, MESH(), 8)
+  records = {t.name: [json.loads(x) for x in (run / f'tasks/{t.name}.jsonl').open()][1:]
+             for t in asked}  # fmt: skip
+  drawn = records['drawn']
+  assert len({x['answer'] for x in records['greedy']}) == 1
+  assert len({text for x in drawn for text in x['answer']}) > 4
+  passing = [sum(any(c in 'aeiou' for c in text) for text in x['answer']) for x in drawn]
+  assert [x['scores']['pass'] for x in drawn] == [n / 4 for n in passing]
+  assert [x['scores']['pass@4'] for x in drawn] == [float(n > 0) for n in passing]
+  assert found['drawn']['pass'] == pytest.approx(found['drawn']['pass@1'])
+  assert all(a['scores']['pass'] <= a['ended'] for a in records['whole'])
+  assert records['whole'][0]['answer'] == drawn[0]['answer']
+  again = tasks.perform(run, asked, MESH(), 8)
+  assert again == found
+  with pytest.raises(ValueError, match='samples=2, temperature=1: expected items'):
+    choice = write(tmp_path / 'mc.jsonl', [MC])
+    tasks.perform(run, [tasks.Task('mc', choice, samples=2)], MESH(), 8)

@@ -141,6 +141,15 @@ def asked(spec: str) -> Iterator[list[dict[str, Any]]]:
       yield found
 
 
+def dialogue(text: str) -> list[tuple[str, str]]:
+  """Return (role, text) of a message, or of those of a dialogue of `Human:` and `Assistant:`."""
+  if not text.startswith('Human: '):
+    return [('user', text)]
+  _, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ', text)
+  roles = [{'Human': 'user', 'Assistant': 'assistant'}[name] for name in parts[::2]]
+  return list(zip(roles, parts[1::2], strict=True))
+
+
 def _names(record: Mapping[str, Any]) -> str:
   return ', '.join(sorted(record))
 

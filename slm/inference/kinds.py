@@ -134,6 +134,15 @@ def prefer(item: Item, answers: Sequence[tuple[float, bool]]) -> dict[str, float
   }
 
 
+def satisfy(item: Item, text: str) -> dict[str, float]:
+  """Score an answer by a label: whether all checks pass, and the reward, as in training.
+
+  What has no answer in time counts 0.
+  """
+  found = verifiers.score(text, verifiers.read(item['verifiers']))
+  return {'pass': float(all(v.value >= 1 for v in found.verdicts)), 'reward': found.reward}
+
+
 def worked(answer: str) -> str:
   """Write a solution of GSM8K as prose: without <<calculations>>, its result in a sentence."""
   return re.sub(
@@ -208,6 +217,14 @@ KINDS = {
     parts=lambda x: len(x['instruction_id_list']),
     answered=False,
   ),
+  'labelled': Kind(
+    {'prompt': str, 'verifiers': dict},
+    lambda x: [(x['prompt'], '')],
+    satisfy,
+    'pass',
+    256,
+    answered=False,
+  ),
   'preference': Kind(
     {'prompt': str, 'chosen': str, 'rejected': str},
     lambda x: [(x['prompt'], x['chosen']), (x['prompt'], x['rejected'])],
@@ -219,6 +236,7 @@ KINDS = {
 _TOLD_BY = {
   'numeric': {'question', 'final'},
   'ifeval': {'prompt', 'instruction_id_list', 'kwargs'},
+  'labelled': {'prompt', 'verifiers'},
   'preference': {'prompt', 'chosen', 'rejected'},
 }  # fmt: skip
 

@@ -235,20 +235,40 @@ def continuations(
   Raises:
     ValueError: if max_tokens leaves no room for a prompt.
   """
+  return [text for text, _ in completions(scorer, prompts, max_tokens, until)]
+
+
+def completions(
+  scorer: Scorer, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[str],
+  temperature: float = 0.0, seed: int = 0,
+) -> list[tuple[str, bool]]:  # fmt: skip
+  """Continue prompts as `continuations` does; return each text, and whether it ended.
+
+  With a temperature texts are sampled; the draws depend on `seed`, the prompts and their order.
+  """
   room = scorer.context - max_tokens
   if room < 1 or max_tokens < 1:
     raise ValueError(f'max_tokens={max_tokens}: expected 1 to {scorer.context - 1} (context - 1)')
   prompts = [list(p)[-room:] or [scorer.tok.start] for p in prompts]
-  texts = [''] * len(prompts)
-  where = sharding.batch_sharding(scorer.mesh)
+  found = [('', False)] * len(prompts)
+  where, key = sharding.batch_sharding(scorer.mesh), jax.random.key(seed)
+  sampler = _sampler(temperature)
   with jax.set_mesh(scorer.mesh):
-    for size, members in batches([len(p) for p in prompts], scorer.batch_size, room):
+    groups = batches([len(p) for p in prompts], scorer.batch_size, room)
+    for number, (size, members) in enumerate(groups):
       padded = left_padded([prompts[i] for i in members], scorer.batch_size, size)
-      out = scorer.generate(scorer.params, *jax.device_put(padded, where), max_tokens)
-      tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths)
-      for i, row, n in zip(members, tokens, ends, strict=False):
+      drawn = max_tokens, sampler, jax.random.fold_in(key, number)
+      out = scorer.generate(scorer.params, *jax.device_put(padded, where), *drawn)
+      for i, row, n in zip(members, np.asarray(out.tokens), np.asarray(out.lengths), strict=False):
         text = scorer.tok.continued(prompts[i], row[:n].tolist())
-        for stop in filter(None, until):
-          text = text.split(stop)[0]
-        texts[i] = text
-  return texts
+        cut = min((text.find(stop) for stop in until if stop and stop in text), default=len(text))
+        found[i] = text[:cut], int(row[n - 1]) in scorer.tok.ends or cut < len(text)
+  return found
+
+
+@functools.lru_cache(8)
+def _sampler(temperature: float) -> Callable[..., jax.Array]:
+  """Return how ids are chosen: the same function for one temperature, so that it compiles once."""
+  if not temperature:
+    return decode.greedy
+  return functools.partial(decode.sampled, temperature=temperature, top_k=0, top_p=1.0)

@@ -11,9 +11,9 @@ import itertools
 import json
 import math
 import random
-import re
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 
 from slm.base import console, files
-from slm.data import chat, tokenizer
+from slm.data import chat, conversations, tokenizer
 from slm.inference import scoring
-from slm.inference.kinds import KINDS, Item, Pair, read
+from slm.inference.kinds import KINDS, Item, Kind, Pair, read
 from slm.reporting import scores
 from slm.runs import processes, rundir
 from slm.weights import tree
@@ -53,6 +53,9 @@ class Task:
   group: str = ''  # field: scores are averaged over its values, and examples have the same value
   form_of: str = ''  # the evaluation of which this is one form; the better form counts
   limit: int = 0  # items used, from the first; 0 is all
+  samples: int = 0  # answers drawn to each item: scores are their means, and pass@k; 0: one, greedy
+  temperature: float = 1.0  # of these draws
+  ended: bool = False  # whether an answer that is cut at max_tokens counts 0, as in training
 
   @property
   def evaluation(self) -> str:
@@ -117,21 +120,12 @@ def ask(task: Task, item: Item, shown: Sequence[Item], tok: tokenizer.Tokenizer)
   history, written = (history, '') if task.turns else ([], written)
 
   def render(context: str) -> str:
-    talk = [*history, *_messages(written + context)]
+    talk = [*history, *conversations.dialogue(written + context)]
     messages = [{'role': role, 'content': content.strip()} for role, content in talk]
     special = chat.variables(tok)
     return chat.render(messages, tok.chat_template, add_generation_prompt=True, **special)
 
   return [(render(context), text.strip()) for context, text in pairs]
-
-
-def _messages(text: str) -> list[Pair]:
-  """Return a text as a message, or as those of a dialogue of `Human:` and `Assistant:`."""
-  if not text.startswith('Human: '):
-    return [('user', text)]
-  _, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ', text)
-  roles = [{'Human': 'user', 'Assistant': 'assistant'}[name] for name in parts[::2]]
-  return list(zip(roles, parts[1::2], strict=True))
 
 
 def answer(
@@ -142,13 +136,18 @@ def answer(
 
   `tokens` counts those of contexts and continuations (max_tokens where text is generated);
   `truncated` is whether a context did not fit; `device_seconds` is an equal share of the time.
+  `ended` is the share of generated answers that end before max_tokens.
   """
   kind, began = KINDS[items[0]['type']], time.monotonic()
   requests = [ask(task, x, before, scorer.tok) for x, before in zip(items, shown, strict=True)]
   room = scorer.context + 1
   if kind.max_tokens:
     prompts = [scorer.encode(pairs[0][0], task.chat) for pairs in requests]
-    answers = scoring.continuations(scorer, prompts, max_tokens, task.until or kind.until)
+    drawn = [p for p in prompts for _ in range(task.samples or 1)]
+    how = {'temperature': task.temperature, 'seed': _seed(items)} if task.samples else {}
+    until = task.until or kind.until
+    flat = iter(scoring.completions(scorer, drawn, max_tokens, until, **how))
+    answers = [list(itertools.islice(flat, task.samples or 1)) for _ in prompts]
     sizes = [[len(p) + max_tokens] for p in prompts]
     room = scorer.context
   else:
@@ -160,17 +159,55 @@ def answer(
   return [
     {
       'id': item['id'],
-      'answer': given,
-      'tokens': sum(lengths),
+      'tokens': sum(lengths) * (task.samples or 1),
       'truncated': max(lengths) > room,
-      'scores': kind.score(item, given),
       'device_seconds': share,
     }
-    | ({'rule': kind.rule(item, given)} if kind.rule else {})
+    | (_graded(task, kind, item, given) if kind.max_tokens else _scored(kind, item, given))
     | ({'parts': kind.parts(item)} if kind.parts else {})
     | ({'group': str(item.get(task.group))} if task.group else {})
     for item, given, lengths in zip(items, answers, sizes, strict=True)
   ]
+
+
+def _seed(items: Sequence[Item]) -> int:
+  """Return a seed for the draws of answers to items."""
+  return zlib.crc32(''.join(item['id'] for item in items).encode())
+
+
+def _scored(kind: Kind, item: Item, given: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+  return {'answer': given, 'scores': kind.score(item, given)}
+
+
+def _graded(
+  task: Task, kind: Kind, item: Item, given: Sequence[tuple[str, bool]]
+) -> dict[str, Any]:
+  """Return the texts of generated answers, their scores, and by which rule one was found."""
+  texts, ended = zip(*given, strict=True)
+  counts = [end or not task.ended for end in ended]
+  found = [
+    {name: value * counted for name, value in kind.score(item, text).items()}
+    for text, counted in zip(texts, counts, strict=True)
+  ]
+  record: dict[str, Any] = {'answer': texts[0], 'scores': found[0]}
+  record['ended'] = sum(ended) / len(ended)
+  if kind.rule:
+    record['rule'] = kind.rule(item, texts[0])
+  if task.samples:
+    passing = sum(scores[task.metric or kind.main] >= 1 for scores in found)
+    means = {name: sum(x[name] for x in found) / len(found) for name in found[0]}
+    record |= {'answer': list(texts), 'scores': means | passes(len(found), passing)}
+  return record
+
+
+def passes(drawn: int, passing: int) -> dict[str, float]:
+  """Estimate, from how many of the answers drawn to an item pass, whether one of k does: pass@k.
+
+  It is 1 - C(drawn - passing, k) / C(drawn, k), for k = 1, 2, 4, ... up to `drawn`, which is
+  unbiased (Chen et al. 2021, arXiv 2107.03374).
+  """
+  sizes = [1 << i for i in range(drawn.bit_length())]
+  return {f'pass@{k}': 1 - math.comb(drawn - passing, k) / math.comb(drawn, k) for k in sizes}
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -222,9 +259,11 @@ def run(
 
 def perform(
   ref: str | Path, tasks: Sequence[Task], mesh: jax.sharding.Mesh, batch_size: int, *,
-  data: str = '',
+  data: str = '', context: int = 0,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
   """Evaluate a run on tasks; returns a summary by task.
+
+  `context` is the most tokens that are read at a time; 0: what the run was trained with.
 
   RUN/tasks/TASK.jsonl has a line per item; a second call continues it, or replaces it if the
   checkpoint, the file or the settings have changed. RUN/tasks.json holds the summaries.
@@ -234,7 +273,7 @@ def perform(
   """
   pools = [_items(task) for task in tasks]
   folder = rundir.evaluations(ref, 'tasks')
-  scorer = scoring.open_model(ref, mesh, batch_size, data=data)
+  scorer = scoring.open_model(ref, mesh, batch_size, data=data, context=context)
   record, weights = folder.with_suffix('.json'), tree.weights_hash(scorer.params)
   with processes.hold(folder.parent, folder.name):
     results = files.read_json(record) if record.exists() else {}
@@ -257,6 +296,11 @@ def _items(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   items = read(task.file, task.kind)
   for item in items if task.phrase else ():
     item['phrase'] = task.phrase
+  if task.samples and not (KINDS[items[0]['type']].max_tokens and task.temperature > 0):
+    raise ValueError(
+      f'{task.file}: samples={task.samples}, temperature={task.temperature:g}: expected items that '
+      'are answered by generated text, and a temperature above 0'
+    )
   if task.shots and not KINDS[items[0]['type']].answered:
     raise ValueError(f'{task.file}: shots={task.shots}: its items hold no answer to show')
   if not choice(task, items):
@@ -292,7 +336,10 @@ def _settings(task: Task, kind: str, scorer: scoring.Scorer) -> dict[str, Any]:
     'sha256': files.sha256(Path(task.file)), 'shots': task.shots, 'seed': task.seed,
     'max_tokens': most if KINDS[kind].max_tokens else 0,
   }  # fmt: skip
-  rare = ('kind', 'shots_from', 'chat', 'turns', 'template', 'phrase', 'until', 'group')
+  rare = (
+    'kind', 'shots_from', 'chat', 'turns', 'template', 'phrase', 'until', 'group', 'samples',
+    'temperature', 'ended',
+  )  # fmt: skip
   default = Task('', '')
   changed = {k: getattr(task, k) for k in rare if getattr(task, k) != getattr(default, k)}
   if _in_file(task.shots_from):
@@ -317,7 +364,8 @@ def _records(
   longest = lambda x: max(len(a) + len(b) for a, b in pairs(x))
   length = lambda x: longest(x) + sum(map(longest, shown[x['id']]))
   todo.sort(key=length, reverse=True)  # items of similar length share a batch: little padding
-  size = max(_GROUP * scorer.batch_size // max(len(pairs(x)) for x in chosen), 1)
+  requests = max(max(len(pairs(x)) for x in chosen), task.samples)
+  size = max(_GROUP * scorer.batch_size // requests, 1)
   with console.Progress(path.stem, len(chosen), 'items', not jax.process_index()) as progress:
     progress.skip(len(chosen) - len(todo))
     for i in range(0, len(todo), size):

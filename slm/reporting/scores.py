@@ -17,7 +17,7 @@ from slm.runs import rundir
 # What two runs on one task have in common.
 _SAME = (
   'sha256', 'shots', 'seed', 'shots_from', 'kind', 'chat', 'turns', 'template', 'phrase', 'until',
-  'max_tokens', 'group', 'main',
+  'max_tokens', 'group', 'main', 'samples', 'temperature', 'ended',
 )  # fmt: skip
 
 
@@ -96,8 +96,10 @@ def read(ref: str, task: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
   return summaries[task], {r['id']: r for r in records}
 
 
-def compare(models: Sequence[Model], task: str) -> list[Line]:
+def compare(models: Sequence[Model], task: str, metric: str = '') -> list[Line]:
   """Compare models by the items of a task that all their runs have answered.
+
+  `metric` is the score that is compared; '' is the main one of the task.
 
   The interval is Student's, of differences of the same items (or of groups, where scores are
   averaged over them); with several runs of a model, their spread is added in squares.
@@ -115,6 +117,7 @@ def compare(models: Sequence[Model], task: str) -> list[Line]:
           f'{first} and {ref}: {task} was asked in two ways: {key} is {facts.get(key)!r} and '
           f'{other.get(key)!r}; evaluate both again'
         )
+  facts = facts | {'main': metric or facts['main']}
   name = facts['main']
   ids = [i for i in kept[first][1] if all(i in records for _, records in kept.values())]
   if not ids:
