@@ -2,10 +2,11 @@ r"""Make data for post-training without a judge: prompts with labels, and answer
 
     python -m slm.synthesise constraints --prompts='FILE.jsonl?prompt=question' --out=ASKED.jsonl
     python -m slm.synthesise arithmetic --rows=1000 --out=SUMS.jsonl
+    python -m slm.synthesise formats --rows=1000 --wrong=0.5 --out=MARKS.jsonl
     python -m slm.synthesise gym --task=gcd --task=syllogism --rows=1000 --out=GYM.jsonl
     python -m slm.synthesise answers --run=RUN --prompts=ASKED.jsonl --answers=4 --out=ANSWERS
 
-The first three write prompts whose labels are checks of slm.inference.verifiers; rows follow from
+The first four write prompts whose labels are checks of slm.inference.verifiers; rows follow from
 --seed alone. `answers` samples answers of a model to such prompts, checks them, and writes into a
 directory what is kept: best.jsonl and passing.jsonl are conversations, pairs.jsonl and
 relaxed.jsonl preference pairs. The same command continues an interrupted one.
@@ -16,7 +17,7 @@ from absl import flags
 from slm.base import console
 from slm.data import constraints, synthesis
 
-USAGES = {'constraints': '', 'arithmetic': '', 'gym': '', 'answers': ''}
+USAGES = {'constraints': '', 'arithmetic': '', 'formats': '', 'gym': '', 'answers': ''}
 
 
 def main(argv: list[str]) -> None:
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
     rows = synthesis.constrained(f.prompts, rows=f.rows, seed=f.seed, **options)
   else:
     rows = getattr(synthesis, kind)(f.rows, f.seed, f.task)
+    if f.wrong is not None and kind != 'gym':
+      rows = synthesis.demonstrated(rows, f.seed, f.wrong)
   print(f'{f.out}: {synthesis.write(rows, f.out):,} prompts')
 
 
@@ -71,6 +74,8 @@ if __name__ == '__main__':
   flags.DEFINE_string('prompts', '', 'constraints, answers: FILE[?prompt=FIELD&...] of prompts.')
   flags.DEFINE_integer('rows', 0, 'Prompts to make; constraints: of the file, 0 is all.')
   flags.DEFINE_multi_string('task', [], 'Kind of problem or constraint; repeat for several.')
+  told = 'arithmetic, formats: add a `response`, of which this share is wrong, and a pair.'
+  flags.DEFINE_float('wrong', None, told, 0.0, 1.0)
   flags.DEFINE_string('labels', 'official', f'constraints: {" | ".join(constraints.LABELS)}.')
   flags.DEFINE_integer('least', 1, 'constraints: fewest for a prompt.')
   flags.DEFINE_integer('most', 3, 'constraints: most for a prompt.')

@@ -411,3 +411,44 @@ def test_the_command_writes_the_same_bytes_every_time(tmp_path):
     )
     assert done.stdout == f'{tmp_path}/{name}.jsonl: 12 prompts\n'
   assert (tmp_path / 'a.jsonl').read_bytes() == (tmp_path / 'b.jsonl').read_bytes()
+
+
+_BOTH = ('chosen', 'rejected')
+
+
+def test_strings_of_letters_are_asked_for_once_and_demonstrated():
+  rows = list(synthesis.demonstrated(synthesis.formats(300, 1), 1, 0.25))
+  assert len({row['prompt'] for row in rows}) == 300
+  wrong = 0
+  for row in rows:
+    label = [{'id': i, 'args': a} for i, a in zip(row['verifier'], row['label'], strict=True)]
+    checks = verifiers.read(label)
+    values = [[v.value for v in verifiers.score(row[x], checks).verdicts] for x in _BOTH]
+    assert [all(found) for found in values] == [True, False]
+    assert row['response'] in (row['chosen'], row['rejected'])
+    assert row['prompt'].count(',') + 1 == len(label)
+    wrong += row['response'] == row['rejected']
+  assert 0.15 < wrong / 300 < 0.35
+  assert all(x['prompt'][0] in '234567f' for x in synthesis.formats(40, 1, ['first', 'letters']))
+  with pytest.raises(ValueError, match='--task=second: expected one of letters, first, last, with'):
+    next(synthesis.formats(1, 0, ['second']))
+  with pytest.raises(ValueError, match='hardly more prompts than the 6 made'):
+    list(synthesis.formats(7, 0, ['letters']))
+
+
+def test_a_wrong_number_has_one_other_digit():
+  for row in synthesis.demonstrated(synthesis.arithmetic(40, 0), 0, 1.0):
+    pairs = list(zip(row['chosen'], row['rejected'], strict=True))
+    assert sum(a != b for a, b in pairs) == 1 and row['response'] == row['rejected']
+
+
+def test_lines_of_a_source_are_drawn_and_dialogues_become_messages(tmp_path):
+  talk = 'Human: Hi\n\nAssistant: Yes?\n\nHuman: Bye'
+  rows = [{'prompt': talk, 'chosen': 'a', 'id': str(i)} for i in range(9)]
+  path = write_lines(tmp_path / 'talks.jsonl', rows)
+  found = list(synthesis.lines(path, 4, 0, True))
+  assert len({row['id'] for row in found}) == 4
+  assert [m['role'] for m in found[0]['prompt']] == ['user', 'assistant', 'user']
+  assert [row['prompt'] for row in synthesis.lines(path, 0, 0, False)] == [talk] * 9
+  with pytest.raises(ValueError, match='rows=10: .* has 9'):
+    list(synthesis.lines(path, 10, 0, False))

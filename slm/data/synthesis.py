@@ -7,7 +7,7 @@ verifiers in `verifier` and their arguments in `label`. The rows follow from the
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ _THINGS = (
 
 
 def constrained(
-  spec: str, *, rows: int, seed: int, labels: str, least: int, most: int, kinds: Sequence[str] = ()
-) -> Iterator[dict[str, Any]]:
+  spec: str, *, rows: int, seed: int, labels: str, least: int, most: int,
+  kinds: Sequence[str] = (), longest: int = 0,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
   """Yield prompts of a source, `rows` of them (0: all), each with `least` to `most` constraints.
 
-  They are of `kinds`, ids of constraints.KINDS; without any, of all.
+  They are of `kinds`, ids of constraints.KINDS; without any, of all. `longest` leaves out prompts
+  whose last message has more characters (0: none).
   `request` is the user's last message without the `sentences` that state the constraints; `labels`
   is one of constraints.LABELS. A prompt may get fewer where the drawn ones admit no other.
 
@@ -43,10 +45,12 @@ def constrained(
   kinds = tuple(kinds) or tuple(constraints.KINDS)
   if not 1 <= least <= most <= len(kinds):
     raise ValueError(f'--least={least} --most={most}: expected 1 <= least <= most <= {len(kinds)}')
-  prompts = list(conversations.asked(spec))
+  fits = lambda messages: not longest or len(messages[-1]['content']) <= longest
+  prompts = list(filter(fits, conversations.asked(spec)))
   rng = random.Random(seed)
   if rows > len(prompts):
-    raise ValueError(f'--rows={rows}: {spec} has {len(prompts):,} prompts')
+    which = f' of at most {longest} characters' if longest else ''
+    raise ValueError(f'--rows={rows}: {spec} has {len(prompts):,} prompts{which}')
   for messages in rng.sample(prompts, rows or len(prompts)):
     request = messages[-1]['content']
     number = rng.randint(least, most)
@@ -171,6 +175,118 @@ def arithmetic(rows: int, seed: int, tasks: Sequence[str] = ()) -> Iterator[dict
 
 def _numeric(prompt: str, answer: str, source: str) -> dict[str, Any]:
   return {'prompt': prompt, 'verifier': 'gsm8k.numeric', 'label': answer, 'source': source}
+
+
+_LETTERS = 'abcdefghijkl'
+_SIZES = range(2, 8)  # letters of an answer
+# What a string of letters is asked for, and the regular expression that it has to match.
+_MARKS = {'first': '^{}', 'last': r'{}\Z', 'with': '{}'}
+FORMATS = ('letters', *_MARKS)  # and how many there are
+
+
+def formats(rows: int, seed: int, tasks: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+  """Yield `rows` different prompts that ask for a short string of letters with one to three marks.
+
+  The marks are of `tasks`, of FORMATS; without any, of all. `chosen` is a random string with all
+  marks, and `rejected` one that lacks some. No two prompts ask for the same.
+
+  Raises:
+    ValueError: if there is no such mark, or they make too few prompts.
+  """
+  if unknown := [x for x in tasks if x not in FORMATS]:
+    raise ValueError(f'--task={unknown[0]}: expected one of {", ".join(FORMATS)}')
+  rng, seen = random.Random(seed), set()
+  names = [x for x in FORMATS if x in (tasks or FORMATS)]
+  for i in range(rows):
+    made = (_format(rng, names) for _ in range(_TRIES))
+    row = next((x for x in made if x['prompt'] not in seen), None)
+    if not row:
+      raise ValueError(f'formats: has hardly more prompts than the {i:,} made: lower --rows')
+    seen.add(row['prompt'])
+    yield row
+
+
+def _format(rng: random.Random, names: Sequence[str]) -> dict[str, Any]:
+  """Draw a prompt of marks, its label, and a right and a wrong answer."""
+  count = rng.randint(1, min(3, len(names)))
+  asked: dict[str, Any] = {name: rng.choice(_LETTERS) for name in _MARKS}
+  asked['letters'] = rng.choice(_SIZES)
+  chosen = sorted(rng.sample(names, count), key=FORMATS.index)
+  ids, labels, texts = [], [], []
+  for name in chosen:
+    if name == 'letters':
+      labels.append({'unit': 'characters', 'at_least': asked[name], 'at_most': asked[name]})
+    else:
+      labels.append({'pattern': _MARKS[name].format(asked[name])})
+    ids.append('length' if name == 'letters' else 'regex')
+    texts.append(f'{asked[name]} letters' if name == 'letters' else f'{name} {asked[name]}')
+
+  def right(text: str) -> bool:
+    return all(
+      len(text) == x['at_least'] if 'unit' in x else bool(re.search(x['pattern'], text))
+      for x in labels
+    )
+
+  text = lambda: rng.choices(_LETTERS, k=rng.choice(_SIZES))
+  fits = next(x for x in iter(lambda: _marked(rng, chosen, asked, text()), None) if right(x))
+  fails = next(x for x in iter(lambda: ''.join(text()), None) if not right(x))
+  return {
+    'prompt': ', '.join(texts), 'verifier': ids, 'label': labels, 'source': 'formats',
+    'chosen': fits, 'rejected': fails,
+  }  # fmt: skip
+
+
+def _marked(
+  rng: random.Random, names: Sequence[str], asked: Mapping[str, Any], letters: list[str]
+) -> str:
+  """Return a string of letters with marks put into it, of which one may hide another."""
+  if 'letters' in names:
+    letters = rng.choices(_LETTERS, k=asked['letters'])
+  places = {'with': rng.randrange(len(letters)), 'first': 0, 'last': len(letters) - 1}
+  for name, place in places.items():
+    if name in names:
+      letters[place] = asked[name]
+  return ''.join(letters)
+
+
+def demonstrated(
+  rows: Iterable[Mapping[str, Any]], seed: int, wrong: float
+) -> Iterator[dict[str, Any]]:
+  """Add a `response` to rows, of which a share is `wrong`, and `chosen` and `rejected` answers.
+
+  Rows without these two have numbers as labels; a wrong number has another digit somewhere.
+  """
+  rng = random.Random(seed)
+  for row in rows:
+    if 'chosen' not in row:
+      row = {**row, 'chosen': row['label'], 'rejected': _misprinted(rng, row['label'])}
+    yield {**row, 'response': row['rejected' if rng.random() < wrong else 'chosen']}
+
+
+def _misprinted(rng: random.Random, number: str) -> str:
+  """Return a number with one digit changed."""
+  at = rng.choice([i for i, x in enumerate(number) if x.isdigit()])
+  other = rng.choice([x for x in '0123456789' if x != number[at]])
+  return number[:at] + other + number[at + 1 :]
+
+
+def lines(spec: str, rows: int, seed: int, dialogues: bool) -> Iterator[dict[str, Any]]:
+  """Yield `rows` lines of a source in random order (0: all).
+
+  With `dialogues` a prompt that is a dialogue of `Human:` and `Assistant:` becomes messages.
+
+  Raises:
+    ValueError: if there are fewer, or the source says how much of it is taken.
+  """
+  source = conversations.whole(spec)
+  read = [line for path in sources.expand(source.path) for _, line in sources.records(path)]
+  if rows > len(read):
+    raise ValueError(f'rows={rows}: {spec} has {len(read):,}')
+  for row in random.Random(seed).sample(read, rows or len(read)):
+    if dialogues:
+      talk = conversations.dialogue(row[source.chat.prompt])
+      row[source.chat.prompt] = [{'role': role, 'content': text} for role, text in talk]
+    yield row
 
 
 def gym(rows: int, seed: int, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
