@@ -3,6 +3,7 @@ r"""Compile a run's training step, or its decoding, for TPUs that are not here; 
     python -m slm.compile --topology=v5e:16x16 --config=configs/pretrain.py \
       --config.mesh.fsdp=-1 --config.mesh.data=1 --config.model.vocab=32000 --context=1024
     python -m slm.compile --topology=v5p:4x4x4 --config=configs/minitron_published.py:nemo_8b
+    python -m slm.compile --topology=v5p:4x4x4 --config=configs/tulu3.py:8b --stage=dpo
 
 Needs libtpu, the extra slm[tpu], and neither data nor weights; a teacher may be named by its run. A
 step that does not fit ends with exit status 1; --autotune then looks for a setting of
@@ -12,6 +13,7 @@ rematerialisation, accumulation and mesh with which it does, from what should co
 from absl import flags
 
 from slm.base import console
+from slm.posttraining import planning, settings
 from slm.pruning import recipe
 from slm.runs import config
 from slm.training import aot
@@ -28,6 +30,11 @@ def main(_: list[str]) -> None:
     section = 'recover.'
     planned = recipe.outline(given)
     cfg, teacher = planned.recover, planned.teacher
+  elif 'rlvr' in given:  # a recipe of slm.tulu
+    section, stages = f'{f.stage}.', planning.outlines(settings.read(given))
+    if f.stage not in stages:
+      raise ValueError(f'--stage={f.stage}: expected one of {", ".join(stages)}')
+    cfg, teacher = stages[f.stage], None
   else:
     given = config.complete(given)
     data = given['data']['path']
@@ -69,6 +76,7 @@ def advice(cfg, chips, teacher, search: bool, section: str = '') -> str:
 
 if __name__ == '__main__':
   flags.DEFINE_string('topology', '', 'KIND:SHAPE of a slice, such as v5e:16x16 or v5p:4x4x4.')
+  flags.DEFINE_string('stage', 'sft', 'Of a recipe of slm.tulu: the stage that is compiled.')
   flags.DEFINE_integer('context', 0, 'Tokens per row, without data.', 0)
   flags.DEFINE_integer('decode', 0, 'Rows to decode, in place of a training step.', 0)
   flags.DEFINE_bool('autotune', False, 'Look for a setting that fits, if this one does not.')

@@ -166,7 +166,10 @@ def compile_step(cfg, teacher=None):
   return step
 
 
-NO_RUNS = {'__init__', 'base', 'data', 'minitron', 'minitron_published', 'minitron_quick'}
+NO_RUNS = {
+  '__init__', 'base', 'data', 'minitron', 'minitron_published', 'minitron_quick', 'tulu',
+  'tulu_quick', 'tulu_smollm2', 'tulu3',
+}  # fmt: skip
 CONFIGS = sorted({path.stem for path in arguments.CONFIGS.glob('*.py')} - NO_RUNS)
 
 

@@ -18,7 +18,7 @@ from slm.training import loop
 NAMES = sorted(
   p.stem
   for p in (Path(__file__).parent.parent / 'configs').glob('*.py')
-  if p.stem not in ('__init__', 'data') and not p.stem.startswith('minitron')
+  if p.stem not in ('__init__', 'data') and not p.stem.startswith(('minitron', 'tulu'))
 )
 
 

@@ -119,6 +119,8 @@ NOT_RUN = {
     'three core-hours, and corpora',
   'python -m experiments.minitron.run --scale=smollm2 --corpus=CORPORA --out=runs/smollm2':
     'five core-hours, and corpora',
+  'python -m slm.tulu --config=configs/tulu_quick.py --workdir=runs/tulu':
+    'minutes; tests/test_tulu.py runs it in small',
   'python -m experiments.minitron.run --scale=smoke --out=runs/minitron_smoke':
     'minutes: 56 students; tests/test_minitron.py makes some of them',
   'python -m experiments.tulu.run --scale=smoke --out=runs/tulu_smoke':

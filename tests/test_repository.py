@@ -22,14 +22,14 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
   p.stem
   for p in (ROOT / 'configs').glob('*.py')
-  if p.stem not in ('__init__', 'data') and not p.stem.startswith('minitron')
+  if p.stem not in ('__init__', 'data') and not p.stem.startswith(('minitron', 'tulu'))
 )
 
 # The packages of slm from the ground up: each may import those before it. A file directly in
 # slm/ is a command: it may import every package, and nothing imports it.
 ORDER = (
   'base', 'weights', 'models', 'data', 'reparam', 'runs', 'objectives', 'interchange', 'reporting',
-  'training', 'inference', 'pruning',
+  'training', 'inference', 'pruning', 'posttraining',
 )  # fmt: skip
 # Library -> the only packages (or files of them) that may import it.
 ONLY = {

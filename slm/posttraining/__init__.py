@@ -1,0 +1,1 @@
+"""The recipe from a model to one that follows instructions: data, stages, evaluation, plan."""
