@@ -71,7 +71,7 @@ class Sizes:
   shape: dict[str, Any] | None = None
 
 
-SMALL = Sizes(8, 512, 128, 32, 4, 256, (10, 3), decoder(384, 8, 64, 1024))
+SMALL = Sizes(8, 512, 64, 32, 4, 128, (10, 3), decoder(384, 8, 64, 1024))
 REAL = Sizes(2, 512, 64, 32, 4, 96, (5, 2))
 
 
