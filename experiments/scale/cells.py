@@ -2,7 +2,8 @@
 
 The specialised models are the runs of experiments/specialise at its `paper` scale, with as many
 rows per step as the slice has chips times four and weights split over all chips. Rows are those of
-the paper: 1,024 tokens, and 8,192 for Minitron, whose chips take one row at a time.
+the paper: 1,024 tokens, and 8,192 for Minitron, whose chips take one row at a time. Batches and
+lengths of Tülu 3 are those of its tables 11 and 18 (arXiv 2411.15124), and of Tülu 3.1's GRPO.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Cell:
 
   Attributes:
     title: what the table calls it.
-    job: of experiments/specialise, or a recipe of configs/minitron_published.py.
+    job: of experiments/specialise, a recipe of configs/minitron_published.py, or one of STAGES.
     set: dotted config keys on top.
     decode: rows on each chip that are decoded, in place of a training step.
     slices: that it is compiled for.
@@ -54,6 +55,36 @@ _ROUTED = {
   'model.num_experts': _EXPERTS, 'model.experts_per_token': 2, 'model.mlp': 1368,
   'model.dispatch': 'ragged', 'mesh.expert': _EXPERTS,
 }  # fmt: skip
+# A stage of Tülu 3: its config, the tokens of a row (of a prompt, where it is answered), keys. A
+# row of pairs holds one, each of its answers after the prompt.
+STAGES = {
+  'sft': ('sft', 4096, {'data.batch_size': 128, 'objective.reduction': 'sum'}),
+  'dpo': ('dpo', 2 * 2048, {'data.batch_size': 128}),
+  'rlvr': (
+    'grpo',
+    2048,
+    {
+      'data.batch_size': 48,
+      'objective.samples': 16,
+      'objective.max_tokens': 2048,
+      'objective.minibatches': 1,
+    },
+  ),
+}
+_8B = minitron_published.RECIPES['llama31_4b_width'][0]  # Llama 3.1
+_70B = _8B | {'embed': 8192, 'mlp': 28_672, 'num_layers': 80, 'num_heads': 64}
+_V5P = ('v5p-64',)
+# 48 prompts do not divide over 32 chips: 16 at a time over as many pairs of them.
+_PAIRS = {'mesh.tensor': 2, 'data.accum': 3}
+
+
+def _tulu(model: Mapping[str, Any], steps: int, **more: Any) -> dict[str, Any]:
+  """Return the keys of a stage on a shape."""
+  shape = {f'model.{name}': value for name, value in model.items()}
+  run = {'dtype': 'bfloat16', 'model.remat': 'full', 'init': '', 'epochs': 0.0, 'steps': steps}
+  return {**shape, **run, **more}
+
+
 CELLS = {
   'slm': Cell('specialised 121M', 'slm'),
   'llm': Cell('specialised 756M', 'llm'),
@@ -73,6 +104,17 @@ CELLS = {
   'minitron_8b': Cell('Minitron 12B to 8B', 'nemo_8b', {'mesh.tensor': 2}),
   'slm_decode': Cell('specialised 121M, decoding', 'slm', _WHOLE, decode=8),
   'llm_decode': Cell('specialised 756M, decoding', 'llm', _WHOLE, decode=8),
+  # Two epochs of 939,344 conversations, one of 271,409 and 334,302 pairs, and three of 29,946
+  # prompts.
+  'tulu3_8b_sft': Cell('Tülu 3 8B, SFT', 'sft', _tulu(_8B, 14_678), slices=_V5P),
+  'tulu3_8b_dpo': Cell('Tülu 3 8B, DPO', 'dpo', _tulu(_8B, 2121), slices=_V5P),
+  'tulu3_8b_rlvr': Cell('Tülu 3 8B, GRPO', 'rlvr', _tulu(_8B, 1872, **_PAIRS), slices=_V5P),
+  'tulu3_8b_answers': Cell(
+    'Tülu 3 8B, answers', 'sft', _tulu(_8B, 1872, **_WHOLE), decode=24, slices=_V5P
+  ),
+  'tulu3_70b_sft': Cell('Tülu 3 70B, SFT', 'sft', _tulu(_70B, 14_678), slices=_V5P),
+  'tulu3_70b_dpo': Cell('Tülu 3 70B, DPO', 'dpo', _tulu(_70B, 2612), slices=_V5P),
+  'tulu3_70b_rlvr': Cell('Tülu 3 70B, GRPO', 'rlvr', _tulu(_70B, 1872, **_PAIRS), slices=_V5P),
 }
 
 
@@ -85,6 +127,10 @@ def training(cell: Cell, chips: int) -> tuple[RunConfig, DecoderConfig | None]:
     given.recover.update_from_flattened_dict(split)
     planned = recipe.outline(given.to_dict())
     return planned.recover, planned.teacher
+  if cell.job in STAGES:
+    name, context, keys = STAGES[cell.job]
+    given = common.config(name, {**keys, **split})
+    return config.without_data(config.complete(given), context), None
   job = runs.Study(scales.PAPER, '', _CONTEXT, _VOCAB).jobs[f'{cell.job}-0']
   rows = {'data.batch_size': _ROWS * chips, 'model.vocab': _VOCAB}
   if 'data.rows_per_group' in job['set']:

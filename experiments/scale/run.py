@@ -3,7 +3,7 @@
     python -m experiments.scale.run --out=runs/scale
     python -m experiments.scale.run --out=runs/scale --only=slm,moe --slices=v5e-256
 
-Needs libtpu (pip install -e '.[tpu]'); all of them take about 40 minutes of one core. What a
+Needs libtpu (pip install -e '.[tpu]'); all of them take an hour of one core. What a
 compilation says is kept in OUT/<slice>/<model>.json and .txt and not asked for again, unless cells,
 compiler or code have changed; OUT/table.md is written after each. Nothing runs on a chip: times are
 bounds, as those of slm.compile.
@@ -18,22 +18,31 @@ from experiments import compiled
 from experiments.scale import cells
 from slm.base import artifact, console, files
 from slm.reporting import tables
-from slm.training import aot
+from slm.training import aot, program
 
 
 def table(out: Path) -> tables.Table:
   """Return a row per compilation that is there."""
   head = [
     'model', 'slice', 'parameters', 'memory, GB', 'of the chip', 'copies of the state', 'sent, GB',
-    'FLOPs', 'step at least', 'limit', 'tokens/s at most', 'MFU at most',
+    'FLOPs', 'step at least', 'limit', 'tokens/s at most', 'MFU at most', 'chip-hours at least',
   ]  # fmt: skip
   rows = []
   for name, cell in cells.CELLS.items():
     for slice_name in cells.SLICES:
       path = out / slice_name / f'{name}.json'
       if path.exists():
-        rows.append([cell.title, slice_name, *_row(files.read_json(path))])
+        found = files.read_json(path)
+        rows.append([cell.title, slice_name, *_row(found), _cost(cell, found)])
   return head, rows
+
+
+def _cost(cell: cells.Cell, found: dict[str, Any]) -> str:
+  """Return the least chip-hours of all steps of a cell; decoding alone has none."""
+  if 'error' in found or cell.decode and cell.job not in cells.STAGES:
+    return '–'
+  cfg, seconds = cells.training(cell, found['chips'])[0], max(found['seconds'].values())
+  return f'{program.run_cost(cfg, seconds, found["chips"])["chip-hours"]:,.3g}'
 
 
 def _row(found: dict[str, Any]) -> list[str]:
