@@ -24,7 +24,7 @@ LETTERS = string.ascii_lowercase[1:11]
 def tuned(tmp_path_factory):
   """Fine-tune on 'the letter after the first of a pair', half of whose answers are another.
 
-  Return the run and the prompts.
+  Return the run, the prompts, and pairs of the right letter and another.
   """
   root, rng = tmp_path_factory.mktemp('sharpening'), np.random.default_rng(0)
   tok = tokenizer.build('bytes', 0, '', [], root / 'data' / 'tokenizer')
@@ -35,10 +35,15 @@ def tuned(tmp_path_factory):
   write(root / 'talks.jsonl', [{'prompt': x, 'response': said(x)} for x in asked])
   made = [{'prompt': x, 'label': label(x), 'verifier': 'exact'} for x in asked]
   write(root / 'prompts.jsonl', made)
-  for kind, name in (('conversations', 'talks'), ('prompts', 'prompts')):
+  others = lambda x: [y for y in LETTERS if y != after[x[0]]]
+  pair = lambda x: {'prompt': x, 'chosen': after[x[0]], 'rejected': str(rng.choice(others(x)))}
+  write(root / 'pairs.jsonl', [pair(x) for x in asked])
+  kinds = {'conversations': 'talks', 'prompts': 'prompts', 'pairs': 'pairs'}
+  for kind, name in kinds.items():
     prepare.prepare(
       fields({name: {'all': str(root / f'{name}.jsonl')}}, root / kind, TokenizerConfig('bytes'),
-             chat={'kind': kind, 'template': 'tulu'}, heldout=(0.2, 0.0), context=40)
+             chat={'kind': kind, 'template': 'tulu'}, heldout=(0.2, 0.0),
+             context=80 if kind == 'pairs' else 40)
     )  # fmt: skip
   with one_device():
     given = config(
@@ -47,7 +52,7 @@ def tuned(tmp_path_factory):
          'data.set': 'talks'},
     )  # fmt: skip
     loop.train(given, root / 'sft')
-  return root / 'sft', root / 'prompts' / 'out'
+  return root / 'sft', root / 'prompts' / 'out', root / 'pairs' / 'out'
 
 
 @contextlib.contextmanager
@@ -72,7 +77,7 @@ def test_rewards_sharpen_and_a_coin_does_not(tuned, tmp_path):
   found = {}
   for kind in ('verifiers', 'random'):
     given = config(
-      'grpo', *tuned,
+      'grpo', *tuned[:2],
       **{'steps': 15, 'schedule.peak': 3e-3, 'schedule.warmup': 2, 'data.batch_size': 16,
          'objective.samples': 8, 'objective.max_tokens': 3, 'objective.reward': kind},
     )  # fmt: skip
@@ -85,3 +90,31 @@ def test_rewards_sharpen_and_a_coin_does_not(tuned, tmp_path):
   assert rewarded[-1]['eval_reward'] > 0.8
   assert rewarded[-1]['eval_greedy_reward'] > 0.9
   assert coin['eval_reward'] < 0.65
+
+
+def test_ppo_from_a_reward_model_does_too(tuned, tmp_path):
+  """The value network starts from a reward model of the toy; scores are those of the verifiers."""
+  start, prompts, pairs = tuned
+  reward = config(
+    'reward', start, pairs,
+    **{'epochs': 0.0, 'steps': 80, 'schedule.peak': 1e-2, 'data.batch_size': 32},
+  )  # fmt: skip
+  found = {}
+  with one_device():
+    loop.train(reward, tmp_path / 'reward')
+    for kind in ('verifiers', 'random'):
+      given = config(
+        'ppo', start, prompts,
+        **{'steps': 15, 'schedule.peak': 3e-3, 'schedule.warmup': 2, 'data.batch_size': 64,
+           'objective.max_tokens': 3, 'objective.reward': kind,
+           'objective.value': str(tmp_path / 'reward')},
+      )  # fmt: skip
+      loop.train(given, tmp_path / kind, reward=rewards.reward)
+      found[kind] = rundir.read_metrics(tmp_path / kind)
+  rewarded, coin = found['verifiers'], found['random'][-1]
+  assert rundir.read_metrics(tmp_path / 'reward')[-1]['eval_accuracy'] > 0.65
+  # Scores are ten times 0 or 1.
+  assert rewarded[0]['reward'] < 6.5
+  assert rewarded[-1]['eval_reward'] > 8
+  assert rewarded[-1]['eval_greedy_reward'] > 9
+  assert coin['eval_reward'] < 6.5
