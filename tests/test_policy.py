@@ -425,8 +425,12 @@ def test_a_run_that_goes_back_draws_anew(start, tmp_path, monkeypatch):
 
 def test_the_sampler_has_the_weights_of_the_step(start, tmp_path, monkeypatch):
   """The log-probabilities of draws are those of the weights they train; stale ones would show."""
-  loop.train(config_of(start), tmp_path / 'run', reward=begins)
+  watched = {'rewind.steps': 1, 'rewind.above': 1.01, 'checkpoint.keep': 2}
+  loop.train(config_of(start, **watched), tmp_path / 'run', reward=begins)
   lines = metrics(tmp_path / 'run')
+  # Losses lie around 0, where no multiple of their average is a spike.
+  assert any(abs(x['loss']) > 2 * abs(lines[0]['loss']) for x in lines)
+  assert not (tmp_path / 'run' / 'rewinds.json').exists()
   assert all(x['moved'] < 1e-5 and x['clipped'] == 0 for x in lines)
   assert lines[0]['kl'] < 1e-6 < 1e-4 < lines[-1]['kl']  # by the last step they have moved
   made = answers.make_draw

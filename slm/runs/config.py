@@ -315,7 +315,9 @@ class RewindConfig:
   """Going back to an earlier checkpoint when the loss spikes, and on with other batches."""
 
   steps: int = 0  # go back at least so many; 0: never, and a loss that is not finite ends the run
-  above: float = 2.0  # a spike: a loss above this multiple of its running average, or not finite
+  # A spike: a loss that is not finite, or above this multiple of its running average; of a policy,
+  # whose losses lie around 0, the first alone.
+  above: float = 2.0
   most: int = 3  # times in a run; the next spike ends it
 
   def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ class Recorder:
     if (bad >= 0 or not math.isfinite(loss)) and not 0 < in_a_row < optim.MOST_NOT_FINITE:
       where = f'gradient of {self._leaves[bad]}' if bad >= 0 else 'loss'
       return f'{where} is not finite (loss {loss})'
-    if not cfg.steps:
+    if not cfg.steps or self._cfg.objective.answers:  # the loss of a policy lies around 0
       return ''
     average = loss if self._average is None else self._average
     if not skipped and loss > cfg.above * average:
