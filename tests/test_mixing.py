@@ -1,6 +1,7 @@
 """Mixes of conversations, preference pairs and prompts with labels."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,24 @@ def test_pairs_that_would_train_nothing_or_repeat_the_prompt_are_dropped(tok, tm
   facts = prepare.prepare(cfg)['sets']['s']['train']
   assert facts['documents'] == 2 and facts['dropped'] == {'tied': 1, 'unproved': 1}
   assert "the chosen answer begins with a turn of 'user'" in facts['why']['unproved']
+
+
+@pytest.mark.parametrize('kind', ['conversations', 'pairs'])
+def test_lines_that_ask_the_same_are_held_out_together(tok, tmp_path, kind):
+  """Else what is held out is asked in training, with another answer."""
+  answers = {'conversations': lambda i: {'response': f'ship {i}'},
+             'pairs': lambda i: {'chosen': f'ship {i}', 'rejected': 'rope'}}[kind]  # fmt: skip
+  lines = [{'prompt': f'the tide {n}?', **answers(i)} for n in range(30) for i in range(3)]
+  path = write(tmp_path / 'a.jsonl', lines)
+  cfg = fields({'s': {'all': path}}, tmp_path, tok, chat={'kind': kind}, heldout=(0.4, 0.0))
+  prepare.prepare(cfg)
+  made, found = tokenizer.load(Path(cfg.out) / 'tokenizer'), {}
+  for split in ('train', 'validation'):
+    data = loader.Split(cfg.out, 's', split)
+    text = ''.join(made.written(row) for row in data.read(data.ids)['tokens'])
+    found[split] = set(re.findall(r'the tide \d+', text))
+  assert min(map(len, found.values())) > 5 and len(found['train'] | found['validation']) == 30
+  assert not found['train'] & found['validation']
 
 
 def test_a_run_knows_the_labels_of_its_prompts(tok, tmp_path):

@@ -29,7 +29,7 @@ def tuned(tmp_path_factory):
   root, rng = tmp_path_factory.mktemp('sharpening'), np.random.default_rng(0)
   tok = tokenizer.build('bytes', 0, '', [], root / 'data' / 'tokenizer')
   after = dict(zip(LETTERS, np.roll([*LETTERS], -1).tolist(), strict=True))
-  asked = [a + b + c for a in LETTERS for b in LETTERS for c in LETTERS[:3]]
+  asked = [a + b + c for a in LETTERS for b in LETTERS for c in LETTERS]
   said = lambda x: after[x[0]] if rng.random() < 0.5 else str(rng.choice([*LETTERS]))
   label = lambda x: {'answer': after[x[0]], 'strict': True}
   write(root / 'talks.jsonl', [{'prompt': x, 'response': said(x)} for x in asked])

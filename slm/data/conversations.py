@@ -85,10 +85,12 @@ def number(path: str) -> int:
 
 
 def read(path: str, spec: str, chat: ChatConfig, id_field: str) -> Iterator[tuple[str, str]]:
-  """Yield the documents of a file that `expand` named: JSON, and an id, '' without `id_field`.
+  """Yield the documents of a file that `expand` named: JSON, and an id.
 
-  A document has `messages`, or a `prompt` (messages) with `chosen` and `rejected` (messages) or
-  with `verifiers`, as well as `tools` and `weight` where the source has them.
+  Without `id_field` the id is what comes before the first answer, so that lines that ask the same
+  are held out together. A document has `messages`, or a `prompt` (messages) with `chosen` and
+  `rejected` (messages) or with `verifiers`, as well as `tools` and `weight` where the source has
+  them.
 
   Raises:
     ValueError: naming the line, if a field is missing or holds something else.
@@ -105,7 +107,14 @@ def read(path: str, spec: str, chat: ChatConfig, id_field: str) -> Iterator[tupl
       raise ValueError(f'{where}: no field {id_field!r}; the line has {_names(record)}')
     # JSON can hold lone surrogates, which UTF-8 cannot: they become '?'.
     text = json.dumps(document, ensure_ascii=False).encode('utf-8', 'replace').decode()
-    yield text, str(record[id_field]) if id_field else ''
+    yield text, str(record[id_field]) if id_field else _asked(document)
+
+
+def _asked(document: Mapping[str, Any]) -> str:
+  """Return the messages before the first answer of a document as JSON, '' if there are none."""
+  first = lambda: itertools.takewhile(lambda m: m['role'] != 'assistant', document['messages'])
+  found = document.get('prompt') or [*first()]
+  return json.dumps(found) if found else ''
 
 
 def whole(spec: str) -> Source:
