@@ -20,6 +20,8 @@ from slm.runs import load, rundir
 from slm.training import loop
 from slm.weights import sharding
 
+pytestmark = pytest.mark.long
+
 SCRIPT = """
 import json, pathlib, sys
 from slm.inference import rewards
