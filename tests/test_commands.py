@@ -176,7 +176,7 @@ def test_help_shows_flags_and_config_keys(call, command):
   source = (arguments.SLM / f'{command.replace(".", "/")}.py').read_text()
   assert ('\n  --' in out) == ('flags.DEFINE' in source)
   assert ('--config.' in out.partition('\nFlags:')[2]) == (
-    command in ('train', 'prune', 'minitron', 'data.prepare', 'compile')
+    command in ('train', 'prune', 'minitron', 'tulu', 'data.prepare', 'compile')
   )
 
 
