@@ -12,7 +12,7 @@ WHEELS ?= models
 # Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: quickstart model setup test test-long test-beam reference libtpu lint smoke smoke-newest clean
+.PHONY: quickstart model setup test test-beam reference libtpu lint smoke smoke-newest clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
@@ -51,11 +51,6 @@ $(VENV)/.test: $(VENV)/.installed
 test: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 test: $(VENV)/.test
 	SLM_LIBTPU=$(wildcard $(LIBTPU)) $(PY) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
-
-# Proofs of post-training, and of two processes, that are too long for every change.
-test-long: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
-test-long: $(VENV)/.test
-	$(PY) -m pytest -m long -n 3 --dist=loadfile
 
 # Installs torch and transformers, which the tests compare with where they are present.
 reference: $(VENV)/.test

@@ -20,8 +20,6 @@ from slm.runs import load, rundir
 from slm.training import loop
 from slm.weights import sharding
 
-pytestmark = pytest.mark.long
-
 SCRIPT = """
 import json, pathlib, sys
 from slm.inference import rewards
