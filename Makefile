@@ -12,7 +12,7 @@ WHEELS ?= models
 # Ignored outside glibc.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
-.PHONY: quickstart model setup test test-beam reference libtpu lint smoke smoke-newest clean
+.PHONY: quickstart model setup test test-long test-beam reference libtpu lint smoke smoke-newest environments clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.specialise.run --scale=quick --out=$(OUT)
@@ -52,6 +52,11 @@ test: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 test: $(VENV)/.test
 	SLM_LIBTPU=$(wildcard $(LIBTPU)) $(PY) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
+# Models that are trained until they can be seen to learn.
+test-long: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+test-long: $(VENV)/.test
+	$(PY) -m pytest -m long -n 2 --dist=loadfile
+
 # Installs torch and transformers, which the tests compare with where they are present.
 reference: $(VENV)/.test
 	$(PY) -m pip install -q -e '.[reference]'
@@ -70,22 +75,32 @@ smoke: $(VENV)/.installed
 	bash tests/smoke.sh $(PY)
 
 # Beam needs an older protobuf than transformers does with SentencePiece: an environment of its own.
-test-beam:
-	$(PYTHON) -m venv .venv-beam
-	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
+test-beam: .venv-beam/.installed
 	.venv-beam/bin/python -m pytest tests/test_beam.py
 
-# The same on the newest releases of what slm requires, where a Python of 3.12 or newer is at hand.
+.venv-beam/.installed: setup.py
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
+	touch $@
+
+# The same smoke run on the newest releases of what slm requires, where a Python of 3.12 or newer is at hand.
 NEWEST := .venv-newest/bin/python
-smoke-newest:
-	@for python in python3.13 python3.12; do \
-	  if $$python -c '' 2>/dev/null; then \
-	    $$python -m venv .venv-newest && $(NEWEST) -m pip install -q --upgrade -e . && \
-	    $(NEWEST) -c 'import jax, sys; print("smoke run: Python", sys.version.split()[0], "jax", jax.__version__)' && \
-	    exec bash tests/smoke.sh $(NEWEST); \
-	    exit 1; \
-	  fi; \
-	done; echo 'smoke run on the newest jax: skipped, no python3.12 or newer on PATH'
+NEWEST_PYTHON := $(shell for p in python3.13 python3.12; do $$p -c '' 2> /dev/null && echo $$p && break; done)
+smoke-newest: $(if $(NEWEST_PYTHON),.venv-newest/.installed)
+ifeq ($(NEWEST_PYTHON),)
+	@echo 'smoke run on the newest jax: skipped, no python3.12 or newer on PATH'
+else
+	@$(NEWEST) -c 'import jax, sys; print("smoke run: Python", sys.version.split()[0], "jax", jax.__version__)'
+	bash tests/smoke.sh $(NEWEST)
+endif
+
+.venv-newest/.installed: setup.py
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	$(NEWEST) -m pip install -q --upgrade -e .
+	touch $@
+
+# What test-beam and smoke-newest run in.
+environments: .venv-beam/.installed $(if $(NEWEST_PYTHON),.venv-newest/.installed)
 
 # Leaves runs/: what is trained there took time.
 clean:

@@ -17,6 +17,8 @@ from slm.runs import rundir
 from slm.training import loop
 from slm.weights import sharding
 
+pytestmark = pytest.mark.long
+
 LETTERS = string.ascii_lowercase[1:11]
 
 

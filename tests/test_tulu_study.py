@@ -17,6 +17,8 @@ from slm.data import loader
 from slm.inference import verifiers
 from slm.reporting import verdicts
 
+pytestmark = pytest.mark.long
+
 
 def test_rules_are_obeyed_by_both_families_and_split_by_combination():
   pairs = tasks.ruled()
